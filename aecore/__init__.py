@@ -1,0 +1,55 @@
+"""Convolutional autoencoders that restore degraded images, in JAX."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aecore.config import Data, Experiment, Optimizer, Training
+    from aecore.evaluation import evaluate
+    from aecore.restoration import Restorer, restore
+    from aecore.training import train
+
+__version__ = "0.1.0"
+
+# Names are resolved at first use, so that `import aecore` costs nothing and each program
+# imports only what it needs of JAX, orbax and TensorFlow.
+_HOME = {
+    "Data": "config",
+    "Experiment": "config",
+    "Optimizer": "config",
+    "Training": "config",
+    "Restorer": "restoration",
+    "restore": "restoration",
+    "evaluate": "evaluation",
+    "train": "training",
+}
+
+__all__ = [
+    "Data",
+    "Experiment",
+    "Optimizer",
+    "Restorer",
+    "Training",
+    "config",
+    "data",
+    "degradations",
+    "errors",
+    "evaluate",
+    "losses",
+    "metrics",
+    "models",
+    "restore",
+    "train",
+]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module(f"aecore.{_HOME[name]}"), name)
+    if name in __all__:
+        return importlib.import_module(f"aecore.{name}")
+    raise AttributeError(f"module 'aecore' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,217 @@
+"""Checkpoints of a run: parameters, optimizer state, and a JSON description of what they are.
+
+The only module that imports orbax. A checkpoint is a folder `STEP/` with the items `params`,
+`opt_state` and `description`. Orbax commits it whole or not at all; checksums in the description
+tell bytes that changed afterwards, which the array format doesn't.
+"""
+
+import logging
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from aecore.errors import CheckpointError
+from aecore.state import TrainState
+
+_log = logging.getLogger(__name__)
+
+Description = Mapping[str, Any]
+
+
+def best_step(steps: Iterable[int], description: Description) -> int | None:
+    """Of the steps that have a checkpoint, the one with the lowest validation loss."""
+    available = set(steps)
+    scored = [entry for entry in description["history"] if entry["step"] in available]
+    return min(scored, key=lambda entry: entry["mse"])["step"] if scored else None
+
+
+class Checkpoints:
+    """The checkpoints of one run, for the process that trains it.
+
+    Args:
+      directory: where they lie; made if missing.
+      keep: how many of the newest to keep, besides the best by validation loss.
+    """
+
+    def __init__(self, directory: epath.PathLike, keep: int):
+        self._policy = _NewestAndBest(keep)
+        self._directory = epath.Path(directory).expanduser().absolute()
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                cleanup_tmp_directories=True, preservation_policy=self._policy
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        # Waits for a save in progress.
+        self._manager.close()
+
+    def save(self, state: TrainState, description: Description) -> None:
+        """Copies the state and saves it in the background.
+
+        A checkpoint of the same step, saved before that step was evaluated, is replaced.
+
+        Args:
+          state: what to save, under `state.step`.
+          description: JSON values; `history` lists `{"step": ..., "mse": ...}` of evaluations.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            self._manager.wait_until_finished()
+            self._manager.delete(step)
+        checksums = {"params": _checksum(state.params), "opt_state": _checksum(state.opt_state)}
+        self._policy.description = description
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                opt_state=ocp.args.StandardSave(state.opt_state),
+                description=ocp.args.JsonSave({**description, "checksums": checksums}),
+            ),
+        )
+
+    def wait(self) -> None:
+        """Returns when the last save is complete."""
+        self._manager.wait_until_finished()
+
+    def restore(self, abstract_state: TrainState) -> tuple[TrainState, Description] | None:
+        """The newest checkpoint that is whole.
+
+        Damaged ones are named in a warning and set aside as `STEP.damaged`.
+
+        Args:
+          abstract_state: shapes, dtypes and shardings to restore to.
+
+        Returns:
+          State and description, or None if there is no checkpoint.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                description = _read_description(self._manager, step)
+                params, opt_state = _restore_items(
+                    self._manager,
+                    step,
+                    description,
+                    {"params": abstract_state.params, "opt_state": abstract_state.opt_state},
+                )
+            except Exception as error:  # Each kind of damage fails differently within orbax.
+                aside = self._directory / f"{step}.damaged"
+                _log.warning("%s is damaged (%s); set aside", _name(self._directory, step), error)
+                self._manager.close()
+                if aside.exists():
+                    aside.rmtree()
+                (self._directory / str(step)).rename(aside)
+                self._manager = self._open()
+                continue
+            self._policy.description = description
+            step_array = jax.device_put(np.int32(step), abstract_state.step.sharding)
+            return TrainState(step_array, params, opt_state), description
+        return None
+
+
+def load(
+    run: epath.PathLike, abstract_params: Callable[[Description], Any]
+) -> tuple[Any, Description]:
+    """Loads a run's best checkpoint, or its newest where none was evaluated; changes no file.
+
+    A damaged checkpoint is named in a warning, and another one used.
+
+    Args:
+      run: a run directory.
+      abstract_params: from a description, the shapes, dtypes and shardings of the parameters.
+
+    Returns:
+      Parameters and description.
+
+    Raises:
+      CheckpointError: the run has no checkpoint, or none that is whole.
+    """
+    directory = epath.Path(run).expanduser().absolute() / "checkpoints"
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{run} has no checkpoints: there is no folder {directory}; "
+            "name the directory of a run that aecore trained"
+        )
+    manager = ocp.CheckpointManager(
+        directory, options=ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
+    )
+    with manager:
+        descriptions = {}
+        for step in sorted(manager.all_steps(), reverse=True):
+            try:
+                descriptions[step] = _read_description(manager, step)
+            except Exception as error:  # Each kind of damage fails differently within orbax.
+                _log.warning("%s is damaged (%s); not used", _name(directory, step), error)
+        candidates = list(descriptions)
+        if candidates:
+            best = best_step(candidates, descriptions[candidates[0]])
+            candidates.sort(key=lambda step: (step != best, -step))
+        for step in candidates:
+            description = descriptions[step]
+            abstract = abstract_params(description)
+            try:
+                (params,) = _restore_items(manager, step, description, {"params": abstract})
+            except Exception as error:  # As above.
+                _log.warning("%s is damaged (%s); not used", _name(directory, step), error)
+                continue
+            return params, description
+    raise CheckpointError(f"{run} has no usable checkpoint in {directory}; train the run first")
+
+
+def _read_description(manager: ocp.CheckpointManager, step: int) -> Description:
+    args = ocp.args.Composite(description=ocp.args.JsonRestore())
+    description = manager.restore(step, args=args).description
+    if not {"step", "history", "checksums", "image_size", "channels"} <= description.keys():
+        raise ValueError("its description is incomplete")
+    return description
+
+
+def _restore_items(
+    manager: ocp.CheckpointManager, step: int, description: Description, abstract: dict[str, Any]
+) -> list[Any]:
+    args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+    items = manager.restore(step, args=ocp.args.Composite(**args))
+    for name in abstract:
+        if _checksum(items[name]) != description["checksums"][name]:
+            raise ValueError(f"the checksum of {name} is wrong")
+    return [items[name] for name in abstract]
+
+
+def _name(directory: epath.Path, step: int) -> str:
+    return f"checkpoint {directory / str(step)}"
+
+
+def _checksum(tree: Any) -> str:
+    """CRC-32 over the names, types and bytes of a tree's arrays."""
+    crc = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        head = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}"
+        crc = zlib.crc32(array, zlib.crc32(head.encode(), crc))
+    return f"{crc:08x}"
+
+
+class _NewestAndBest:
+    """Orbax preservation policy: the newest `keep`, and the best by validation loss."""
+
+    def __init__(self, keep: int):
+        self._keep = keep
+        self.description: Description = {"history": []}
+
+    def should_preserve(self, checkpoints, *, context):
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-self._keep :], best_step(steps, self.description)}
+        return [step in kept for step in steps]

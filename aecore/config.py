@@ -1,0 +1,270 @@
+"""What an experiment is: frozen dataclasses, validated when built, with a round trip through JSON.
+
+`Experiment` is also the command line of an experiment file: a field's path is its flag, its
+docstring the flag's help.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from aecore import degradations, models
+from aecore.degradations import Degradation
+from aecore.errors import ConfigError
+from aecore.metrics import SSIM_WINDOW
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where images come from, and the size they are brought to."""
+
+    dataset: str = "sample"
+    """sample, fashion_mnist, lfw, folder, or the name of any TFDS dataset with images."""
+    data_dir: str | None = None
+    """Folder of prepared TFDS data, of IDX files or of pictures; None: where TFDS keeps its own."""
+    image_size: tuple[int, int] | None = None
+    """Height and width to train at; None: the images' own, if they are all of one size."""
+    channels: int | None = None
+    """1 for gray, 3 for RGB; None: as the source has them."""
+    resize: Literal["antialiased", "bilinear"] = "antialiased"
+    """bilinear takes the 4 nearest pixels, as OpenCV does; antialiased is bicubic over them all."""
+    validation_fraction: float = 0.1
+    """Share of the images held out for validation, where the source has no such split."""
+    split_seed: int = 0
+    """Seed of that choice."""
+    memory_limit: float | None = None
+    """GiB of images to hold in memory, more go to a temporary file; None: half of the machine's."""
+
+    def __post_init__(self):
+        size = self.image_size
+        _require(
+            size is None or (len(size) == 2 and min(size) >= SSIM_WINDOW),
+            f"data.image_size {size} is too small; use at least {SSIM_WINDOW} {SSIM_WINDOW}, "
+            "the window of SSIM",
+        )
+        _require(
+            self.channels in (None, 1, 3),
+            f"data.channels {self.channels} is not supported; use 1 for gray or 3 for RGB",
+        )
+        _require(
+            self.resize in ("antialiased", "bilinear"),
+            f"data.resize {self.resize!r} is unknown; use antialiased or bilinear",
+        )
+        _require(
+            0 < self.validation_fraction < 1,
+            f"data.validation_fraction {self.validation_fraction} is not between 0 and 1",
+        )
+        _require(self.split_seed >= 0, f"data.split_seed {self.split_seed} is negative")
+        _require(
+            self.memory_limit is None or self.memory_limit >= 0,
+            f"data.memory_limit {self.memory_limit} is negative",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """Adam (Kingma and Ba, 2015)."""
+
+    learning_rate: float = 1e-3
+    """Step size, above 0."""
+
+    def __post_init__(self):
+        _require(
+            0 < self.learning_rate < float("inf"),
+            f"optimizer.learning_rate {self.learning_rate} is not a positive number",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How long to train, in what batches, and what to keep."""
+
+    batch_size: int = 32
+    """Images a step, over all devices."""
+    epochs: int = 10
+    """Passes over the training images; the last incomplete batch of each is left out."""
+    steps: int | None = None
+    """Stop after this many steps, if that comes before the last epoch's end."""
+    patience: int | None = None
+    """Stop when this many epochs in a row brought no better validation loss; None: never."""
+    min_delta: float = 0.0
+    """By how much the validation loss must fall to count as better."""
+    seed: int = 0
+    """Seed of the weights, of the images' order and of the noise."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; there is one at each epoch's end besides."""
+    keep: int = 3
+    """Newest checkpoints to keep; the best by validation loss is kept besides."""
+    log_every: int = 50
+    """Steps that one line of metrics.jsonl averages over."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "epochs", "checkpoint_every", "keep", "log_every"):
+            value = getattr(self, name)
+            _require(value >= 1, f"training.{name} {value} is less than 1; use 1 or more")
+        for name in ("steps", "patience"):
+            value = getattr(self, name)
+            _require(
+                value is None or value >= 1,
+                f"training.{name} {value} is less than 1; use 1 or more, or None",
+            )
+        _require(self.min_delta >= 0, f"training.min_delta {self.min_delta} is negative")
+        _require(0 <= self.seed < 2**32, f"training.seed {self.seed} is not in 0 to 2**32 - 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One experiment: a model, what it learns to undo, on which data, and how."""
+
+    name: str
+    """Names the run, and its directory if run_dir is None."""
+    model: Any
+    """A Flax Linen module from `aecore.models`, or one of your own."""
+    degradation: Degradation
+    """What is done to the images, and what the model learns to undo."""
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    training: Training = Training()
+    run_dir: str | None = None
+    """Directory of checkpoints and results, local or gs://; None: runs/NAME."""
+
+    def __post_init__(self):
+        _require(bool(self.name), "name is empty; give the experiment a name")
+        _require(
+            isinstance(self.degradation, Degradation),
+            f"degradation {self.degradation!r} is not a Degradation; see aecore.degradations",
+        )
+        if self.data.image_size is not None:
+            self.check_images(*self.data.image_size, self.data.channels or self.model.channels)
+
+    @property
+    def directory(self) -> str:
+        """The run directory."""
+        return self.run_dir or f"runs/{self.name}"
+
+    def check_images(self, height: int, width: int, channels: int) -> None:
+        """Raises ConfigError unless the model takes images of this size and these channels."""
+        stride = self.model.stride
+        low = (max(height // stride, 1) * stride, max(width // stride, 1) * stride)
+        high = (-(-height // stride) * stride, -(-width // stride) * stride)
+        _require(
+            height % stride == 0 and width % stride == 0,
+            f"image size {height}x{width} is not a multiple of {stride}, the model's stride; "
+            f"use --data.image-size {low[0]} {low[1]} or {high[0]} {high[1]}",
+        )
+        _require(
+            channels == self.model.channels,
+            f"the images have {channels} channel{'s' * (channels != 1)}, the model "
+            f"{type(self.model).__name__} takes {self.model.channels}; "
+            f"use --data.channels {self.model.channels} or another model",
+        )
+
+
+def to_json(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as JSON values; models and degradations carry their registered `type`."""
+    model = models.hyperparameters(experiment.model)
+    return {
+        "name": experiment.name,
+        "model": {
+            "type": type(experiment.model).__name__,
+            **{name: _encode(value) for name, value in model.items()},
+        },
+        "degradation": _encode(experiment.degradation),
+        "data": _encode_fields(experiment.data),
+        "optimizer": _encode_fields(experiment.optimizer),
+        "training": _encode_fields(experiment.training),
+        "run_dir": experiment.run_dir,
+    }
+
+
+def from_json(
+    description: Mapping[str, Any],
+    *,
+    model: Any = None,
+) -> Experiment:
+    """Rebuilds an experiment. Nothing named in `description` is imported or run.
+
+    Args:
+      description: what `to_json` returned; other keys are ignored.
+      model: used in place of the described model; needed if that one isn't registered.
+
+    Raises:
+      ConfigError: a model or degradation is not registered, or a field is unknown or invalid.
+    """
+    try:
+        if model is None:
+            model = _build(description["model"], models.REGISTRY, "model", "aecore.models")
+        return Experiment(
+            name=description["name"],
+            model=model,
+            degradation=_build(
+                description["degradation"],
+                degradations.REGISTRY,
+                "degradation",
+                "aecore.degradations",
+            ),
+            data=Data(**_decode(description["data"])),
+            optimizer=Optimizer(**_decode(description["optimizer"])),
+            training=Training(**_decode(description["training"])),
+            run_dir=description["run_dir"],
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"not the description of an experiment: {error!r}") from error
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], ignore: frozenset[str], path: str = ""
+) -> list[str]:
+    """Lines `path: old -> new` for the fields in which two JSON descriptions differ."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        name = f"{path}{key}"
+        before, after = old.get(key), new.get(key)
+        if name in ignore or before == after:
+            continue
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, ignore, f"{name}.")
+        else:
+            lines.append(f"{name}: {before} -> {after}")
+    return lines
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_encode(item) for item in value]
+    if isinstance(value, Degradation):
+        return {"type": type(value).__name__, **_encode_fields(value)}
+    return value
+
+
+def _encode_fields(value: Any) -> dict[str, Any]:
+    return {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+
+
+def _decode(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's lists as tuples, nested degradations as objects."""
+
+    def decode(value):
+        if isinstance(value, list):
+            return tuple(decode(item) for item in value)
+        if isinstance(value, Mapping):
+            return _build(value, degradations.REGISTRY, "degradation", "aecore.degradations")
+        return value
+
+    return {name: decode(value) for name, value in fields.items()}
+
+
+def _build(fields: Mapping[str, Any], registry: Mapping[str, type], kind: str, home: str) -> Any:
+    name = fields["type"]
+    if name not in registry:
+        raise ConfigError(
+            f"{kind} {name!r} is not registered (known: {', '.join(sorted(registry))}); "
+            f"register its class with {home}.register"
+            + (", or pass model=" if kind == "model" else "")
+        )
+    return registry[name](**_decode({key: v for key, v in fields.items() if key != "type"}))

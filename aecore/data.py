@@ -1,0 +1,487 @@
+"""Images by index in, deterministic batches out; the only module that imports TensorFlow.
+
+A dataset is a uint8 array `(N, H, W, C)` at working size. Order and noise are functions of
+`(seed, epoch)` and `(seed, step)`, so that batches can start at any step without reading what
+comes before it.
+"""
+
+import contextlib
+import functools
+import gzip
+import itertools
+import logging
+import os
+import socket
+import tempfile
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from aecore import images
+from aecore.config import Data
+from aecore.degradations import Degradation
+from aecore.errors import DataError, ImageError
+
+_log = logging.getLogger(__name__)
+
+_SAMPLE = epath.Path(__file__).parent / "sample" / "fashion_mnist.npz"
+_DEBIAN_FASHION_MNIST = epath.Path("/usr/share/datasets/fashion-mnist")
+_IDX_FILES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
+
+
+class Dataset(NamedTuple):
+    """Training and validation images, each `(N, H, W, C)` uint8."""
+
+    train: np.ndarray
+    validation: np.ndarray
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        return self.train.shape[1:]
+
+    def fingerprint(self) -> str:
+        """Tells whether two datasets hold the same images in the same order."""
+        crc = 0
+        for array in self:
+            for start in range(0, len(array), 4096):
+                crc = zlib.crc32(np.ascontiguousarray(array[start : start + 4096]), crc)
+        return f"{len(self.train)}+{len(self.validation)}x{self.image_shape}:{crc:08x}"
+
+
+class _Undecoded(NamedTuple):
+    """Encoded pictures, named by index, before they are brought to working size."""
+
+    names: Sequence[str]
+    read: Callable[[], Iterable[bytes]]
+    """Yields each picture's bytes, in order."""
+    shape: tuple[int | None, int | None, int]
+    """Their height, width and channels; None where they differ."""
+    is_train: np.ndarray | None
+    """`(N,)` bool where the source has its own split, else None."""
+    groups: Sequence[Any] | None = None
+    """What must not be divided between training and validation, such as people; None: nothing."""
+
+
+def load(data: Data) -> Dataset:
+    """Loads a dataset at working size.
+
+    Raises:
+      DataError: the source is unknown, missing or empty, or its images' sizes differ while
+        `data.image_size` is None.
+    """
+    sources = {"sample": _sample, "fashion_mnist": _fashion_mnist, "folder": _folder}
+    source = sources.get(data.dataset, _tfds)(data)
+    if isinstance(source, _Undecoded):
+        return _decode(source, data)
+    return _resize_arrays(source, data)
+
+
+# ---- Sources
+
+
+def _sample(data: Data) -> Dataset:
+    with _SAMPLE.open("rb") as file, np.load(file) as arrays:
+        return Dataset(arrays["train"][..., None], arrays["validation"][..., None])
+
+
+def _fashion_mnist(data: Data) -> Dataset | _Undecoded:
+    folder = epath.Path(data.data_dir or _DEBIAN_FASHION_MNIST)
+    paths = [_idx_path(folder, name) for name in _IDX_FILES]
+    if all(paths) and (data.data_dir or not _is_prepared("fashion_mnist")):
+        return Dataset(*map(_read_idx, paths))
+    return _tfds(data)
+
+
+def _idx_path(folder: epath.Path, name: str) -> epath.Path | None:
+    paths = (folder / name, folder / f"{name}.gz")
+    return next((path for path in paths if path.exists()), None)
+
+
+def _read_idx(path: epath.Path) -> np.ndarray:
+    """Reads images in MNIST's IDX format: big-endian magic 2051, count, height, width, bytes."""
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        magic, count, height, width = np.frombuffer(content, ">i4", 4)
+        if magic != 2051:
+            raise ValueError(f"its first number is {magic}, not 2051")
+        return np.frombuffer(content, np.uint8, offset=16).reshape(count, height, width, 1)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{path} is not an IDX file of images: {error}") from error
+
+
+def _folder(data: Data) -> _Undecoded:
+    if data.data_dir is None:
+        raise DataError("dataset folder needs a folder of pictures: use --data.data-dir DIR")
+    folder = epath.Path(data.data_dir)
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; use --data.data-dir DIR")
+    paths = sorted(
+        path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")
+    )
+    shapes = {}
+    for path in tqdm(paths, "looking at pictures", unit="", delay=2, leave=False):
+        try:
+            shapes[path] = images.read_shape(path)
+        except ImageError as error:
+            _log.warning("skipped: %s", error)
+    if not shapes:
+        raise DataError(f"{folder} holds no pictures; use --data.data-dir with a folder of some")
+    heights, widths, channels = (set(values) for values in zip(*shapes.values(), strict=True))
+    readable = list(shapes)
+    return _Undecoded(
+        names=[str(path) for path in readable],
+        read=lambda: (path.read_bytes() for path in readable),
+        shape=(
+            heights.pop() if len(heights) == 1 else None,
+            widths.pop() if len(widths) == 1 else None,
+            max(channels),
+        ),
+        is_train=None,
+    )
+
+
+def _tfds(data: Data) -> _Undecoded:
+    tfds = _import_tfds()
+    try:
+        builder = tfds.builder(data.dataset, data_dir=data.data_dir)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise DataError(
+            f"unknown dataset {data.dataset!r}; use sample, fashion_mnist, lfw, folder, "
+            "or the name of a TFDS dataset (https://www.tensorflow.org/datasets/catalog)"
+        ) from error
+    if not builder.is_prepared():
+        _prepare(builder, data)
+    features = builder.info.features
+    if not (isinstance(features, tfds.features.FeaturesDict) and "image" in features):
+        raise DataError(f"TFDS dataset {data.dataset} has no feature 'image': {features}")
+
+    splits = [name for name in ("train", "test", "validation") if name in builder.info.splits]
+    # One held-out split is enough; `test` where there are both, as benchmarks report that one.
+    splits = splits[:2] or list(builder.info.splits)[:1]
+    counts = [builder.info.splits[name].num_examples for name in splits]
+
+    def examples(skip_image: bool = False) -> Iterator[dict[str, Any]]:
+        skip = {"image": tfds.decode.SkipDecoding()}
+        partial = tfds.decode.PartialDecoding({"label": True})
+        for split in splits:
+            yield from builder.as_dataset(
+                split=split, decoders=partial if skip_image else skip, shuffle_files=False
+            ).as_numpy_iterator()
+
+    height, width, channels = features["image"].shape
+    # LFW labels an image with its person's name.
+    people = data.dataset == "lfw"
+    return _Undecoded(
+        names=[
+            f"{data.dataset} {s} {i}" for s, n in zip(splits, counts, strict=True) for i in range(n)
+        ],
+        read=lambda: (example["image"] for example in examples()),
+        shape=(height, width, 1 if channels == 1 else 3),
+        is_train=np.repeat([True, False], counts) if len(counts) == 2 else None,
+        groups=[example["label"] for example in examples(skip_image=True)] if people else None,
+    )
+
+
+def _is_prepared(name: str) -> bool:
+    """Whether TFDS, if it is installed, has a dataset in its own folder."""
+    try:
+        return _import_tfds().builder(name).is_prepared()
+    except DataError:
+        return False
+
+
+def _prepare(builder: Any, data: Data) -> None:
+    """Downloads a TFDS dataset, or says at once that there is no network."""
+    where = builder.data_dir
+    try:
+        # TFDS itself retries for minutes before it reports that it has no network.
+        if not urllib.request.getproxies():
+            socket.create_connection(("storage.googleapis.com", 443), timeout=10).close()
+        builder.download_and_prepare()
+    except Exception as error:  # TFDS lets through whatever its downloads and parsers raise.
+        idx = (
+            f", or install Debian's package dataset-fashion-mnist, or name a folder of "
+            f"{_IDX_FILES[0]} and {_IDX_FILES[1]} (also .gz) with --data.data-dir"
+            if data.dataset == "fashion_mnist"
+            else ""
+        )
+        raise DataError(
+            f"{data.dataset} is not prepared in {where} and can't be downloaded ({error}); "
+            f"name the folder of prepared TFDS data with --data.data-dir{idx}, or prepare it "
+            f"where there is a network: tfds build {data.dataset} --data_dir DIR; "
+            "--data.dataset sample needs neither"
+        ) from error
+
+
+def _import_tfds():
+    _import_tensorflow()
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise DataError(
+            f"this dataset is read with tensorflow-datasets, which can't be imported ({error}); "
+            "install it, or use --data.dataset folder or sample"
+        ) from error
+    # TFDS reports through absl what a user can't act on.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    return tensorflow_datasets
+
+
+@functools.cache
+def _import_tensorflow():
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        # Before it has set up its log, TensorFlow ignores that level.
+        with _silent_stderr():
+            import tensorflow as tf
+
+            # JAX owns the accelerators: TensorFlow would reserve their memory.
+            for kind in ("GPU", "TPU"):
+                tf.config.set_visible_devices([], kind)
+    except ImportError as error:
+        raise DataError(
+            f"images are streamed with tensorflow, which can't be imported ({error}); "
+            "install tensorflow-cpu"
+        ) from error
+    return tf
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drops what native code writes to the standard error stream."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as sink:
+        os.dup2(sink.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+# ---- Working size
+
+
+def _working_shape(shape: tuple[int | None, int | None, int], data: Data) -> tuple[int, int, int]:
+    height, width = data.image_size or shape[:2]
+    if height is None or width is None:
+        raise DataError("the images differ in size; choose one with --data.image-size HEIGHT WIDTH")
+    return height, width, data.channels or shape[2]
+
+
+def _decode(source: _Undecoded, data: Data) -> Dataset:
+    """Decodes in parallel, skipping broken pictures, and splits."""
+    shape = _working_shape(source.shape, data)
+    array = _allocate((len(source.names), *shape), data.memory_limit)
+    good = np.ones(len(array), bool)
+
+    def decode(index: int, content: bytes) -> None:
+        try:
+            picture = images.read(content, source.names[index])
+            array[index] = images.at_working_size(picture, shape[:2], shape[2], data.resize)
+        except ImageError as error:
+            _log.warning("skipped: %s", error)
+            good[index] = False
+
+    # Pillow releases the interpreter's lock while it decodes and resizes.
+    with ThreadPoolExecutor() as pool:
+        pictures = tqdm(
+            enumerate(source.read()), f"decoding {data.dataset}", len(array), delay=2, leave=False
+        )
+        while chunk := list(itertools.islice(pictures, 1024)):
+            list(pool.map(decode, *zip(*chunk, strict=True)))
+
+    if not good.any():
+        raise DataError(f"none of the {len(array)} pictures of {data.dataset} can be decoded")
+    is_train = source.is_train
+    if is_train is None:
+        is_train = _split(source.groups or range(len(array)), good, data)
+    return Dataset(_select(array, good & is_train), _select(array, good & ~is_train))
+
+
+def _resize_arrays(dataset: Dataset, data: Data) -> Dataset:
+    shape = _working_shape(dataset.image_shape, data)
+    if shape == dataset.image_shape:
+        return dataset
+
+    def resize(array: np.ndarray) -> np.ndarray:
+        resized = _allocate((len(array), *shape), data.memory_limit)
+        for index, image in enumerate(array):
+            picture = images.from_array(image[..., 0] if image.shape[2] == 1 else image)
+            resized[index] = images.at_working_size(picture, shape[:2], shape[2], data.resize)
+        return resized
+
+    return Dataset(*map(resize, dataset))
+
+
+def _allocate(shape: tuple[int, ...], memory_limit: float | None) -> np.ndarray:
+    """A uint8 array in memory, or in a temporary file that vanishes with it."""
+    size = int(np.prod(shape, dtype=np.int64))
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = physical / 2 if memory_limit is None else memory_limit * 2**30
+    if size <= limit:
+        return np.empty(shape, np.uint8)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.uint8, "w+", shape=shape)
+
+
+def _select(array: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """`array[mask]`, moved to the front of its own storage where that is a file."""
+    if mask.all():
+        return array
+    if not isinstance(array, np.memmap):
+        return array[mask]
+    selected = _allocate((int(mask.sum()), *array.shape[1:]), memory_limit=0)
+    for target, index in enumerate(np.flatnonzero(mask)):
+        selected[target] = array[index]
+    return selected
+
+
+def _split(groups: Sequence[Any], good: np.ndarray, data: Data) -> np.ndarray:
+    """`(N,)` bool: which images are for training. No group is on both sides."""
+    names, group = np.unique(np.asarray(groups), return_inverse=True)
+    order = np.random.Generator(np.random.Philox(data.split_seed)).permutation(len(names))
+    sizes = np.bincount(group, weights=good, minlength=len(names))[order]
+    wanted = max(1.0, data.validation_fraction * good.sum())
+    held_out = order[np.cumsum(sizes) - sizes < wanted]
+    is_train = ~np.isin(group, held_out)
+    if not (good & is_train).any():
+        raise DataError(
+            f"{int(good.sum())} image(s) can't be split into training and validation; add more"
+        )
+    return is_train
+
+
+# ---- Batches
+
+
+class Batch(NamedTuple):
+    """What a training step learns from, both `(B, H, W, C)` float32 in [0, 1]."""
+
+    degraded: np.ndarray
+    original: np.ndarray
+
+
+class EvaluationBatch(NamedTuple):
+    """A batch of a fixed size, filled up with copies that do not count."""
+
+    images: np.ndarray
+    """`(B, H, W, C)` uint8."""
+    indices: np.ndarray
+    """`(B,)` int32 positions in the dataset."""
+    count: int
+    """How many of them, from the first, count."""
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order in which an epoch visits `count` images: a permutation, `(count,)` int64."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+
+
+def training_batches(
+    array: np.ndarray,
+    degradation: Degradation,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+) -> Iterator[Batch]:
+    """Endless batches for steps `start_step`, `start_step + 1`, …
+
+    An epoch is `len(array) // batch_size` steps in a fresh order; what is left over is left out.
+
+    Args:
+      array: `(N, H, W, C)` uint8.
+      degradation: what is done to the images.
+      batch_size: images a batch, at most N.
+      seed: of the order and of the noise, which is drawn anew at each step.
+      start_step: the first batch's step. What comes before it is not read.
+    """
+    tf = _import_tensorflow()
+    steps_per_epoch = len(array) // batch_size
+
+    def epoch_indices(epoch):
+        first = max(0, start_step - epoch * steps_per_epoch)
+        order = epoch_order(seed, epoch, len(array))[: steps_per_epoch * batch_size]
+        numbers = np.arange(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
+        return numbers[first:], order.reshape(steps_per_epoch, batch_size)[first:]
+
+    @tf.autograph.experimental.do_not_convert
+    def epoch_steps(epoch):
+        numbers, indices = tf.numpy_function(epoch_indices, [epoch], (tf.int64, tf.int64))
+        indices = tf.ensure_shape(indices, (None, batch_size))
+        return tf.data.Dataset.from_tensor_slices((tf.ensure_shape(numbers, (None,)), indices))
+
+    if isinstance(array, np.memmap):
+
+        def gather(indices):
+            batch = tf.numpy_function(array.__getitem__, [indices], tf.uint8, stateful=False)
+            return tf.ensure_shape(batch, (batch_size, *array.shape[1:]))
+    else:
+        tensor = tf.constant(array)
+
+        def gather(indices):
+            return tf.gather(tensor, indices)
+
+    @tf.autograph.experimental.do_not_convert
+    def make_batch(step, indices):
+        original = tf.cast(gather(indices), tf.float32) / 255.0
+        ops = _TensorFlowOps(tf.stack([tf.constant(seed, tf.int64), step]))
+        return degradation.apply(original, ops), original
+
+    # Indices are batched first, so that each later stage is one operation on a whole batch.
+    first_epoch = start_step // steps_per_epoch
+    dataset = (
+        tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
+        .flat_map(epoch_steps)
+        .map(make_batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .prefetch(tf.data.AUTOTUNE)
+    )
+    for degraded, original in dataset.as_numpy_iterator():
+        yield Batch(degraded, original)
+
+
+def evaluation_batches(array: np.ndarray, batch_size: int) -> Iterator[EvaluationBatch]:
+    """Every image once, in order, in batches of one size."""
+    for start in range(0, len(array), batch_size):
+        indices = np.arange(start, start + batch_size, dtype=np.int32)
+        count = min(batch_size, len(array) - start)
+        indices[count:] = start
+        yield EvaluationBatch(np.asarray(array[indices]), indices, count)
+
+
+class _TensorFlowOps:
+    """`aecore.degradations.Ops` for TensorFlow.
+
+    Args:
+      seed: `(2,)` int64; every value drawn is a function of it.
+    """
+
+    def __init__(self, seed):
+        self.xp = _import_tensorflow()
+        self._seed = seed
+        self._draws = 0
+
+    def _next_seed(self):
+        self._draws += 1
+        return self.xp.random.experimental.stateless_fold_in(self._seed, self._draws)
+
+    def einsum(self, equation, *operands):
+        return self.xp.einsum(equation, *operands)
+
+    def normal(self, images):
+        return self.xp.random.stateless_normal(self.xp.shape(images), self._next_seed())
+
+    def uniform(self, images, low, high):
+        shape = (self.xp.shape(images)[0], 1, 1, 1)
+        return self.xp.random.stateless_uniform(shape, self._next_seed(), low, high)

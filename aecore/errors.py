@@ -1,0 +1,39 @@
+"""The exceptions that aecore raises; each knows the exit status of a command that it ends."""
+
+
+class AecoreError(Exception):
+    """Base of aecore's exceptions. Its message is one line that says what is wrong and what to do.
+
+    Not a `ValueError`: the command-line parser would catch that and print it as its own.
+    """
+
+    exit_status = 2
+
+
+class ConfigError(AecoreError):
+    """A setting, or a combination of settings, that can't work."""
+
+
+class DataError(AecoreError):
+    """A data source that is unknown, missing or empty."""
+
+
+class ImageError(AecoreError):
+    """A picture, or an array of pixels, that can't be read or that the model doesn't take."""
+
+
+class CheckpointError(AecoreError):
+    """A run directory with no usable checkpoint, or one that belongs to a different experiment."""
+
+
+class NonFiniteLossError(AecoreError):
+    """The loss became NaN or infinite. The last good checkpoint is kept."""
+
+    exit_status = 1
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by Ctrl-C or SIGTERM, after saving a checkpoint.
+
+    The run continues when the same experiment is trained again.
+    """

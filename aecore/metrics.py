@@ -1,0 +1,22 @@
+"""Metrics: two `(B, H, W, C)` float32 arrays in [0, 1] to `(B,)` float32, one value an image."""
+
+import dm_pix
+import jax
+
+SSIM_WINDOW = 11
+"""Side of SSIM's Gaussian window in pixels, and so the smallest side that an image may have."""
+
+
+def psnr(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Peak signal-to-noise ratio in dB, `-10 log10(MSE)` for a data range of 1."""
+    return dm_pix.psnr(outputs, targets)
+
+
+def ssim(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Structural similarity, Gaussian window of σ = 1.5 and 11 pixels, data range 1.
+
+    Wang et al., "Image quality assessment: from error visibility to structural similarity",
+    IEEE Transactions on Image Processing 13 (2004), with K1 = 0.01, K2 = 0.03, averaged over the
+    pixels whose window lies inside the image, and over channels.
+    """
+    return dm_pix.ssim(outputs, targets, filter_size=SSIM_WINDOW)

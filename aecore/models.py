@@ -1,0 +1,118 @@
+"""Flax Linen networks, `(B, H, W, C)` float32 in [0, 1] to the same shape, and their registry.
+
+Every network has `encode` and `decode`, `channels` (the C that it takes) and `stride` (H and W
+must be multiples of it). Convolutions are 3×3 with "same" padding, and initialised as Keras does
+(Glorot uniform, zero bias), as the recipes were.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+REGISTRY: dict[str, type[nn.Module]] = {}
+
+
+def register(cls: type[nn.Module]) -> type[nn.Module]:
+    """Class decorator: lets checkpoints and JSON name the model `cls` by its class name."""
+    REGISTRY[cls.__name__] = cls
+    return cls
+
+
+def hyperparameters(model: nn.Module) -> dict[str, Any]:
+    """The fields that describe a model, without those that Linen adds to every module."""
+    fields = type(model).__dataclass_fields__
+    return {name: getattr(model, name) for name in fields if name not in ("parent", "name")}
+
+
+class Autoencoder(nn.Module):
+    """Base of the networks: `decode(encode(images))`."""
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """`(B, H, W, C)` images to `(B, H / s, W / s, K)` codes."""
+        raise NotImplementedError
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """Codes to `(B, H, W, C)` images."""
+        raise NotImplementedError
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        return self.decode(self.encode(images))
+
+
+def _conv(features: int, stride: int = 1) -> nn.Conv:
+    return nn.Conv(features, (3, 3), (stride, stride), kernel_init=nn.initializers.glorot_uniform())
+
+
+def _conv_transpose(features: int, stride: int) -> nn.ConvTranspose:
+    return nn.ConvTranspose(
+        features, (3, 3), (stride, stride), kernel_init=nn.initializers.glorot_uniform()
+    )
+
+
+@register
+class NoiseReducer(Autoencoder):
+    """Strided convolutions down, transposed convolutions up, sigmoid output.
+
+    With the default features, the denoise recipe's network: 3,217 parameters for one channel.
+    """
+
+    features: tuple[int, ...] = (16, 8)
+    """Features of the encoder's layers; the decoder's are the same in reverse."""
+    channels: int = 1
+    """Channels of the images."""
+
+    @property
+    def stride(self) -> int:
+        return 2 ** len(self.features)
+
+    def setup(self):
+        self.encoder = [_conv(features, stride=2) for features in self.features]
+        self.decoder = [_conv_transpose(features, stride=2) for features in self.features[::-1]]
+        self.output = _conv(self.channels)
+
+    def encode(self, images):
+        for layer in self.encoder:
+            images = nn.relu(layer(images))
+        return images
+
+    def decode(self, codes):
+        for layer in self.decoder:
+            codes = nn.relu(layer(codes))
+        return nn.sigmoid(self.output(codes))
+
+
+@register
+class ResolutionEnhancer(Autoencoder):
+    """Convolutions around one 2×2 max-pooling and one nearest up-sampling, linear output.
+
+    With the default features, the enhance recipe's network: 788,867 parameters for three channels.
+    """
+
+    features: tuple[int, ...] = (256, 128, 64)
+    """Features of the encoder's layers, the last one after pooling; the decoder's in reverse."""
+    channels: int = 3
+    """Channels of the images."""
+
+    @property
+    def stride(self) -> int:
+        return 2
+
+    def setup(self):
+        self.encoder = [_conv(features) for features in self.features]
+        self.decoder = [_conv(features) for features in self.features[::-1]]
+        self.output = _conv(self.channels)
+
+    def encode(self, images):
+        *before, last = self.encoder
+        for layer in before:
+            images = nn.relu(layer(images))
+        return nn.relu(last(nn.max_pool(images, (2, 2), (2, 2))))
+
+    def decode(self, codes):
+        first, *after = self.decoder
+        codes = nn.relu(first(codes))
+        codes = codes.repeat(2, axis=1).repeat(2, axis=2)
+        for layer in after:
+            codes = nn.relu(layer(codes))
+        return self.output(codes)

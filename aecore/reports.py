@@ -1,0 +1,68 @@
+"""Pictures of results, as PNG files."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+
+def _save(figure: Any, path: epath.PathLike) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    # A canvas of its own, not pyplot's: nothing is shared with a program that also plots.
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png", dpi=150)
+    epath.Path(path).write_bytes(buffer.getvalue())
+
+
+def save_samples(rows: Mapping[str, np.ndarray], path: epath.PathLike) -> None:
+    """A grid of pictures, a labelled row for each array `(N, H, W, C)` of floats in [0, 1]."""
+    from matplotlib.figure import Figure
+
+    count = len(next(iter(rows.values())))
+    figure = Figure(figsize=(count + 0.4, len(rows)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for (label, pictures), row in zip(rows.items(), axes, strict=True):
+        row[0].set_ylabel(label, fontsize=9)
+        for picture, axis in zip(pictures, row, strict=True):
+            picture = picture[..., 0] if picture.shape[-1] == 1 else picture
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+    _save(figure, path)
+
+
+def save_curves(
+    training: Sequence[Mapping[str, float]],
+    validation: Sequence[Mapping[str, float]],
+    baseline: Mapping[str, float],
+    path: epath.PathLike,
+) -> None:
+    """Loss and PSNR over steps.
+
+    Args:
+      training: entries with `step` and `loss`.
+      validation: entries with `step`, `mse` and `psnr`.
+      baseline: the degraded images' own scores.
+      path: of the PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    loss, psnr = figure.subplots(1, 2)
+    loss.plot([e["step"] for e in training], [e["loss"] for e in training], label="training")
+    steps = [e["step"] for e in validation]
+    loss.plot(steps, [e["mse"] for e in validation], "o-", markersize=4, label="validation")
+    loss.set(xlabel="step", ylabel="MSE", yscale="log")
+    loss.legend()
+    psnr.plot(steps, [e["psnr"] for e in validation], "o-C1", markersize=4, label="restored")
+    psnr.axhline(baseline["psnr"], color="gray", linestyle="--", label="degraded")
+    psnr.set(xlabel="step", ylabel="validation PSNR (dB)")
+    psnr.legend()
+    for axis in (loss, psnr):
+        axis.grid(alpha=0.3)
+    _save(figure, path)

@@ -1,0 +1,51 @@
+"""The training state: arrays and nothing else."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training changes."""
+
+    step: jax.Array
+    """Steps done so far, int32 scalar."""
+    params: Any
+    """The network's parameters, float32."""
+    opt_state: Any
+    """The optimizer's state for them."""
+
+
+def create(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    seed: int,
+) -> TrainState:
+    """The state at step 0; a pure function, to be called under `jit` or `jax.eval_shape`.
+
+    Args:
+      model: a Linen module.
+      optimizer: an optax transformation.
+      image_shape: height, width and channels.
+      seed: of the initial parameters.
+    """
+    images = jnp.zeros((1, *image_shape), jnp.float32)
+    params = model.init(jax.random.key(seed), images)["params"]
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def abstract_params(model: Any, image_shape: tuple[int, int, int]) -> Any:
+    """The shapes and dtypes of a model's parameters."""
+    return jax.eval_shape(
+        lambda: create(model, optax.identity(), image_shape, seed=0).params,
+    )
+
+
+def count_parameters(params: Any) -> int:
+    """How many numbers a tree of arrays, or of their shapes, holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,459 @@
+"""The training loop: resume, launch, log late, evaluate, save, stop."""
+
+import collections
+import functools
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+from tqdm import tqdm
+
+import aecore
+from aecore import config, data, evaluation, images, reports, state, steps
+from aecore.checkpoint import Checkpoints
+from aecore.config import Experiment
+from aecore.data import Dataset
+from aecore.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError
+from aecore.parallel import DataParallel
+from aecore.restoration import Restorer
+
+# A run may go on with other values of these: they say how long, where and how often, not what.
+_CHANGEABLE = frozenset(
+    {"name", "run_dir", "data.data_dir", "data.memory_limit"}
+    | {f"training.{name}" for name in ("epochs", "steps", "patience", "min_delta")}
+    | {f"training.{name}" for name in ("checkpoint_every", "keep", "log_every")}
+)
+
+_SAMPLES = 10
+"""Pictures in samples.png."""
+
+
+def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
+    """Trains an experiment, or goes on with it where its run directory left off.
+
+    Args:
+      experiment: what to train. Results go to `experiment.directory`.
+      progress: whether to show a progress bar on stderr.
+
+    Returns:
+      The summary, as written to `summary.json`. Its scores are those of the best checkpoint by
+      validation loss, the one that `restore` uses.
+
+    Raises:
+      ConfigError: the settings don't fit the data or the devices.
+      DataError: the data can't be loaded.
+      CheckpointError: the run directory belongs to a different experiment.
+      NonFiniteLossError: the loss became NaN or infinite.
+      Interrupted: Ctrl-C or SIGTERM came, and a checkpoint was saved.
+    """
+    directory = epath.Path(experiment.directory).expanduser()
+    _check_same_experiment(experiment, directory)
+    parallel = DataParallel()
+    parallel.check_batch_size(experiment.training.batch_size)
+    dataset = data.load(experiment.data)
+    experiment.check_images(*dataset.image_shape)
+    if experiment.training.batch_size > len(dataset.train):
+        raise ConfigError(
+            f"batch_size {experiment.training.batch_size} is more than the {len(dataset.train)} "
+            "training images; use a smaller one"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_json(directory / "experiment.json", config.to_json(experiment))
+    with (
+        _Interruption() as interruption,
+        Checkpoints(directory / "checkpoints", experiment.training.keep) as checkpoints,
+    ):
+        run = _Run(experiment, dataset, parallel, directory, checkpoints, interruption)
+        with run.log, _bar(run, progress) as bar:
+            run.fit(bar)
+    return run.summarize()
+
+
+class _Run:
+    """A run's moving parts; `fit` moves them.
+
+    A step's number counts the steps done, itself included. What is due after a step follows from
+    its number and the history of evaluations alone, so that a resumed run decides alike.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        dataset: Dataset,
+        parallel: DataParallel,
+        directory: epath.Path,
+        checkpoints: Checkpoints,
+        interruption: "_Interruption",
+    ):
+        training = experiment.training
+        self.experiment = experiment
+        self.dataset = dataset
+        self.parallel = parallel
+        self.directory = directory
+        self.checkpoints = checkpoints
+        self.interruption = interruption
+        self.steps_per_epoch = len(dataset.train) // training.batch_size
+        self.last_step = training.epochs * self.steps_per_epoch
+        if training.steps is not None:
+            self.last_step = min(self.last_step, training.steps)
+
+        def apply(params, batch):
+            return experiment.model.apply({"params": params}, batch)
+
+        optimizer = optax.adam(experiment.optimizer.learning_rate)
+        create = functools.partial(
+            state.create, experiment.model, optimizer, dataset.image_shape, training.seed
+        )
+        self.train_step = parallel.compile_train_step(
+            functools.partial(steps.train_step, apply=apply, optimizer=optimizer)
+        )
+        self.evaluator = evaluation.Evaluator(
+            apply, experiment.degradation, parallel, training.batch_size
+        )
+        self.description = config.to_json(experiment) | {
+            "aecore": aecore.__version__,
+            "image_size": list(dataset.image_shape[:2]),
+            "channels": dataset.image_shape[2],
+            "fingerprint": dataset.fingerprint(),
+        }
+        restored = checkpoints.restore(parallel.abstract(create))
+        if restored:
+            self.state, description = restored
+            self._check_same_data(description)
+        else:
+            self.state, description = parallel.compile_create(create)(), {}
+        self.step = self.saved_step = int(self.state.step)
+        self.history = list(description.get("history", []))
+        self.clock = _Clock(training.batch_size, description)
+        self.log = _MetricsLog(directory, self.step, training.log_every)
+        self.launched = collections.deque()
+
+    def fit(self, bar: tqdm) -> None:
+        """Trains to the end, or until the validation loss no longer falls."""
+        batches = None
+        while True:
+            if self._evaluation_is_due():
+                self._collect_losses(bar)
+                bar.set_description(f"{self.epoch_label(self.step)}, evaluating")
+                self._evaluate()
+            elif self._checkpoint_is_due():
+                self._collect_losses(bar)
+                self._save()
+            if self.step >= self.last_step or self._loss_no_longer_falls():
+                break
+            if self.interruption.requested:
+                self._collect_losses(bar)
+                self._stop()
+            if batches is None:
+                batches = self._batches()
+            bar.set_description(self.epoch_label(self.step + 1), refresh=False)
+            self.state, loss = self.train_step(self.state, *self.parallel.place(next(batches)))
+            self.step += 1
+            self.launched.append((self.step, loss))
+            # Losses are read two steps late, so that the device always has a step to go on with.
+            self._collect_losses(bar, leave=2)
+        self.checkpoints.wait()
+        self.clock.stop()
+
+    def epoch_label(self, step: int) -> str:
+        """Names the epoch that a step belongs to."""
+        return f"epoch {-(-step // self.steps_per_epoch)}/{self.experiment.training.epochs}"
+
+    def summarize(self) -> dict[str, Any]:
+        """Writes `summary.json` and the pictures, from the best checkpoint; returns the summary."""
+        restorer = Restorer.load(self.directory, model=self.experiment.model)
+        summary = {
+            "name": self.experiment.name,
+            "steps": self.step,
+            "epochs": self.step / self.steps_per_epoch,
+            **self.clock.to_json(),
+            "evaluation": restorer.description["metrics"],
+            "baseline": evaluation.baseline(
+                self.experiment.degradation,
+                self.parallel,
+                self.experiment.training.batch_size,
+                self.dataset.validation,
+            ),
+            "parameters": state.count_parameters(self.state.params),
+            "device": jax.devices()[0].device_kind,
+            "devices": self.parallel.device_count,
+        }
+        original = self.dataset.validation[:_SAMPLES].astype(np.float32) / 255
+        keys = evaluation.keys(np.arange(len(original)))
+        degraded = np.asarray(self.experiment.degradation(original, keys))
+        reports.save_samples(
+            {"degraded": degraded, "restored": restorer(degraded), "original": original},
+            self.directory / "samples.png",
+        )
+        reports.save_curves(
+            self.log.read("loss"), self.history, summary["baseline"], self.directory / "curves.png"
+        )
+        images.save(images.from_float(degraded[0]), self.directory / "example.png")
+        _write_json(self.directory / "summary.json", summary)
+        return summary
+
+    def _batches(self) -> Iterator[data.Batch]:
+        return data.training_batches(
+            self.dataset.train,
+            self.experiment.degradation,
+            batch_size=self.experiment.training.batch_size,
+            seed=self.experiment.training.seed,
+            start_step=self.step,
+        )
+
+    def _collect_losses(self, bar: tqdm, leave: int = 0) -> None:
+        """Waits for all steps but the last few, and records their losses."""
+        while len(self.launched) > leave:
+            step, loss = self.launched.popleft()
+            loss = float(loss)
+            self._check_finite("loss", loss, step)
+            self.clock.tick()
+            self.log.add_loss(step, loss, self.clock.images_per_second)
+            bar.set_postfix(loss=f"{loss:.5f}", refresh=False)
+            bar.update(self.experiment.training.batch_size)
+
+    def _evaluation_is_due(self) -> bool:
+        epoch_ends = self.step % self.steps_per_epoch == 0 or self.step == self.last_step
+        return self.step > 0 and epoch_ends and not self._scores()
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.experiment.training.checkpoint_every
+        return self.step > self.saved_step and self.step % every == 0
+
+    def _scores(self) -> Mapping[str, float] | None:
+        """The scores at this step, if it has been evaluated."""
+        return self.history[-1] if self.history and self.history[-1]["step"] == self.step else None
+
+    def _loss_no_longer_falls(self) -> bool:
+        """Early stopping, as in Keras, over the epochs' validation losses."""
+        training = self.experiment.training
+        best, waited = math.inf, 0
+        for scores in self.history:
+            if scores["step"] % self.steps_per_epoch == 0:
+                improved = scores["mse"] < best - training.min_delta
+                best, waited = (scores["mse"], 0) if improved else (best, waited + 1)
+        return training.patience is not None and waited >= training.patience
+
+    def _evaluate(self) -> None:
+        scores = self.evaluator(
+            self.state.params, self.dataset.validation, lambda: self.interruption.requested
+        )
+        if scores is None:
+            self._stop()
+        self._check_finite("validation loss", scores["mse"], self.step)
+        self.history.append({"step": self.step, **scores})
+        self.log.add_scores(self.step, scores)
+        self._save()
+
+    def _save(self) -> None:
+        for leaf in jax.tree.leaves(self.state.params):
+            self._check_finite("sum of the parameters", float(np.sum(leaf)), self.step)
+        self.checkpoints.save(
+            self.state,
+            self.description
+            | {"step": self.step, "history": self.history, "metrics": self._scores()}
+            | self.clock.to_json(),
+        )
+        self.saved_step = self.step
+        self.clock.pause()
+
+    def _stop(self) -> NoReturn:
+        if self.step > self.saved_step:
+            self._save()
+        self.checkpoints.wait()
+        raise Interrupted(
+            f"stopped after step {self.step}, which is saved in {self.directory}; "
+            "run the same command again to go on"
+        )
+
+    def _check_finite(self, name: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            kept = f"the checkpoint of step {self.saved_step} is kept"
+            raise NonFiniteLossError(
+                f"the {name} became {value} at step {step}; "
+                f"{kept if self.saved_step else 'there is no checkpoint yet'}; "
+                "try a lower --optimizer.learning-rate"
+            )
+
+    def _check_same_data(self, description: Mapping[str, Any]) -> None:
+        old, new = description["fingerprint"], self.description["fingerprint"]
+        if old != new:
+            raise CheckpointError(
+                f"{self.directory} was trained on other images ({old}, now {new}); "
+                "restore them, or use another --run-dir"
+            )
+
+
+class _Interruption:
+    """Turns SIGINT and SIGTERM into a request to stop; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.requested = False
+        self._previous = {}
+
+    def __enter__(self) -> "_Interruption":
+        # Python allows this in the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame) -> None:
+        del frame
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class _Clock:
+    """How long a run has taken, over all its sessions, and how fast its steps are.
+
+    The speed leaves out compilation, evaluation and saving.
+    """
+
+    def __init__(self, batch_size: int, description: Mapping[str, Any]):
+        self._batch_size = batch_size
+        self._earlier_seconds = description.get("seconds", 0.0)
+        self._earlier_speed = description.get("images_per_second", 0.0)
+        self._start = time.perf_counter()
+        self._end = None
+        self._last_tick = None
+        self._steps = 0
+        self._step_seconds = 0.0
+
+    def tick(self) -> None:
+        """A step is done."""
+        now = time.perf_counter()
+        if self._last_tick is not None:
+            self._steps += 1
+            self._step_seconds += now - self._last_tick
+        self._last_tick = now
+
+    def pause(self) -> None:
+        """What comes before the next step does not count as a step."""
+        self._last_tick = None
+
+    def stop(self) -> None:
+        self._end = time.perf_counter()
+
+    @property
+    def images_per_second(self) -> float:
+        if not self._steps:
+            return self._earlier_speed
+        return self._steps * self._batch_size / self._step_seconds
+
+    def to_json(self) -> dict[str, float]:
+        seconds = self._earlier_seconds + (self._end or time.perf_counter()) - self._start
+        return {"seconds": seconds, "images_per_second": self.images_per_second}
+
+
+class _MetricsLog:
+    """Appends to `metrics.jsonl` and TensorBoard; drops lines of steps that will be done again."""
+
+    def __init__(self, directory: epath.Path, step: int, every: int):
+        self._path = directory / "metrics.jsonl"
+        self._directory = directory
+        self._every = every
+        self._losses = []
+        self._step = step
+        if self._path.exists():
+            kept = [line for line in self._read() if line["step"] <= step]
+            self._path.write_text("".join(map(_json_line, kept)))
+
+    def __enter__(self) -> "_MetricsLog":
+        from tensorboardX import SummaryWriter
+
+        self._file = self._path.open("a")
+        self._tensorboard = SummaryWriter(str(self._directory), purge_step=self._step)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+    def add_loss(self, step: int, loss: float, images_per_second: float) -> None:
+        """Records a step's loss; writes the mean of those since the last line, if one is due."""
+        self._losses.append(loss)
+        if step % self._every == 0:
+            mean = sum(self._losses) / len(self._losses)
+            self._losses.clear()
+            self._write(step, {"loss": mean, "images_per_second": images_per_second})
+
+    def add_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Records an evaluation."""
+        names = ("mse", "psnr", "ssim")
+        self._write(step, {f"validation_{name}": scores[name] for name in names})
+
+    def read(self, name: str) -> list[dict[str, float]]:
+        """The lines that hold a value."""
+        return [line for line in self._read() if name in line]
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        self._file.write(_json_line({"step": step, **values}))
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def _read(self) -> list[dict[str, float]]:
+        lines = []
+        for line in self._path.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:  # Cut off when the process was killed.
+                continue
+        return lines
+
+
+def _bar(run: _Run, progress: bool) -> tqdm:
+    batch_size = run.experiment.training.batch_size
+    return tqdm(
+        desc=run.epoch_label(run.step + 1),
+        total=run.last_step * batch_size,
+        initial=run.step * batch_size,
+        unit=" images",
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=not progress,
+        # A log file gets a line now and then, a terminal a moving bar.
+        mininterval=0.2 if sys.stderr.isatty() else 10.0,
+    )
+
+
+def _check_same_experiment(experiment: Experiment, directory: epath.Path) -> None:
+    path = directory / "experiment.json"
+    if not path.exists():
+        return
+    try:
+        old = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); use another --run-dir") from error
+    differing = config.differences(old, config.to_json(experiment), _CHANGEABLE)
+    if differing:
+        raise CheckpointError(
+            f"{directory} holds a different experiment ({'; '.join(differing)}); "
+            "use another --run-dir, or the settings it was made with"
+        )
+
+
+def _write_json(path: epath.Path, value: Any) -> None:
+    """Writes a file that appears whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _json_line(values: Mapping[str, Any]) -> str:
+    return json.dumps(values) + "\n"

@@ -1,0 +1,20 @@
+"""The denoise recipe on the sample that ships in the package: no download, about half a minute.
+
+python experiments/quickstart.py
+"""
+
+from aecore import Data, Experiment, Training
+from aecore.cli import main
+from aecore.degradations import GaussianNoise
+from aecore.models import NoiseReducer
+
+experiment = Experiment(
+    name="quickstart",
+    model=NoiseReducer(),
+    degradation=GaussianNoise(0.4),
+    data=Data(dataset="sample"),
+    training=Training(batch_size=32, epochs=12),
+)
+
+if __name__ == "__main__":
+    main(experiment)

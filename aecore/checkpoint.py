@@ -144,9 +144,7 @@ def load(
             f"{run} has no checkpoints: there is no folder {directory}; "
             "name the directory of a run that aecore trained"
         )
-    manager = ocp.CheckpointManager(
-        directory, options=ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
-    )
+    manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(create=False))
     with manager:
         descriptions = {}
         for step in sorted(manager.all_steps(), reverse=True):

@@ -5,10 +5,10 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Annotated
 
 import tyro
+from etils import epath
 from tqdm import tqdm
 
 from aecore.config import Experiment
@@ -23,9 +23,7 @@ def main(experiment: Experiment, args: Sequence[str] | None = None) -> None:
       args: the command line's words; those of the process by default.
     """
     with _exit_status():
-        # A model's fields are what its experiment file is about; a flag can't name another class.
-        fixed = tyro.conf.configure(tyro.conf.AvoidSubcommands)
-        chosen = fixed(tyro.cli)(Experiment, default=experiment, args=args)
+        chosen = tyro.cli(Experiment, default=experiment, args=args)
         from aecore import evaluation, training
 
         summary = training.train(chosen)
@@ -48,9 +46,9 @@ def main(experiment: Experiment, args: Sequence[str] | None = None) -> None:
 class Restore:
     """Restores pictures with a trained network."""
 
-    inputs: tyro.conf.Positional[tuple[Path, ...]]
+    inputs: tyro.conf.Positional[tuple[str, ...]]
     """Pictures, and folders of pictures, which are read recursively."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """A picture, if there is one input; else a folder, in which folders keep their structure."""
     model: Annotated[str, tyro.conf.arg(aliases=["-m"])]
     """The run directory that holds the network."""
@@ -75,23 +73,24 @@ class Restore:
                 failures += 1
         return 1 if failures else 0
 
-    def _pairs(self) -> list[tuple[Path, Path]]:
+    def _pairs(self) -> list[tuple[epath.Path, epath.Path]]:
         """Inputs and the outputs that they become."""
         from aecore import images
 
         if not self.inputs:
             raise ConfigError("no input; name pictures or folders of pictures")
         pairs = []
-        for path in self.inputs:
+        output = epath.Path(self.output)
+        for path in map(epath.Path, self.inputs):
             if path.is_dir():
                 found = images.find(path)
                 if not found:
                     raise ConfigError(f"{path} holds no pictures")
-                pairs += [(picture, self.output / picture.relative_to(path)) for picture in found]
-            elif len(self.inputs) == 1 and self.output.suffix and not self.output.is_dir():
-                pairs.append((path, self.output))
+                pairs += [(picture, output / picture.relative_to(path)) for picture in found]
+            elif len(self.inputs) == 1 and output.suffix and not output.is_dir():
+                pairs.append((path, output))
             else:
-                pairs.append((path, self.output / path.name))
+                pairs.append((path, output / path.name))
         sources = {}
         for source, target in pairs:
             if source.resolve() == target.resolve():

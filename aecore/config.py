@@ -161,7 +161,7 @@ class Experiment:
             channels == self.model.channels,
             f"the images have {channels} channel{'s' * (channels != 1)}, the model "
             f"{type(self.model).__name__} takes {self.model.channels}; "
-            f"use --data.channels {self.model.channels} or another model",
+            f"use --data.channels {self.model.channels} or --model.channels {channels}",
         )
 
 

@@ -125,11 +125,8 @@ def _folder(data: Data) -> _Undecoded:
     folder = epath.Path(data.data_dir)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; use --data.data-dir DIR")
-    paths = sorted(
-        path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")
-    )
     shapes = {}
-    for path in tqdm(paths, "looking at pictures", unit="", delay=2, leave=False):
+    for path in tqdm(images.walk(folder), "looking at pictures", unit="", delay=2, leave=False):
         try:
             shapes[path] = images.read_shape(path)
         except ImageError as error:

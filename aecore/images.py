@@ -17,11 +17,19 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff",
 _ARRAY_MODES = {"L": np.uint8, "RGB": np.uint8, "I;16": np.uint16}
 
 
-def find(folder: Any) -> list[Any]:
-    """The pictures under a folder (an `epath.Path` or `pathlib.Path`), recursively, sorted."""
+def walk(folder: Any) -> list[Any]:
+    """The files under a folder (an `epath.Path`), recursively, sorted, without hidden ones."""
     return sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+        root / name
+        for root, _, names in folder.walk()
+        for name in names
+        if not name.startswith(".")
     )
+
+
+def find(folder: Any) -> list[Any]:
+    """Of the files under a folder (an `epath.Path`), those whose ending is a picture's."""
+    return [path for path in walk(folder) if path.suffix.lower() in SUFFIXES]
 
 
 def read(source: Any, name: str | None = None) -> Image.Image:

@@ -132,6 +132,7 @@ class _Run:
         else:
             self.state, description = parallel.compile_create(create)(), {}
         self.step = self.saved_step = int(self.state.step)
+        self.first_step = self.step + 1
         self.history = list(description.get("history", []))
         self.clock = _Clock(training.batch_size, description)
         self.log = _MetricsLog(directory, self.step, training.log_every)
@@ -217,6 +218,8 @@ class _Run:
             loss = float(loss)
             self._check_finite("loss", loss, step)
             self.clock.tick()
+            if step == self.first_step:
+                bar.unpause()  # Time left is reckoned without the first step's compilation.
             self.log.add_loss(step, loss, self.clock.images_per_second)
             bar.set_postfix(loss=f"{loss:.5f}", refresh=False)
             bar.update(self.experiment.training.batch_size)
@@ -335,7 +338,7 @@ class _Clock:
         self._step_seconds = 0.0
 
     def tick(self) -> None:
-        """A step is done."""
+        """A step is done. The first one after a pause is not timed."""
         now = time.perf_counter()
         if self._last_tick is not None:
             self._steps += 1

@@ -1,0 +1,24 @@
+"""The denoise recipe: Gaussian noise of σ = 0.4 on Fashion-MNIST, 10 epochs.
+
+    python experiments/fashion_mnist_denoise.py --data.data-dir DIR
+
+DIR holds the dataset as TFDS prepared it, or its IDX files. Without the flag, TFDS's own folder is
+used, or Debian's package dataset-fashion-mnist, or the dataset is downloaded.
+"""
+
+from aecore import Data, Experiment, Optimizer, Training
+from aecore.cli import main
+from aecore.degradations import GaussianNoise
+from aecore.models import NoiseReducer
+
+experiment = Experiment(
+    name="fashion_mnist_denoise",
+    model=NoiseReducer(),
+    degradation=GaussianNoise(0.4),
+    data=Data(dataset="fashion_mnist"),
+    optimizer=Optimizer(learning_rate=1e-3),
+    training=Training(batch_size=32, epochs=10),
+)
+
+if __name__ == "__main__":
+    main(experiment)

@@ -1,0 +1,81 @@
+"""Eight virtual CPU devices for all tests, and data that several of them share."""
+
+import os
+import tempfile
+
+# All must be set before JAX is imported. The cache spares compiling the same network in each test.
+_CACHE = tempfile.TemporaryDirectory(prefix="aecore-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import aecore
+from aecore.degradations import GaussianNoise
+from aecore.models import NoiseReducer
+
+
+@pytest.fixture(scope="session")
+def tfds_dir() -> str:
+    """The folder of prepared TFDS data, where there is one."""
+    folder = os.environ.get("AECORE_TEST_DATA")
+    if not folder:
+        pytest.skip("AECORE_TEST_DATA does not name a folder of prepared TFDS data")
+    return folder
+
+
+def save_pictures(folder: Path, count: int, size=(16, 16), mode="L", seed=0) -> None:
+    """Writes smooth random pictures `0.png`, `1.png`, …"""
+    random = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        coarse = random.integers(0, 256, (4, 4) if mode == "L" else (4, 4, 3), np.uint8)
+        picture = Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
+        picture.save(folder / f"{index}.png")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """A folder of 40 gray pictures of 16×16."""
+    folder = tmp_path_factory.mktemp("pictures")
+    save_pictures(folder, 40)
+    return folder
+
+
+@pytest.fixture
+def tiny(pictures, tmp_path) -> aecore.Experiment:
+    """An experiment of 4 steps an epoch, 2 epochs, on 8 devices."""
+    return aecore.Experiment(
+        name="tiny",
+        model=NoiseReducer(features=(4,)),
+        degradation=GaussianNoise(0.2),
+        data=aecore.Data(dataset="folder", data_dir=str(pictures), validation_fraction=0.15),
+        training=aecore.Training(batch_size=8, epochs=2, log_every=2),
+        run_dir=str(tmp_path / "run"),
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(pictures, tmp_path_factory) -> Path:
+    """The directory of a finished run: NoiseReducer (stride 4) on gray pictures."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    aecore.train(
+        aecore.Experiment(
+            name="trained",
+            model=NoiseReducer(),
+            degradation=GaussianNoise(0.2),
+            data=aecore.Data(dataset="folder", data_dir=str(pictures)),
+            training=aecore.Training(batch_size=8, epochs=3),
+            run_dir=str(run),
+        ),
+        progress=False,
+    )
+    return run

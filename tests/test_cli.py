@@ -1,0 +1,144 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import save_pictures
+from PIL import Image
+
+from aecore import cli
+
+
+def run(capsys, function, *args):
+    """Exit status, standard output and standard error of a command."""
+    with pytest.raises(SystemExit) as exited:
+        function(list(args))
+    output = capsys.readouterr()
+    return exited.value.code or 0, output.out, output.err
+
+
+def test_restore_a_picture(trained, pictures, tmp_path, capsys):
+    out = tmp_path / "new" / "out.png"
+    status, _, errors = run(
+        capsys, cli.run, "restore", str(pictures / "0.png"), "-o", str(out), "-m", str(trained)
+    )
+    assert (status, errors) == (0, "")
+    with Image.open(out) as restored, Image.open(pictures / "0.png") as original:
+        assert (restored.size, restored.mode) == (original.size, original.mode)
+    assert [path.name for path in out.parent.iterdir()] == ["out.png"]
+
+
+def test_restore_folders_keeps_their_structure_and_names_what_failed(trained, tmp_path, capsys):
+    source, out = tmp_path / "in", tmp_path / "out"
+    save_pictures(source, 2)
+    save_pictures(source / "deep" / "er", 2, (21, 18))
+    save_pictures(source / "colour", 1, mode="RGB")
+    (source / "broken.png").write_text("text")
+    status, _, errors = run(
+        capsys, cli.run, "restore", str(source), "-o", str(out), "-m", str(trained)
+    )
+    assert status == 1
+    failed = [line for line in errors.splitlines() if "in/" in line]
+    assert len(failed) == 2
+    assert "broken.png is not a picture" in errors
+    assert "0.png: the image has 3 channels" in errors
+    written = sorted(str(path.relative_to(out)) for path in out.rglob("*.png"))
+    assert written == ["0.png", "1.png", "deep/er/0.png", "deep/er/1.png"]
+
+
+def test_evaluate_prints_the_scores(trained, capsys):
+    status, output, _ = run(capsys, cli.run, "evaluate", str(trained))
+    assert status == 0
+    assert "degraded" in output
+    assert "restored" in output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["restore", "{pictures}", "-o", "{tmp}/o", "-m", "{tmp}"], "has no checkpoints"),
+        (["restore", "-o", "{tmp}/o", "-m", "{trained}"], "no input"),
+        (["restore", "{tmp}", "-o", "{tmp}/o", "-m", "{trained}"], "holds no pictures"),
+        (
+            ["restore", "{pictures}", "-o", "{pictures}", "-m", "{trained}"],
+            "would be overwritten",
+        ),
+        (
+            ["restore", "{pictures}/0.png", "{tmp}/../0.png", "-o", "{tmp}/o", "-m", "{trained}"],
+            "would both become",
+        ),
+        (["evaluate", "{tmp}"], "has no checkpoints"),
+    ],
+)
+def test_wrong_usage_gets_one_line_and_status_2(trained, pictures, tmp_path, capsys, args, message):
+    words = [a.format(tmp=tmp_path, trained=trained, pictures=pictures) for a in args]
+    status, _, errors = run(capsys, cli.run, *words)
+    assert status == 2
+    assert message in errors
+    assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--degradation.sigma=-1"], "sigma -1.0 is out of bounds; use sigma >= 0"),
+        (["--training.epochs", "0"], "training.epochs 0 is less than 1"),
+        (["--training.batch-size", "30"], "30 is not divisible by 8 devices; use 24 or 32"),
+        (["--data.dataset", "nonsense"], "unknown dataset 'nonsense'"),
+        (["--model.channels", "3"], "1 channel, the model NoiseReducer takes 3"),
+        (["--data.data-dir", "{tmp}/none"], "is not a folder"),
+    ],
+)
+def test_experiments_refuse_wrong_settings_in_one_line(tiny, tmp_path, capsys, args, message):
+    words = [word.format(tmp=tmp_path) for word in args]
+    status, _, errors = run(capsys, lambda words: cli.main(tiny, words), *words)
+    assert status == 2
+    assert message in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_an_experiment_ends_with_the_command_to_try_next(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.main(tiny, [])
+    output = capsys.readouterr().out
+    assert "degraded" in output
+    words = output.split("Next: aecore ")[1].split()
+    status, _, _ = run(capsys, cli.run, *words)
+    assert status == 0
+    assert np.asarray(Image.open(tmp_path / "restored.png")).shape == (16, 16)
+
+
+def seconds(statement):
+    best = np.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", statement], check=True)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def test_importing_aecore_is_light():
+    heavy = "{'tensorflow', 'tensorflow_datasets', 'matplotlib', 'orbax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", f"import sys, aecore; assert not {heavy}"], check=True)
+    assert seconds("import aecore") < 1.5 * seconds("import jax, flax")
+
+
+def test_restoring_does_not_need_tensorflow(trained, pictures, tmp_path):
+    hidden = "import sys; sys.modules['tensorflow'] = sys.modules['tensorflow_datasets'] = None; "
+    out = tmp_path / "out.png"
+    words = ["restore", str(pictures / "0.png"), "-o", str(out), "-m", str(trained)]
+    subprocess.run(
+        [sys.executable, "-c", f"{hidden}from aecore import cli; cli.run({words})"], check=True
+    )
+    assert out.exists()
+    evaluation = f"import aecore; aecore.evaluate({str(trained)!r})"
+    subprocess.run([sys.executable, "-c", hidden + evaluation], check=True)
+
+
+def test_experiments_are_importable_and_valid():
+    folder = Path(__file__).parent.parent / "experiments"
+    for path in folder.glob("*.py"):
+        namespace = {"__name__": path.stem}
+        exec(compile(path.read_text(), path, "exec"), namespace)

@@ -1,0 +1,281 @@
+import gzip
+import io
+import itertools
+import struct
+
+import numpy as np
+import pytest
+from conftest import save_pictures
+from PIL import Image
+
+from aecore import Data, data
+from aecore.degradations import Compose, GaussianNoise, Pixelate
+from aecore.errors import DataError
+
+# Each image is filled with its own index, so that a batch shows which images it holds.
+NUMBERED = np.broadcast_to(np.arange(50, dtype=np.uint8)[:, None, None, None], (50, 12, 12, 1))
+
+
+NOISE = GaussianNoise(0.1)
+
+
+def take(array, count, degradation=NOISE, **options):
+    options = {"batch_size": 8, "seed": 0} | options
+    batches = data.training_batches(array, degradation, **options)
+    return list(itertools.islice(batches, count))
+
+
+def indices(batches):
+    return [tuple(np.rint(batch.original[:, 0, 0, 0] * 255).astype(int)) for batch in batches]
+
+
+def test_each_epoch_is_a_fresh_permutation():
+    epochs = np.reshape(indices(take(NUMBERED, 18)), (3, 48))
+    for epoch in epochs:
+        assert len(set(epoch)) == 48
+    assert not (epochs[0] == epochs[1]).all()
+    # What an epoch leaves over differs from one to the next.
+    assert len({tuple(sorted(set(range(50)) - set(epoch))) for epoch in epochs}) > 1
+
+
+def test_batches_are_functions_of_seed_and_step():
+    whole = take(NUMBERED, 15)
+    for start in (1, 5, 6, 11):
+        for expected, batch in zip(
+            whole[start:], take(NUMBERED, 4, start_step=start), strict=False
+        ):
+            np.testing.assert_array_equal(batch.original, expected.original)
+            np.testing.assert_array_equal(batch.degraded, expected.degraded)
+    other = take(NUMBERED, 1, seed=1)[0]
+    assert not (other.original == whole[0].original).all()
+
+
+def test_noise_is_drawn_anew_at_each_step():
+    gray = np.full((8, 12, 12, 1), 128, np.uint8)
+    noise = [batch.degraded - batch.original for batch in take(gray, 3)]
+    correlation = np.corrcoef([values.ravel() for values in noise])
+    assert np.abs(correlation - np.eye(3)).max() < 0.1
+
+
+def test_batches_are_float32_in_0_1():
+    for batch in take(NUMBERED, 1, Compose((Pixelate(0.5), GaussianNoise(1.0)))):
+        for array in batch:
+            assert array.dtype == np.float32
+            assert array.shape == (8, 12, 12, 1)
+            assert array.min() >= 0
+            assert array.max() <= 1
+
+
+def test_evaluation_batches_count_each_image_once():
+    for batch_size in (1, 7, 50, 64):
+        batches = list(data.evaluation_batches(NUMBERED, batch_size))
+        assert {len(batch.images) for batch in batches} == {batch_size}
+        counted = np.concatenate([batch.indices[: batch.count] for batch in batches])
+        np.testing.assert_array_equal(counted, np.arange(50))
+        for batch in batches:
+            np.testing.assert_array_equal(batch.images, NUMBERED[batch.indices])
+
+
+def test_what_does_not_fit_in_memory_is_read_by_index_from_a_file(pictures):
+    settings = dict(dataset="folder", data_dir=str(pictures))
+    held = data.load(Data(**settings))
+    on_disk = data.load(Data(**settings, memory_limit=0))
+    assert isinstance(on_disk.train, np.memmap)
+    assert on_disk.fingerprint() == held.fingerprint()
+    for expected, batch in zip(take(held.train, 6), take(on_disk.train, 6), strict=True):
+        np.testing.assert_array_equal(batch.degraded, expected.degraded)
+
+
+# ---- Sources
+
+
+def test_sample():
+    sample = data.load(Data())
+    assert sample.train.shape == (6000, 28, 28, 1)
+    assert sample.validation.shape == (1000, 28, 28, 1)
+    assert sample.train.dtype == np.uint8
+
+
+def test_resizing_and_channels_of_the_sample():
+    sample = data.load(Data(image_size=(32, 20), channels=3))
+    assert sample.image_shape == (32, 20, 3)
+    assert np.ptp(sample.train, axis=-1).max() == 0  # Gray, three times.
+
+
+def idx_file(array):
+    return struct.pack(">iiii", 2051, *array.shape) + array.tobytes()
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_fashion_mnist_from_idx_files(tmp_path, compressed):
+    random = np.random.default_rng(0)
+    expected = {}
+    for name, count in (("train", 20), ("t10k", 5)):
+        expected[name] = random.integers(0, 256, (count, 28, 28), np.uint8)
+        content = idx_file(expected[name])
+        path = tmp_path / f"{name}-images-idx3-ubyte{'.gz' * compressed}"
+        path.write_bytes(gzip.compress(content) if compressed else content)
+    loaded = data.load(Data(dataset="fashion_mnist", data_dir=str(tmp_path)))
+    np.testing.assert_array_equal(loaded.train[..., 0], expected["train"])
+    np.testing.assert_array_equal(loaded.validation[..., 0], expected["t10k"])
+
+
+@pytest.mark.parametrize("content", [b"", b"too short", b"\x1f\x8b broken", bytes(100)])
+def test_broken_idx_files_are_named(tmp_path, content):
+    for name in ("train", "t10k"):
+        (tmp_path / f"{name}-images-idx3-ubyte.gz").write_bytes(content)
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte.gz is not an IDX file"):
+        data.load(Data(dataset="fashion_mnist", data_dir=str(tmp_path)))
+
+
+def test_folder_with_nested_folders_differing_sizes_and_gray_among_colour(tmp_path, caplog):
+    save_pictures(tmp_path, 3, (40, 30), "L")
+    save_pictures(tmp_path / "a", 4, (20, 50), "RGB", seed=1)
+    save_pictures(tmp_path / "a" / "b", 3, (16, 16), "RGB", seed=2)
+    (tmp_path / "a" / "broken.png").write_text("not a picture")
+    (tmp_path / ".hidden").write_text("not looked at")
+    loaded = data.load(Data(dataset="folder", data_dir=str(tmp_path), image_size=(24, 16)))
+    assert loaded.image_shape == (24, 16, 3)
+    assert len(loaded.train) == 9
+    assert len(loaded.validation) == 1
+    assert [r.message for r in caplog.records] == [
+        f"skipped: {tmp_path}/a/broken.png is not a picture in a format that Pillow knows"
+    ]
+    gray = data.load(
+        Data(dataset="folder", data_dir=str(tmp_path), image_size=(24, 16), channels=1)
+    )
+    assert gray.image_shape == (24, 16, 1)
+
+    with pytest.raises(DataError, match="differ in size; choose one with --data.image-size"):
+        data.load(Data(dataset="folder", data_dir=str(tmp_path)))
+
+
+def test_truncated_pictures_are_skipped(tmp_path, caplog):
+    save_pictures(tmp_path, 5, (64, 64))
+    content = (tmp_path / "2.png").read_bytes()
+    (tmp_path / "2.png").write_bytes(content[: len(content) // 2])
+    loaded = data.load(Data(dataset="folder", data_dir=str(tmp_path)))
+    assert len(loaded.train) + len(loaded.validation) == 4
+    assert "2.png can't be read" in caplog.text
+
+
+def test_pictures_are_turned_upright_and_cropped_to_the_middle(tmp_path):
+    # Left half black, right half white, marked as turned by 90 degrees clockwise.
+    array = np.zeros((20, 40), np.uint8)
+    array[:, 20:] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for index in range(2):
+        Image.fromarray(array).save(tmp_path / f"{index}.png", exif=exif)
+    loaded = data.load(Data(dataset="folder", data_dir=str(tmp_path)))
+    assert loaded.image_shape == (40, 20, 1)
+    assert (loaded.train[0, :20] == 0).all()
+    assert (loaded.train[0, 20:] == 255).all()
+    squares = data.load(Data(dataset="folder", data_dir=str(tmp_path), image_size=(20, 20)))
+    assert (squares.train[0, :10] == 0).all()
+    assert (squares.train[0, 10:] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(dataset="no_such_dataset"), "unknown dataset 'no_such_dataset'; use sample"),
+        (dict(dataset="folder"), "use --data.data-dir"),
+        (dict(dataset="folder", data_dir="/no/such/folder"), "is not a folder"),
+    ],
+)
+def test_missing_sources(settings, message):
+    with pytest.raises(DataError, match=message):
+        data.load(Data(**settings))
+
+
+def test_a_folder_without_pictures(tmp_path, caplog):
+    with pytest.raises(DataError, match="holds no pictures"):
+        data.load(Data(dataset="folder", data_dir=str(tmp_path)))
+    (tmp_path / "text.jpg").write_text("text")
+    with pytest.raises(DataError, match="holds no pictures"):
+        data.load(Data(dataset="folder", data_dir=str(tmp_path)))
+    assert "text.jpg is not a picture" in caplog.text
+    save_pictures(tmp_path, 1)
+    with pytest.raises(DataError, match=r"1 image\(s\) can't be split"):
+        data.load(Data(dataset="folder", data_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "ways"),
+    [
+        ("fashion_mnist", ["--data.data-dir", "dataset-fashion-mnist", "tfds build", "sample"]),
+        ("lfw", ["--data.data-dir", "tfds build lfw", "sample"]),
+    ],
+)
+def test_no_network_and_nothing_prepared_says_all_the_ways(tmp_path, monkeypatch, dataset, ways):
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(data.socket, "create_connection", refuse)
+    monkeypatch.setattr(data.urllib.request, "getproxies", dict)
+    with pytest.raises(DataError) as raised:
+        data.load(Data(dataset=dataset, data_dir=str(tmp_path)))
+    for way in ways:
+        assert way in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def made_tfds(tmp_path):
+    """TFDS's LFW in small, prepared as TFDS does it: 12 people, 1 to 6 pictures each."""
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder("lfw", data_dir=str(tmp_path))
+    folder = builder.data_dir
+    tf.io.gfile.makedirs(folder)
+    random = np.random.default_rng(0)
+    examples = []
+    for person in range(12):
+        for _ in range(1 + person % 6):
+            color = [10 * person, random.integers(256), random.integers(256)]
+            encoded = io.BytesIO()
+            Image.fromarray(np.full((250, 250, 3), color, np.uint8)).save(encoded, "png")
+            examples.append((f"person_{person}", encoded.getvalue()))
+    order = random.permutation(len(examples))
+    features = builder.info.features
+    with tf.io.TFRecordWriter(f"{folder}/lfw-train.tfrecord-00000-of-00001") as writer:
+        for index in order:
+            label, image = examples[index]
+            writer.write(features.serialize_example({"label": label, "image": io.BytesIO(image)}))
+    split = tfds.core.SplitInfo(
+        name="train",
+        shard_lengths=[len(examples)],
+        num_bytes=1,
+        filename_template=tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name="lfw", split="train", filetype_suffix="tfrecord"
+        ),
+    )
+    builder.info.set_splits(tfds.core.splits.SplitDict([split]))
+    builder.info.write_to_directory(folder)
+    return tmp_path
+
+
+def test_lfw_from_prepared_tfds_is_split_by_person(made_tfds):
+    loaded = data.load(
+        Data(dataset="lfw", data_dir=str(made_tfds), image_size=(20, 20), validation_fraction=0.3)
+    )
+    assert len(loaded.train) + len(loaded.validation) == 42
+    assert 13 <= len(loaded.validation) <= 18
+    people = [set(array[:, 0, 0, 0]) for array in loaded]
+    assert len(people[0] | people[1]) == 12
+    assert not people[0] & people[1]
+
+
+def test_prepared_fashion_mnist(tfds_dir):
+    loaded = data.load(Data(dataset="fashion_mnist", data_dir=tfds_dir))
+    assert loaded.train.shape == (60_000, 28, 28, 1)
+    assert loaded.validation.shape == (10_000, 28, 28, 1)
+
+
+def test_prepared_lfw(tfds_dir):
+    loaded = data.load(Data(dataset="lfw", data_dir=tfds_dir, image_size=(80, 80)))
+    assert loaded.image_shape == (80, 80, 3)
+    total = len(loaded.train) + len(loaded.validation)
+    assert len(loaded.validation) / total == pytest.approx(0.1, abs=0.01)

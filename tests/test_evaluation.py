@@ -1,0 +1,81 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import aecore
+from aecore import evaluation
+from aecore.degradations import GaussianNoise, Pixelate
+from aecore.errors import CheckpointError
+from aecore.parallel import DataParallel
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (21, 16, 16, 1), np.uint8)
+
+
+def identity(params, images):
+    del params
+    return images
+
+
+@pytest.mark.parametrize("devices", range(1, 9))
+@pytest.mark.parametrize("batch_size", [1, 5, 8, 21, 64])
+def test_each_image_counts_once_at_any_batch_size_on_any_number_of_devices(devices, batch_size):
+    parallel = DataParallel(jax.devices()[:devices])
+    scores = evaluation.Evaluator(identity, GaussianNoise(0.3), parallel, batch_size)({}, IMAGES)
+
+    original = IMAGES / np.float32(255)
+    degraded = np.asarray(GaussianNoise(0.3)(original, evaluation.keys(np.arange(21))))
+    mse = ((degraded - original) ** 2).mean(axis=(1, 2, 3), dtype=np.float64)
+    assert scores["images"] == 21
+    assert scores["mse"] == pytest.approx(mse.mean(), rel=1e-5)
+    assert scores["psnr"] == pytest.approx((-10 * np.log10(mse)).mean(), abs=1e-4)
+
+
+def test_mse_is_of_the_output_as_it_is_and_psnr_of_the_clipped_one():
+    def overshoot(params, images):
+        return images + 2.0
+
+    white = np.full((3, 16, 16, 1), 255, np.uint8)
+    scores = evaluation.Evaluator(overshoot, Pixelate(1.0), DataParallel(), 8)({}, white)
+    assert scores["mse"] == pytest.approx(4.0)
+    assert scores["psnr"] > 100
+    assert scores["ssim"] == pytest.approx(1.0)
+
+
+def test_evaluate_reproduces_the_summary_exactly(trained):
+    summary = json.loads((trained / "summary.json").read_text())
+    scores = aecore.evaluate(str(trained))
+    assert scores == {name: summary[name] for name in ("evaluation", "baseline")}
+
+
+def test_evaluate_at_another_batch_size_and_place(trained, pictures, tmp_path):
+    expected = aecore.evaluate(str(trained))
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in pictures.iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    scores = aecore.evaluate(str(trained), data_dir=str(moved), batch_size=3)
+    for name in ("evaluation", "baseline"):
+        assert scores[name] == pytest.approx(expected[name], rel=1e-5)
+
+
+def test_a_run_that_is_none(tmp_path):
+    with pytest.raises(CheckpointError, match="has no checkpoints"):
+        aecore.evaluate(str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        aecore.evaluate(str(tmp_path))
+
+
+def test_the_noise_does_not_depend_on_the_run(tiny, tmp_path):
+    first = aecore.train(tiny, progress=False)
+    other = dataclasses.replace(
+        tiny,
+        run_dir=str(tmp_path / "other"),
+        training=dataclasses.replace(tiny.training, seed=7),
+    )
+    second = aecore.train(other, progress=False)
+    assert first["baseline"] == second["baseline"]
+    assert first["evaluation"]["mse"] != second["evaluation"]["mse"]

@@ -1,0 +1,76 @@
+"""The recipes' networks, against Keras."""
+
+import jax
+import numpy as np
+import pytest
+
+from aecore.models import NoiseReducer, ResolutionEnhancer
+
+RANDOM = np.random.default_rng(0)
+
+
+def keras_noise_reducer(layers):
+    conv = dict(kernel_size=3, padding="same")
+    return [
+        layers.Conv2D(16, strides=2, activation="relu", **conv),
+        layers.Conv2D(8, strides=2, activation="relu", **conv),
+        layers.Conv2DTranspose(8, strides=2, activation="relu", **conv),
+        layers.Conv2DTranspose(16, strides=2, activation="relu", **conv),
+        layers.Conv2D(1, activation="sigmoid", **conv),
+    ]
+
+
+def keras_resolution_enhancer(layers):
+    conv = dict(kernel_size=3, padding="same", activation="relu")
+    return [
+        layers.Conv2D(256, **conv),
+        layers.Conv2D(128, **conv),
+        layers.MaxPooling2D(2),
+        layers.Conv2D(64, **conv),
+        layers.Conv2D(64, **conv),
+        layers.UpSampling2D(2, interpolation="nearest"),
+        layers.Conv2D(128, **conv),
+        layers.Conv2D(256, **conv),
+        layers.Conv2D(3, kernel_size=3, padding="same"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "layers_of", "shape", "parameters"),
+    [
+        (NoiseReducer(), keras_noise_reducer, (2, 28, 28, 1), 3_217),
+        (NoiseReducer(), keras_noise_reducer, (1, 36, 20, 1), 3_217),
+        (ResolutionEnhancer(), keras_resolution_enhancer, (1, 16, 24, 3), 788_867),
+    ],
+)
+def test_the_same_function_as_the_keras_network(model, layers_of, shape, parameters):
+    import keras
+
+    network = keras.Sequential([keras.Input(shape[1:]), *layers_of(keras.layers)])
+    params = model.init(jax.random.key(0), np.zeros(shape, np.float32))["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
+    assert network.count_params() == parameters
+
+    # Linen names layers encoder_0, …, decoder_0, …, output, in the order of the table.
+    names = sorted(params, key=lambda name: ("encoder decoder output".index(name[:6]), name))
+    layers = [layer for layer in network.layers if layer.weights]
+    for name, layer in zip(names, layers, strict=True):
+        kernel, _ = layer.get_weights()
+        scale = (2 / np.prod(kernel.shape[:3])) ** 0.5  # Keeps the layers' values near 1.
+        kernel = RANDOM.normal(0, scale, kernel.shape).astype(np.float32)
+        bias = RANDOM.normal(0, 0.1, layer.get_weights()[1].shape).astype(np.float32)
+        layer.set_weights([kernel, bias])
+        if isinstance(layer, keras.layers.Conv2DTranspose):
+            # Keras defines it as the gradient of a convolution, whose kernel is flipped and has
+            # its output features before its input features; Linen correlates with it as it is.
+            kernel = kernel[::-1, ::-1].swapaxes(2, 3)
+        params[name] = {"kernel": kernel, "bias": bias}
+
+    images = RANDOM.random(shape, np.float32)
+    outputs = model.apply({"params": params}, images)
+    np.testing.assert_allclose(outputs, network(images), atol=1e-5)
+    codes = model.apply({"params": params}, images, method="encode")
+    np.testing.assert_allclose(
+        model.apply({"params": params}, codes, method="decode"), outputs, atol=1e-6
+    )
+    assert codes.shape[1] * model.stride == shape[1]

@@ -1,0 +1,342 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from conftest import save_pictures
+
+import aecore
+from aecore import checkpoint, data, parallel, state, steps
+from aecore.degradations import GaussianNoise
+from aecore.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError
+from aecore.models import NoiseReducer, ResolutionEnhancer
+
+
+def change(experiment, **fields):
+    """The experiment with fields of its `training`, or of itself, replaced."""
+    own = {name: fields.pop(name) for name in list(fields) if hasattr(experiment, name)}
+    return dataclasses.replace(
+        experiment, training=dataclasses.replace(experiment.training, **fields), **own
+    )
+
+
+def newest(run):
+    """Step and exact contents of a run's newest checkpoint."""
+    run = Path(run)
+    experiment = aecore.config.from_json(json.loads((run / "experiment.json").read_text()))
+    devices = parallel.DataParallel()
+    with checkpoint.Checkpoints(run / "checkpoints", keep=100) as checkpoints:
+        description = checkpoint._read_description(
+            checkpoints._manager, max(checkpoints._manager.all_steps())
+        )
+        optimizer = optax.adam(experiment.optimizer.learning_rate)
+        shape = (*description["image_size"], description["channels"])
+        restored, description = checkpoints.restore(
+            devices.abstract(lambda: state.create(experiment.model, optimizer, shape, 0))
+        )
+    return restored, description
+
+
+def steps_kept(run):
+    return sorted(int(path.name) for path in Path(run, "checkpoints").glob("[0-9]*"))
+
+
+def assert_identical(run, other):
+    (first, _), (second, _) = newest(run), newest(other)
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("model", "channels"), [(NoiseReducer(), 1), (ResolutionEnhancer((8, 8, 8)), 3)]
+)
+def test_the_loss_falls_on_one_batch(model, channels):
+    original = np.random.default_rng(0).random((8, 16, 16, channels), np.float32)
+    degraded = np.asarray(GaussianNoise(0.1)(original, jax.random.key(0)))
+    devices = parallel.DataParallel()
+    optimizer = optax.adam(1e-2)
+
+    def apply(params, images):
+        return model.apply({"params": params}, images)
+
+    step = devices.compile_train_step(
+        lambda *args: steps.train_step(*args, apply=apply, optimizer=optimizer)
+    )
+    current = devices.compile_create(
+        lambda: state.create(model, optimizer, original.shape[1:], 0)
+    )()
+    losses = []
+    for _ in range(60):
+        current, loss = step(current, *devices.place((degraded, original)))
+        losses.append(float(loss))
+    assert losses[-1] < 0.7 * losses[0]
+    assert int(current.step) == 60
+
+
+def test_a_run_leaves_all_its_files(tiny):
+    summary = aecore.train(tiny, progress=False)
+    run = Path(tiny.run_dir)
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert summary["steps"] == 8
+    assert summary["epochs"] == 2
+    assert summary["devices"] == 8
+    assert summary["images_per_second"] > 0
+    assert summary["evaluation"]["images"] == summary["baseline"]["images"] == 6
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
+    assert [line["step"] for line in lines if "validation_psnr" in line] == [4, 8]
+    for name in ("samples.png", "curves.png", "example.png", "experiment.json"):
+        assert (run / name).stat().st_size > 0
+    assert list(run.glob("events.out.tfevents.*"))
+
+
+def test_stopping_and_going_on_changes_nothing(tiny, tmp_path):
+    aecore.train(tiny, progress=False)
+    for steps_so_far in (1, 4, 6, None):
+        aecore.train(
+            change(tiny, run_dir=str(tmp_path / "parts"), steps=steps_so_far), progress=False
+        )
+    assert_identical(tmp_path / "run", tmp_path / "parts")
+    lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["step"] for line in lines if '"loss"' in line]
+    assert losses == [2, 4, 6, 8]
+
+
+def test_a_finished_run_is_not_trained_again(tiny):
+    first = aecore.train(tiny, progress=False)
+    again = aecore.train(tiny, progress=False)
+    assert again["evaluation"] == first["evaluation"]
+    assert again["steps"] == first["steps"]
+    assert again["images_per_second"] == first["images_per_second"]
+
+
+def test_interruption_saves_and_loses_no_step(tiny, tmp_path, monkeypatch):
+    aecore.train(tiny, progress=False)
+    real_batches = data.training_batches
+    stopped = change(tiny, run_dir=str(tmp_path / "stopped"))
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number, expected in ((signal.SIGTERM, 4), (signal.SIGINT, 8)):
+
+        def batches_then_signal(*args, number=number, **options):
+            for count, batch in enumerate(real_batches(*args, **options)):
+                if count == 3:
+                    os.kill(os.getpid(), number)
+                yield batch
+
+        monkeypatch.setattr(data, "training_batches", batches_then_signal)
+        with pytest.raises(Interrupted, match=f"after step {expected}, which is saved"):
+            aecore.train(stopped, progress=False)
+        assert steps_kept(stopped.run_dir)[-1] == expected
+    # The second one came at the last epoch's end, before its evaluation.
+    assert newest(stopped.run_dir)[1]["metrics"] is None
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.undo()
+    summary = aecore.train(stopped, progress=False)
+    assert summary["evaluation"]["step"] in (4, 8)
+    assert_identical(tmp_path / "run", stopped.run_dir)
+
+
+def test_training_works_outside_the_main_thread(tiny):
+    thread = threading.Thread(target=aecore.train, args=[tiny], kwargs={"progress": False})
+    thread.start()
+    thread.join()
+    assert (Path(tiny.run_dir) / "summary.json").exists()
+
+
+def damage_by_flipping_a_bit(folder):
+    files = [path for path in (folder / "params").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 4
+    largest.write_bytes(content)
+
+
+def damage_by_truncation(folder):
+    for path in (folder / "opt_state").rglob("*"):
+        if path.is_file():
+            os.truncate(path, path.stat().st_size // 2)
+
+
+def damage_description(folder):
+    (folder / "description" / "metadata").write_text("{")
+
+
+def damage_by_emptying(folder):
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_by_flipping_a_bit,
+        damage_by_truncation,
+        damage_description,
+        damage_by_emptying,
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny, tmp_path, caplog, damage):
+    aecore.train(tiny, progress=False)
+    broken = change(tiny, run_dir=str(tmp_path / "broken"), checkpoint_every=3, steps=6)
+    aecore.train(broken, progress=False)
+    assert steps_kept(broken.run_dir) == [3, 4, 6]
+    folder = Path(broken.run_dir, "checkpoints", "6")
+    damage(folder)
+
+    restorer = aecore.Restorer.load(broken.run_dir)
+    assert restorer.description["step"] in (3, 4)
+    assert f"checkpoint {folder} is damaged" in caplog.text
+    caplog.clear()
+
+    aecore.train(change(broken, steps=None), progress=False)
+    assert f"checkpoint {folder} is damaged" in caplog.text
+    assert Path(broken.run_dir, "checkpoints", "6.damaged").is_dir()
+    assert_identical(tmp_path / "run", broken.run_dir)
+
+
+def test_a_half_written_checkpoint_is_not_picked_up(tiny):
+    aecore.train(change(tiny, steps=4), progress=False)
+    checkpoints = Path(tiny.run_dir, "checkpoints")
+    # What a killed process leaves of a save in progress.
+    half = checkpoints / "5.orbax-checkpoint-tmp"
+    (half / "params").mkdir(parents=True)
+    assert aecore.Restorer.load(tiny.run_dir).description["step"] == 4
+    aecore.train(tiny, progress=False)
+    assert newest(tiny.run_dir)[1]["step"] == 8
+    assert not half.exists()
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    losses = {10: 0.5, 20: 0.1, 30: 0.4, 40: 0.3, 50: 0.2}
+    run = tmp_path / "run"
+    history = []
+    with checkpoint.Checkpoints(run / "checkpoints", keep=2) as checkpoints:
+        for step in (10, 15, 20, 30, 35, 40, 50):
+            if step in losses:
+                history.append({"step": step, "mse": losses[step]})
+            checkpoints.save(
+                state.TrainState(jax.numpy.int32(step), {"a": np.zeros(3, np.float32)}, {}),
+                {"step": step, "history": history, "image_size": [8, 8], "channels": 1},
+            )
+    assert steps_kept(run) == [20, 40, 50]
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {"a": jax.ShapeDtypeStruct((3,), np.float32, sharding=device)}
+    assert checkpoint.load(run, lambda _: abstract)[1]["step"] == 20
+
+
+def test_a_different_experiment_is_refused(tiny):
+    aecore.train(change(tiny, steps=2), progress=False)
+    different = change(
+        tiny, degradation=GaussianNoise(0.3), optimizer=aecore.Optimizer(learning_rate=0.1)
+    )
+    with pytest.raises(CheckpointError) as raised:
+        aecore.train(different, progress=False)
+    assert "degradation.sigma: 0.2 -> 0.3" in str(raised.value)
+    assert "optimizer.learning_rate: 0.001 -> 0.1" in str(raised.value)
+    with pytest.raises(CheckpointError, match="training.seed: 0 -> 1"):
+        aecore.train(change(tiny, seed=1), progress=False)
+
+
+def test_other_images_are_refused(tiny, tmp_path):
+    folder = tmp_path / "others"
+    save_pictures(folder, 40, seed=1)
+    aecore.train(change(tiny, steps=2), progress=False)
+    moved = dataclasses.replace(tiny.data, data_dir=str(folder))
+    with pytest.raises(CheckpointError, match="was trained on other images"):
+        aecore.train(change(tiny, data=moved), progress=False)
+
+
+def test_early_stopping(tiny):
+    # No epoch improves by as much as this, so that patience ends after the second and third.
+    summary = aecore.train(change(tiny, epochs=9, patience=2, min_delta=0.9), progress=False)
+    assert summary["epochs"] == 3
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tiny, monkeypatch):
+    aecore.train(change(tiny, steps=4), progress=False)
+    real_batches = data.training_batches
+
+    def poisoned(*args, **options):
+        for count, batch in enumerate(real_batches(*args, **options)):
+            yield batch._replace(degraded=batch.degraded * np.nan) if count == 2 else batch
+
+    monkeypatch.setattr(data, "training_batches", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"loss became nan at step 7; .*of step 4 is kept"):
+        aecore.train(tiny, progress=False)
+    assert steps_kept(tiny.run_dir) == [4]
+
+
+def test_batches_that_cannot_be_divided_or_filled_are_refused(tiny):
+    with pytest.raises(ConfigError, match="30 is not divisible by 8 devices; use 24 or 32"):
+        aecore.train(change(tiny, batch_size=30))
+    with pytest.raises(ConfigError, match="batch_size 64 is more than the 34 training images"):
+        aecore.train(change(tiny, batch_size=64))
+    assert not Path(tiny.run_dir).exists()
+
+
+def test_channels_and_sizes_that_the_model_does_not_take_are_refused(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="1 channel, the model NoiseReducer takes 3"):
+        aecore.train(change(tiny, model=NoiseReducer(channels=3)))
+    save_pictures(tmp_path / "odd", 4, (17, 16))
+    odd = dataclasses.replace(tiny.data, data_dir=str(tmp_path / "odd"))
+    with pytest.raises(ConfigError, match="17x16 is not a multiple of 2"):
+        aecore.train(change(tiny, data=odd))
+
+
+# ---- Processes of their own
+
+
+def start(run_dir, *args):
+    environment = os.environ | {"XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, Path(__file__).with_name("tiny_experiment.py")]
+    return subprocess.Popen(
+        [*command, "--run-dir", run_dir, *args], env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_step(process, run_dir, step):
+    """Returns once the log shows that a step is done."""
+    path = Path(run_dir, "metrics.jsonl")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and f'"step": {step}' in path.read_text():
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()[1]}")
+
+
+def test_killed_and_terminated_runs_end_bit_for_bit_as_one_that_was_not(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    process = start(whole)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+
+    process = start(parts)
+    wait_for_step(process, parts, 30)
+    process.kill()
+    process.communicate()
+    process = start(parts)
+    wait_for_step(process, parts, 150)
+    process.terminate()
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    stopped = int(errors.split("stopped after step ")[1].split(",")[0])
+    assert steps_kept(parts)[-1] == stopped >= 150
+    process = start(parts)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert_identical(whole, parts)
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (whole, parts)]
+    assert summaries[0]["evaluation"] == summaries[1]["evaluation"]

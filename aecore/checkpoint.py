@@ -1,8 +1,8 @@
 """Checkpoints of a run: parameters, optimizer state, and a JSON description of what they are.
 
 The only module that imports orbax. A checkpoint is a folder `STEP/` with the items `params`,
-`opt_state` and `description`. Orbax commits it whole or not at all; checksums in the description
-tell bytes that changed afterwards, which the array format doesn't.
+`optimizer` (its state, and the step) and `description`. Orbax commits it whole or not at all;
+checksums in the description tell bytes that changed afterwards, which the array format doesn't.
 """
 
 import logging
@@ -71,13 +71,13 @@ class Checkpoints:
         if step in self._manager.all_steps():
             self._manager.wait_until_finished()
             self._manager.delete(step)
-        checksums = {"params": _checksum(state.params), "opt_state": _checksum(state.opt_state)}
+        items = _items(state)
+        checksums = {name: _checksum(tree) for name, tree in items.items()}
         self._policy.description = description
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                opt_state=ocp.args.StandardSave(state.opt_state),
+                **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
                 description=ocp.args.JsonSave({**description, "checksums": checksums}),
             ),
         )
@@ -100,12 +100,7 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 description = _read_description(self._manager, step)
-                params, opt_state = _restore_items(
-                    self._manager,
-                    step,
-                    description,
-                    {"params": abstract_state.params, "opt_state": abstract_state.opt_state},
-                )
+                items = _restore(self._manager, step, description, _items(abstract_state))
             except Exception as error:  # Each kind of damage fails differently within orbax.
                 aside = self._directory / f"{step}.damaged"
                 _log.warning("%s is damaged (%s); set aside", _name(self._directory, step), error)
@@ -116,8 +111,7 @@ class Checkpoints:
                 self._manager = self._open()
                 continue
             self._policy.description = description
-            step_array = jax.device_put(np.int32(step), abstract_state.step.sharding)
-            return TrainState(step_array, params, opt_state), description
+            return TrainState(params=items["params"], **items["optimizer"]), description
         return None
 
 
@@ -160,7 +154,7 @@ def load(
             description = descriptions[step]
             abstract = abstract_params(description)
             try:
-                (params,) = _restore_items(manager, step, description, {"params": abstract})
+                params = _restore(manager, step, description, {"params": abstract})["params"]
             except Exception as error:  # As above.
                 _log.warning("%s is damaged (%s); not used", _name(directory, step), error)
                 continue
@@ -176,15 +170,23 @@ def _read_description(manager: ocp.CheckpointManager, step: int) -> Description:
     return description
 
 
-def _restore_items(
+def _items(state: TrainState) -> dict[str, Any]:
+    """A state's parts; using a network takes the first one alone."""
+    return {
+        "params": state.params,
+        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+    }
+
+
+def _restore(
     manager: ocp.CheckpointManager, step: int, description: Description, abstract: dict[str, Any]
-) -> list[Any]:
+) -> Mapping[str, Any]:
     args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
     items = manager.restore(step, args=ocp.args.Composite(**args))
     for name in abstract:
         if _checksum(items[name]) != description["checksums"][name]:
             raise ValueError(f"the checksum of {name} is wrong")
-    return [items[name] for name in abstract]
+    return items
 
 
 def _name(directory: epath.Path, step: int) -> str:

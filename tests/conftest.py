@@ -2,6 +2,11 @@
 
 import os
 import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
 
 # All must be set before JAX is imported. The cache spares compiling the same network in each test.
 _CACHE = tempfile.TemporaryDirectory(prefix="aecore-tests-")
@@ -11,12 +16,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-
-from pathlib import Path
-
-import numpy as np
-import pytest
-from PIL import Image
 
 import aecore
 from aecore.degradations import GaussianNoise

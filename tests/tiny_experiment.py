@@ -1,4 +1,4 @@
-"""An experiment file, run by tests as a process of its own: 30 steps an epoch on the sample."""
+"""An experiment file, run by tests as a process of its own: 93 steps an epoch on the sample."""
 
 import aecore
 from aecore.cli import main
@@ -10,7 +10,7 @@ experiment = aecore.Experiment(
     model=NoiseReducer(),
     degradation=GaussianNoise(0.4),
     data=aecore.Data(dataset="sample"),
-    training=aecore.Training(batch_size=64, epochs=3, checkpoint_every=20, log_every=10),
+    training=aecore.Training(batch_size=64, epochs=2, checkpoint_every=20, log_every=10),
 )
 
 if __name__ == "__main__":

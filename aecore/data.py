@@ -56,12 +56,12 @@ class Dataset(NamedTuple):
         return f"{len(self.train)}+{len(self.validation)}x{self.image_shape}:{crc:08x}"
 
 
-class _Undecoded(NamedTuple):
-    """Encoded pictures, named by index, before they are brought to working size."""
+class _Pictures(NamedTuple):
+    """Pictures, named by index, before they are brought to working size."""
 
     names: Sequence[str]
-    read: Callable[[], Iterable[bytes]]
-    """Yields each picture's bytes, in order."""
+    read: Callable[[], Iterable[bytes | np.ndarray]]
+    """Yields each picture in order: a file's bytes, or `(H, W, C)` uint8."""
     shape: tuple[int | None, int | None, int]
     """Their height, width and channels; None where they differ."""
     is_train: np.ndarray | None
@@ -79,7 +79,7 @@ def load(data: Data) -> Dataset:
     """
     sources = {"sample": _sample, "fashion_mnist": _fashion_mnist, "folder": _folder}
     source = sources.get(data.dataset, _tfds)(data)
-    if isinstance(source, _Undecoded):
+    if isinstance(source, _Pictures):
         return _decode(source, data)
     return _resize_arrays(source, data)
 
@@ -92,7 +92,7 @@ def _sample(data: Data) -> Dataset:
         return Dataset(arrays["train"][..., None], arrays["validation"][..., None])
 
 
-def _fashion_mnist(data: Data) -> Dataset | _Undecoded:
+def _fashion_mnist(data: Data) -> Dataset | _Pictures:
     folder = epath.Path(data.data_dir or _DEBIAN_FASHION_MNIST)
     paths = [_idx_path(folder, name) for name in _IDX_FILES]
     if all(paths) and (data.data_dir or not _is_prepared("fashion_mnist")):
@@ -119,7 +119,7 @@ def _read_idx(path: epath.Path) -> np.ndarray:
         raise DataError(f"{path} is not an IDX file of images: {error}") from error
 
 
-def _folder(data: Data) -> _Undecoded:
+def _folder(data: Data) -> _Pictures:
     if data.data_dir is None:
         raise DataError("dataset folder needs a folder of pictures: use --data.data-dir DIR")
     folder = epath.Path(data.data_dir)
@@ -135,7 +135,7 @@ def _folder(data: Data) -> _Undecoded:
         raise DataError(f"{folder} holds no pictures; use --data.data-dir with a folder of some")
     heights, widths, channels = (set(values) for values in zip(*shapes.values(), strict=True))
     readable = list(shapes)
-    return _Undecoded(
+    return _Pictures(
         names=[str(path) for path in readable],
         read=lambda: (path.read_bytes() for path in readable),
         shape=(
@@ -147,7 +147,7 @@ def _folder(data: Data) -> _Undecoded:
     )
 
 
-def _tfds(data: Data) -> _Undecoded:
+def _tfds(data: Data) -> _Pictures:
     tfds = _import_tfds()
     try:
         builder = tfds.builder(data.dataset, data_dir=data.data_dir)
@@ -167,25 +167,29 @@ def _tfds(data: Data) -> _Undecoded:
     splits = splits[:2] or list(builder.info.splits)[:1]
     counts = [builder.info.splits[name].num_examples for name in splits]
 
-    def examples(skip_image: bool = False) -> Iterator[dict[str, Any]]:
-        skip = {"image": tfds.decode.SkipDecoding()}
-        partial = tfds.decode.PartialDecoding({"label": True})
+    def read(feature: str) -> Iterator[Any]:
+        decoders = tfds.decode.PartialDecoding({feature: True})
         for split in splits:
-            yield from builder.as_dataset(
-                split=split, decoders=partial if skip_image else skip, shuffle_files=False
-            ).as_numpy_iterator()
+            dataset = builder.as_dataset(split=split, decoders=decoders, shuffle_files=False)
+            if None in features[feature].shape:
+                yield from (example[feature] for example in dataset.as_numpy_iterator())
+            else:  # Each turn of the iterator is slow, whatever it brings.
+                for batch in dataset.batch(256).as_numpy_iterator():
+                    yield from batch[feature]
 
+    if features["image"].np_dtype != np.uint8:
+        raise DataError(f"TFDS dataset {data.dataset} has images of {features['image'].np_dtype}")
     height, width, channels = features["image"].shape
     # LFW labels an image with its person's name.
     people = data.dataset == "lfw"
-    return _Undecoded(
+    return _Pictures(
         names=[
             f"{data.dataset} {s} {i}" for s, n in zip(splits, counts, strict=True) for i in range(n)
         ],
-        read=lambda: (example["image"] for example in examples()),
+        read=lambda: read("image"),
         shape=(height, width, 1 if channels == 1 else 3),
         is_train=np.repeat([True, False], counts) if len(counts) == 2 else None,
-        groups=[example["label"] for example in examples(skip_image=True)] if people else None,
+        groups=list(read("label")) if people else None,
     )
 
 
@@ -276,15 +280,18 @@ def _working_shape(shape: tuple[int | None, int | None, int], data: Data) -> tup
     return height, width, data.channels or shape[2]
 
 
-def _decode(source: _Undecoded, data: Data) -> Dataset:
+def _decode(source: _Pictures, data: Data) -> Dataset:
     """Decodes in parallel, skipping broken pictures, and splits."""
     shape = _working_shape(source.shape, data)
     array = _allocate((len(source.names), *shape), data.memory_limit)
     good = np.ones(len(array), bool)
 
-    def decode(index: int, content: bytes) -> None:
+    def decode(index: int, content: bytes | np.ndarray) -> None:
         try:
-            picture = images.read(content, source.names[index])
+            if isinstance(content, bytes):
+                picture = images.read(content, source.names[index])
+            else:
+                picture = images.from_array(content)
             array[index] = images.at_working_size(picture, shape[:2], shape[2], data.resize)
         except ImageError as error:
             _log.warning("skipped: %s", error)
@@ -314,7 +321,7 @@ def _resize_arrays(dataset: Dataset, data: Data) -> Dataset:
     def resize(array: np.ndarray) -> np.ndarray:
         resized = _allocate((len(array), *shape), data.memory_limit)
         for index, image in enumerate(array):
-            picture = images.from_array(image[..., 0] if image.shape[2] == 1 else image)
+            picture = images.from_array(image)
             resized[index] = images.at_working_size(picture, shape[:2], shape[2], data.resize)
         return resized
 

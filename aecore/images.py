@@ -87,14 +87,13 @@ def to_array(image: Image.Image) -> np.ndarray:
 
 
 def from_array(array: np.ndarray) -> Image.Image:
-    """The inverse of `to_array`."""
-    return Image.fromarray(array)
+    """The inverse of `to_array`; also `(H, W, 1)`, as gray."""
+    return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
 
 
 def from_float(array: np.ndarray) -> Image.Image:
     """An `(H, W, C)` array of floats in [0, 1], C 1 or 3, as an image of 8 bits."""
-    array = np.rint(array * 255).astype(np.uint8)
-    return from_array(array[..., 0] if array.shape[-1] == 1 else array)
+    return from_array(np.rint(array * 255).astype(np.uint8))
 
 
 def save(image: Image.Image, path: Any) -> None:

@@ -30,7 +30,7 @@ def main(experiment: Experiment, args: Sequence[str] | None = None) -> None:
         run = chosen.directory
         print(
             f"\n{summary['name']}: {summary['steps']:,} steps, {summary['epochs']:.4g} epochs in "
-            f"{summary['seconds']:.0f} s, {summary['images_per_second']:,.0f} images/s "
+            f"{summary['seconds']:.0f} s, {summary['images_per_second']:,.1f} images/s "
             f"on {summary['devices']} x {summary['device']}\n"
             f"{summary['evaluation']['images']:,} validation images, "
             f"checkpoint of step {summary['evaluation']['step']:,}\n\n"
@@ -87,6 +87,8 @@ class Restore:
                 if not found:
                     raise ConfigError(f"{path} holds no pictures")
                 pairs += [(picture, output / picture.relative_to(path)) for picture in found]
+            elif not path.exists():
+                raise ConfigError(f"{path} does not exist")
             elif len(self.inputs) == 1 and output.suffix and not output.is_dir():
                 pairs.append((path, output))
             else:

@@ -284,7 +284,7 @@ class _Run:
             raise NonFiniteLossError(
                 f"the {name} became {value} at step {step}; "
                 f"{kept if self.saved_step else 'there is no checkpoint yet'}; "
-                "try a lower --optimizer.learning-rate"
+                "try a lower --optimizer.learning-rate, with another --run-dir"
             )
 
     def _check_same_data(self, description: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The denoise recipe on the sample that ships in the package: no download, about half a minute.
+"""The denoise recipe on the sample that ships in the package: no download, about a minute.
 
 python experiments/quickstart.py
 """

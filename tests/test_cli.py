@@ -59,6 +59,7 @@ def test_evaluate_prints_the_scores(trained, capsys):
     ("args", "message"),
     [
         (["restore", "{pictures}", "-o", "{tmp}/o", "-m", "{tmp}"], "has no checkpoints"),
+        (["restore", "{tmp}/x.png", "-o", "{tmp}/o", "-m", "{trained}"], "x.png does not exist"),
         (["restore", "-o", "{tmp}/o", "-m", "{trained}"], "no input"),
         (["restore", "{tmp}", "-o", "{tmp}/o", "-m", "{trained}"], "holds no pictures"),
         (
@@ -66,14 +67,25 @@ def test_evaluate_prints_the_scores(trained, capsys):
             "would be overwritten",
         ),
         (
-            ["restore", "{pictures}/0.png", "{tmp}/../0.png", "-o", "{tmp}/o", "-m", "{trained}"],
+            [
+                "restore",
+                "{pictures}/0.png",
+                "{pictures}/../{folder}/0.png",
+                "-o",
+                "{tmp}/o",
+                "-m",
+                "{trained}",
+            ],
             "would both become",
         ),
         (["evaluate", "{tmp}"], "has no checkpoints"),
     ],
 )
 def test_wrong_usage_gets_one_line_and_status_2(trained, pictures, tmp_path, capsys, args, message):
-    words = [a.format(tmp=tmp_path, trained=trained, pictures=pictures) for a in args]
+    words = [
+        a.format(tmp=tmp_path, trained=trained, pictures=pictures, folder=pictures.name)
+        for a in args
+    ]
     status, _, errors = run(capsys, cli.run, *words)
     assert status == 2
     assert message in errors

@@ -22,12 +22,20 @@ _log = logging.getLogger(__name__)
 
 Description = Mapping[str, Any]
 
+_REPLACED = ".replaced"
+
 
 def best_step(steps: Iterable[int], description: Description) -> int | None:
     """Of the steps that have a checkpoint, the one with the lowest validation loss."""
     available = set(steps)
     scored = [entry for entry in description["history"] if entry["step"] in available]
     return min(scored, key=lambda entry: entry["mse"])["step"] if scored else None
+
+
+def exists(run: epath.PathLike) -> bool:
+    """Whether a run directory holds a checkpoint, whole or not."""
+    folder = epath.Path(run).expanduser() / "checkpoints"
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 class Checkpoints:
@@ -44,6 +52,7 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        self._settle_replacements()
         return ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -51,12 +60,22 @@ class Checkpoints:
             ),
         )
 
+    def _settle_replacements(self) -> None:
+        """Removes checkpoints that were replaced; puts back those whose replacement failed."""
+        for old in self._directory.glob(f"*{_REPLACED}"):
+            new = old.with_name(old.name.removesuffix(_REPLACED))
+            if new.exists():
+                old.rmtree()
+            else:
+                old.rename(new)
+
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_) -> None:
         # Waits for a save in progress.
         self._manager.close()
+        self._settle_replacements()
 
     def save(self, state: TrainState, description: Description) -> None:
         """Copies the state and saves it in the background.
@@ -70,7 +89,9 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             self._manager.wait_until_finished()
-            self._manager.delete(step)
+            folder = self._directory / str(step)
+            folder.rename(folder.with_name(f"{step}{_REPLACED}"))
+            self._manager.reload()
         items = _items(state)
         checksums = {name: _checksum(tree) for name, tree in items.items()}
         self._policy.description = description
@@ -80,6 +101,7 @@ class Checkpoints:
                 **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
                 description=ocp.args.JsonSave({**description, "checksums": checksums}),
             ),
+            force=True,
         )
 
     def wait(self) -> None:
@@ -89,30 +111,46 @@ class Checkpoints:
     def restore(self, abstract_state: TrainState) -> tuple[TrainState, Description] | None:
         """The newest checkpoint that is whole.
 
-        Damaged ones are named in a warning and set aside as `STEP.damaged`.
+        Damaged ones that are newer are named in a warning and set aside as `STEP.damaged`.
 
         Args:
           abstract_state: shapes, dtypes and shardings to restore to.
 
         Returns:
           State and description, or None if there is no checkpoint.
+
+        Raises:
+          CheckpointError: there are checkpoints, and none of them can be restored.
         """
+        damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 description = _read_description(self._manager, step)
                 items = _restore(self._manager, step, description, _items(abstract_state))
             except Exception as error:  # Each kind of damage fails differently within orbax.
-                aside = self._directory / f"{step}.damaged"
-                _log.warning("%s is damaged (%s); set aside", _name(self._directory, step), error)
-                self._manager.close()
-                if aside.exists():
-                    aside.rmtree()
-                (self._directory / str(step)).rename(aside)
-                self._manager = self._open()
+                damaged.append((step, error))
                 continue
+            self._set_aside(damaged)
             self._policy.description = description
             return TrainState(params=items["params"], **items["optimizer"]), description
+        if damaged:
+            raise CheckpointError(
+                f"none of the checkpoints in {self._directory} can be restored; they are damaged, "
+                f"or of another model or optimizer ({damaged[0][1]}); "
+                "move them away to start anew"
+            )
         return None
+
+    def _set_aside(self, damaged: Iterable[tuple[int, Exception]]) -> None:
+        for step, error in damaged:
+            folder = self._directory / str(step)
+            _log.warning("%s; set aside", _damage(folder, error))
+            name, count = f"{step}.damaged", 1
+            while folder.with_name(name).exists():
+                count += 1
+                name = f"{step}.damaged-{count}"
+            folder.rename(folder.with_name(name))
+        self._manager.reload()
 
 
 def load(
@@ -145,7 +183,7 @@ def load(
             try:
                 descriptions[step] = _read_description(manager, step)
             except Exception as error:  # Each kind of damage fails differently within orbax.
-                _log.warning("%s is damaged (%s); not used", _name(directory, step), error)
+                _log.warning("%s; not used", _damage(directory / str(step), error))
         candidates = list(descriptions)
         if candidates:
             best = best_step(candidates, descriptions[candidates[0]])
@@ -156,10 +194,13 @@ def load(
             try:
                 params = _restore(manager, step, description, {"params": abstract})["params"]
             except Exception as error:  # As above.
-                _log.warning("%s is damaged (%s); not used", _name(directory, step), error)
+                _log.warning("%s; not used", _damage(directory / str(step), error))
                 continue
             return params, description
-    raise CheckpointError(f"{run} has no usable checkpoint in {directory}; train the run first")
+    raise CheckpointError(
+        f"{run} has no usable checkpoint in {directory}"
+        + ("" if candidates else "; train the run first")
+    )
 
 
 def _read_description(manager: ocp.CheckpointManager, step: int) -> Description:
@@ -189,8 +230,9 @@ def _restore(
     return items
 
 
-def _name(directory: epath.Path, step: int) -> str:
-    return f"checkpoint {directory / str(step)}"
+def _damage(folder: epath.Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return f"checkpoint {folder} is damaged ({reason:.200})"
 
 
 def _checksum(tree: Any) -> str:

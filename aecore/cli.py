@@ -67,11 +67,16 @@ class Restore:
                 images.save(restored, target)
             except (ImageError, OSError) as error:
                 message = str(error)
+                if self._one_picture():
+                    raise
                 tqdm.write(
                     message if str(source) in message else f"{source}: {message}", file=sys.stderr
                 )
                 failures += 1
         return 1 if failures else 0
+
+    def _one_picture(self) -> bool:
+        return len(self.inputs) == 1 and not epath.Path(self.inputs[0]).is_dir()
 
     def _pairs(self) -> list[tuple[epath.Path, epath.Path]]:
         """Inputs and the outputs that they become."""
@@ -89,7 +94,7 @@ class Restore:
                 pairs += [(picture, output / picture.relative_to(path)) for picture in found]
             elif not path.exists():
                 raise ConfigError(f"{path} does not exist")
-            elif len(self.inputs) == 1 and output.suffix and not output.is_dir():
+            elif self._one_picture() and output.suffix and not output.is_dir():
                 pairs.append((path, output))
             else:
                 pairs.append((path, output / path.name))
@@ -148,6 +153,10 @@ def _exit_status() -> Iterator[None]:
     except AecoreError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as error:
         print(
             f"interrupted: {error}" if isinstance(error, Interrupted) else "interrupted",

@@ -4,8 +4,10 @@
 docstring the flag's help.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from aecore import degradations, models
@@ -32,20 +34,19 @@ class Data:
     channels: int | None = None
     """1 for gray, 3 for RGB; None: as the source has them."""
     resize: Literal["antialiased", "bilinear"] = "antialiased"
-    """bilinear takes the 4 nearest pixels, as OpenCV does; antialiased is bicubic over them all."""
+    """bilinear takes the 4 nearest pixels, OpenCV's default; antialiased is bicubic over all."""
     validation_fraction: float = 0.1
     """Share of the images held out for validation, where the source has no such split."""
     split_seed: int = 0
     """Seed of that choice."""
     memory_limit: float | None = None
-    """GiB of images to hold in memory, more go to a temporary file; None: half of the machine's."""
+    """GiB of images to hold in memory, more go to a temporary file; None: a quarter of all."""
 
     def __post_init__(self):
         size = self.image_size
         _require(
-            size is None or (len(size) == 2 and min(size) >= SSIM_WINDOW),
-            f"data.image_size {size} is too small; use at least {SSIM_WINDOW} {SSIM_WINDOW}, "
-            "the window of SSIM",
+            size is None or (len(size) == 2 and min(size) >= 1),
+            f"data.image_size {size} is not a height and a width",
         )
         _require(
             self.channels in (None, 1, 3),
@@ -149,6 +150,11 @@ class Experiment:
 
     def check_images(self, height: int, width: int, channels: int) -> None:
         """Raises ConfigError unless the model takes images of this size and these channels."""
+        _require(
+            min(height, width) >= SSIM_WINDOW,
+            f"image size {height}x{width} is too small for SSIM; "
+            f"use --data.image-size with at least {SSIM_WINDOW} {SSIM_WINDOW}",
+        )
         stride = self.model.stride
         low = (max(height // stride, 1) * stride, max(width // stride, 1) * stride)
         high = (-(-height // stride) * stride, -(-width // stride) * stride)
@@ -166,9 +172,13 @@ class Experiment:
 
 
 def to_json(experiment: Experiment) -> dict[str, Any]:
-    """The experiment as JSON values; models and degradations carry their registered `type`."""
+    """The experiment as JSON values; models and degradations carry their registered `type`.
+
+    Raises:
+      ConfigError: a field of the model or the degradation has no form in JSON.
+    """
     model = models.hyperparameters(experiment.model)
-    return {
+    description = {
         "name": experiment.name,
         "model": {
             "type": type(experiment.model).__name__,
@@ -180,6 +190,24 @@ def to_json(experiment: Experiment) -> dict[str, Any]:
         "training": _encode_fields(experiment.training),
         "run_dir": experiment.run_dir,
     }
+    try:
+        json.dumps(description)
+    except TypeError as error:
+        raise ConfigError(
+            f"a checkpoint could not describe this experiment: {error}; give its model and "
+            "degradation fields of numbers, strings and tuples"
+        ) from error
+    return description
+
+
+def model_from_json(description: Mapping[str, Any]) -> Any:
+    """Rebuilds the model of an experiment's description, from the registry.
+
+    Raises:
+      ConfigError: it is not registered, or a field is unknown or invalid.
+    """
+    with _described():
+        return _build(description["model"], models.REGISTRY, "model", "aecore.models")
 
 
 def from_json(
@@ -196,9 +224,8 @@ def from_json(
     Raises:
       ConfigError: a model or degradation is not registered, or a field is unknown or invalid.
     """
-    try:
-        if model is None:
-            model = _build(description["model"], models.REGISTRY, "model", "aecore.models")
+    model = model_from_json(description) if model is None else model
+    with _described():
         return Experiment(
             name=description["name"],
             model=model,
@@ -213,6 +240,13 @@ def from_json(
             training=Training(**_decode(description["training"])),
             run_dir=description["run_dir"],
         )
+
+
+@contextlib.contextmanager
+def _described() -> Iterator[None]:
+    """What malformed JSON makes go wrong is a ConfigError."""
+    try:
+        yield
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"not the description of an experiment: {error!r}") from error
 

@@ -60,8 +60,8 @@ class _Pictures(NamedTuple):
     """Pictures, named by index, before they are brought to working size."""
 
     names: Sequence[str]
-    read: Callable[[], Iterable[bytes | np.ndarray]]
-    """Yields each picture in order: a file's bytes, or `(H, W, C)` uint8."""
+    read: Callable[[], Iterable[epath.Path | np.ndarray]]
+    """Yields each picture in order: its file, or `(H, W, C)` uint8."""
     shape: tuple[int | None, int | None, int]
     """Their height, width and channels; None where they differ."""
     is_train: np.ndarray | None
@@ -74,14 +74,18 @@ def load(data: Data) -> Dataset:
     """Loads a dataset at working size.
 
     Raises:
-      DataError: the source is unknown, missing or empty, or its images' sizes differ while
-        `data.image_size` is None.
+      DataError: the source is unknown, missing, damaged or empty, or its images' sizes differ
+        while `data.image_size` is None.
     """
     sources = {"sample": _sample, "fashion_mnist": _fashion_mnist, "folder": _folder}
     source = sources.get(data.dataset, _tfds)(data)
-    if isinstance(source, _Pictures):
-        return _decode(source, data)
-    return _resize_arrays(source, data)
+    dataset = (_decode if isinstance(source, _Pictures) else _resize_arrays)(source, data)
+    if not all(map(len, dataset)):
+        raise DataError(
+            f"{data.dataset} has {len(dataset.train)} images for training and "
+            f"{len(dataset.validation)} for validation; it needs some of both"
+        )
+    return dataset
 
 
 # ---- Sources
@@ -112,8 +116,8 @@ def _read_idx(path: epath.Path) -> np.ndarray:
         if path.suffix == ".gz":
             content = gzip.decompress(content)
         magic, count, height, width = np.frombuffer(content, ">i4", 4)
-        if magic != 2051:
-            raise ValueError(f"its first number is {magic}, not 2051")
+        if magic != 2051 or not count:
+            raise ValueError(f"its magic number is {magic}, and it holds {count} images")
         return np.frombuffer(content, np.uint8, offset=16).reshape(count, height, width, 1)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path} is not an IDX file of images: {error}") from error
@@ -137,7 +141,7 @@ def _folder(data: Data) -> _Pictures:
     readable = list(shapes)
     return _Pictures(
         names=[str(path) for path in readable],
-        read=lambda: (path.read_bytes() for path in readable),
+        read=lambda: readable,
         shape=(
             heights.pop() if len(heights) == 1 else None,
             widths.pop() if len(widths) == 1 else None,
@@ -148,10 +152,10 @@ def _folder(data: Data) -> _Pictures:
 
 
 def _tfds(data: Data) -> _Pictures:
-    tfds = _import_tfds()
+    tf, tfds = _import_tensorflow(), _import_tfds()
     try:
         builder = tfds.builder(data.dataset, data_dir=data.data_dir)
-    except tfds.core.registered.DatasetNotFoundError as error:
+    except Exception as error:  # Names that TFDS can't parse fail in many ways.
         raise DataError(
             f"unknown dataset {data.dataset!r}; use sample, fashion_mnist, lfw, folder, "
             "or the name of a TFDS dataset (https://www.tensorflow.org/datasets/catalog)"
@@ -160,7 +164,7 @@ def _tfds(data: Data) -> _Pictures:
         _prepare(builder, data)
     features = builder.info.features
     if not (isinstance(features, tfds.features.FeaturesDict) and "image" in features):
-        raise DataError(f"TFDS dataset {data.dataset} has no feature 'image': {features}")
+        raise DataError(f"TFDS dataset {data.dataset} has no images: {features}")
 
     splits = [name for name in ("train", "test", "validation") if name in builder.info.splits]
     # One held-out split is enough; `test` where there are both, as benchmarks report that one.
@@ -169,19 +173,22 @@ def _tfds(data: Data) -> _Pictures:
 
     def read(feature: str) -> Iterator[Any]:
         decoders = tfds.decode.PartialDecoding({feature: True})
-        for split in splits:
-            dataset = builder.as_dataset(split=split, decoders=decoders, shuffle_files=False)
-            if None in features[feature].shape:
-                yield from (example[feature] for example in dataset.as_numpy_iterator())
-            else:  # Each turn of the iterator is slow, whatever it brings.
-                for batch in dataset.batch(256).as_numpy_iterator():
-                    yield from batch[feature]
+        try:
+            for split in splits:
+                dataset = builder.as_dataset(split=split, decoders=decoders, shuffle_files=False)
+                if None in features[feature].shape:
+                    yield from (example[feature] for example in dataset.as_numpy_iterator())
+                else:  # Each turn of the iterator is slow, whatever it brings.
+                    for batch in dataset.batch(64).as_numpy_iterator():
+                        yield from batch[feature]
+        except tf.errors.OpError as error:
+            raise DataError(f"{builder.data_dir} is damaged: {error.message}") from error
 
     if features["image"].np_dtype != np.uint8:
         raise DataError(f"TFDS dataset {data.dataset} has images of {features['image'].np_dtype}")
     height, width, channels = features["image"].shape
     # LFW labels an image with its person's name.
-    people = data.dataset == "lfw"
+    people = builder.name == "lfw"
     return _Pictures(
         names=[
             f"{data.dataset} {s} {i}" for s, n in zip(splits, counts, strict=True) for i in range(n)
@@ -233,8 +240,6 @@ def _import_tfds():
             f"this dataset is read with tensorflow-datasets, which can't be imported ({error}); "
             "install it, or use --data.dataset folder or sample"
         ) from error
-    # TFDS reports through absl what a user can't act on.
-    logging.getLogger("absl").setLevel(logging.ERROR)
     return tensorflow_datasets
 
 
@@ -246,9 +251,11 @@ def _import_tensorflow():
         with _silent_stderr():
             import tensorflow as tf
 
-            # JAX owns the accelerators: TensorFlow would reserve their memory.
-            for kind in ("GPU", "TPU"):
-                tf.config.set_visible_devices([], kind)
+            # JAX owns the accelerators: TensorFlow would reserve their memory. A program that
+            # has already used TensorFlow has made its own choice.
+            with contextlib.suppress(RuntimeError):
+                for kind in ("GPU", "TPU"):
+                    tf.config.set_visible_devices([], kind)
     except ImportError as error:
         raise DataError(
             f"images are streamed with tensorflow, which can't be imported ({error}); "
@@ -284,25 +291,25 @@ def _decode(source: _Pictures, data: Data) -> Dataset:
     """Decodes in parallel, skipping broken pictures, and splits."""
     shape = _working_shape(source.shape, data)
     array = _allocate((len(source.names), *shape), data.memory_limit)
-    good = np.ones(len(array), bool)
+    good = np.zeros(len(array), bool)
 
-    def decode(index: int, content: bytes | np.ndarray) -> None:
+    def decode(index: int, content: epath.Path | np.ndarray) -> None:
         try:
-            if isinstance(content, bytes):
-                picture = images.read(content, source.names[index])
-            else:
+            if isinstance(content, np.ndarray):
                 picture = images.from_array(content)
+            else:
+                picture = images.read(content)
             array[index] = images.at_working_size(picture, shape[:2], shape[2], data.resize)
+            good[index] = True
         except ImageError as error:
             _log.warning("skipped: %s", error)
-            good[index] = False
 
     # Pillow releases the interpreter's lock while it decodes and resizes.
     with ThreadPoolExecutor() as pool:
         pictures = tqdm(
             enumerate(source.read()), f"decoding {data.dataset}", len(array), delay=2, leave=False
         )
-        while chunk := list(itertools.islice(pictures, 1024)):
+        while chunk := list(itertools.islice(pictures, 64)):
             list(pool.map(decode, *zip(*chunk, strict=True)))
 
     if not good.any():
@@ -314,6 +321,11 @@ def _decode(source: _Pictures, data: Data) -> Dataset:
 
 
 def _resize_arrays(dataset: Dataset, data: Data) -> Dataset:
+    if dataset.validation.shape[1:] != dataset.image_shape:
+        raise DataError(
+            f"the training images are {dataset.image_shape}, those for validation "
+            f"{dataset.validation.shape[1:]}"
+        )
     shape = _working_shape(dataset.image_shape, data)
     if shape == dataset.image_shape:
         return dataset
@@ -332,7 +344,8 @@ def _allocate(shape: tuple[int, ...], memory_limit: float | None) -> np.ndarray:
     """A uint8 array in memory, or in a temporary file that vanishes with it."""
     size = int(np.prod(shape, dtype=np.int64))
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = physical / 2 if memory_limit is None else memory_limit * 2**30
+    # A quarter, as the parts of a dataset, and then TensorFlow, hold a copy each.
+    limit = physical / 4 if memory_limit is None else memory_limit * 2**30
     if size <= limit:
         return np.empty(shape, np.uint8)
     with tempfile.TemporaryFile() as file:
@@ -340,7 +353,7 @@ def _allocate(shape: tuple[int, ...], memory_limit: float | None) -> np.ndarray:
 
 
 def _select(array: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """`array[mask]`, moved to the front of its own storage where that is a file."""
+    """`array[mask]`, in a file where the array is in one."""
     if mask.all():
         return array
     if not isinstance(array, np.memmap):

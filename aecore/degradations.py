@@ -146,8 +146,7 @@ class GaussianNoise(Degradation):
         _check_range("GaussianNoise", "sigma", self.sigma, lambda s: 0 <= s < np.inf, "sigma >= 0")
 
     def apply(self, images, ops):
-        noisy = images + _draw(self.sigma, images, ops) * ops.normal(images)
-        return ops.xp.minimum(ops.xp.maximum(noisy, 0.0), 1.0)
+        return _clip(images + _draw(self.sigma, images, ops) * ops.normal(images), ops)
 
 
 @register
@@ -239,7 +238,13 @@ def _apply_separable(images: Array, rows: Array, columns: Array, ops: Ops) -> Ar
     """Applies `([B,] H, H)` to the rows and `([B,] W, W)` to the columns of the images."""
     batch = "b" if len(rows.shape) == 3 else ""
     images = ops.einsum(f"{batch}ij,bjwc->biwc", rows, images)
-    return ops.einsum(f"{batch}ij,bhjc->bhic", columns, images)
+    images = ops.einsum(f"{batch}ij,bhjc->bhic", columns, images)
+    # The weights of a mean add up to 1, but for rounding.
+    return _clip(images, ops)
+
+
+def _clip(images: Array, ops: Ops) -> Array:
+    return ops.xp.minimum(ops.xp.maximum(images, 0.0), 1.0)
 
 
 @register

@@ -9,6 +9,10 @@ class AecoreError(Exception):
 
     exit_status = 2
 
+    def __init__(self, message: str):
+        # Messages of other libraries, quoted in ours, may have several lines.
+        super().__init__(" ".join(message.split()))
+
 
 class ConfigError(AecoreError):
     """A setting, or a combination of settings, that can't work."""

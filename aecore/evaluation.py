@@ -11,6 +11,7 @@ import numpy as np
 
 from aecore import config, data, steps
 from aecore.degradations import Degradation
+from aecore.errors import ConfigError
 from aecore.parallel import DataParallel
 from aecore.restoration import Restorer
 
@@ -126,14 +127,18 @@ def evaluate(
 
     Raises:
       CheckpointError: there is no usable checkpoint.
+      ConfigError: `batch_size` is less than 1, or the images are not of the run's kind.
       DataError: the data can't be loaded.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch_size {batch_size} is less than 1; use 1 or more")
     restorer = Restorer.load(run, model=model)
     experiment = config.from_json(restorer.description, model=restorer.model)
     settings = experiment.data
     if data_dir is not None:
         settings = dataclasses.replace(settings, data_dir=data_dir)
     dataset = data.load(settings)
+    experiment.check_images(*dataset.image_shape)
     if dataset.fingerprint() != restorer.description["fingerprint"]:
         _log.warning("these are not the images that %s was trained on", run)
     parallel = DataParallel()
@@ -145,10 +150,8 @@ def evaluate(
         batch_size,
     )
     params = jax.device_put(restorer.params, parallel.replicated)
+    step = restorer.description["step"]
     return {
-        "evaluation": {
-            "step": restorer.description["step"],
-            **evaluator(params, dataset.validation),
-        },
+        "evaluation": {"step": step, **evaluator(params, dataset.validation)},
         "baseline": baseline(experiment.degradation, parallel, batch_size, dataset.validation),
     }

@@ -1,7 +1,6 @@
 """Picture files and Pillow images to arrays and back; `(H, W)` or `(H, W, C)`, uint8 or uint16."""
 
 import contextlib
-import io
 import os
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from aecore.errors import ImageError
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"})
 """Endings, in lower case, by which a picture is recognised in a folder."""
 
+_GRAY_MODES = ("1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L")
 _ARRAY_MODES = {"L": np.uint8, "RGB": np.uint8, "I;16": np.uint16}
 
 
@@ -23,7 +23,7 @@ def walk(folder: Any) -> list[Any]:
         root / name
         for root, _, names in folder.walk()
         for name in names
-        if not name.startswith(".")
+        if not any(part.startswith(".") for part in (root / name).relative_to(folder).parts)
     )
 
 
@@ -32,17 +32,13 @@ def find(folder: Any) -> list[Any]:
     return [path for path in walk(folder) if path.suffix.lower() in SUFFIXES]
 
 
-def read(source: Any, name: str | None = None) -> Image.Image:
+def read(path: Any) -> Image.Image:
     """Reads a picture and turns it upright, as its EXIF orientation says.
-
-    Args:
-      source: a `Path`, or a file's bytes.
-      name: what to call it in errors; a path by default names itself.
 
     Raises:
       ImageError: it does not exist, or is no picture that Pillow can decode.
     """
-    with _open(source, name or str(source)) as image:
+    with _open(path) as image:
         return ImageOps.exif_transpose(image)
 
 
@@ -52,25 +48,24 @@ def read_shape(path: Any) -> tuple[int, int, int]:
     Raises:
       ImageError: as for `read`, as far as the file's header tells.
     """
-    with _open(path, str(path)) as image:
+    with _open(path) as image:
         height, width = image.height, image.width
         if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
             height, width = width, height
-        return height, width, 1 if image.mode in ("1", "L", "LA", "I;16") else 3
+        return height, width, 1 if image.mode in _GRAY_MODES else 3
 
 
 @contextlib.contextmanager
-def _open(source: Any, name: str) -> Iterator[Image.Image]:
+def _open(path: Any) -> Iterator[Image.Image]:
     """Opens a picture; what goes wrong with it, here or while it is used, is an ImageError."""
     try:
-        content = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
-        with content, Image.open(content) as image:
+        with path.open("rb") as file, Image.open(file) as image:
             yield image
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not a picture in a format that Pillow knows") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path} is not a picture in a format that Pillow knows") from error
+    except Exception as error:  # Damaged files make Pillow's decoders fail in many ways.
         reason = getattr(error, "strerror", None) or error
-        raise ImageError(f"{name} can't be read: {reason}") from error
+        raise ImageError(f"{path} can't be read: {reason}") from error
 
 
 def to_array(image: Image.Image) -> np.ndarray:
@@ -103,16 +98,18 @@ def save(image: Image.Image, path: Any) -> None:
       ImageError: the format is unknown, can't hold the picture, or the file can't be written.
     """
     file_format = Image.registered_extensions().get(path.suffix.lower())
-    if file_format is None:
-        raise ImageError(f"{path}: no format has the ending {path.suffix!r}; use .png")
+    if file_format not in Image.SAVE:
+        raise ImageError(f"{path}: Pillow writes no format with ending {path.suffix!r}; use .png")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             image.save(file, format=file_format)
         temporary.replace(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # As in reading.
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"{path} can't be written: {reason}") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise ImageError(f"{path} can't be written: {error}") from error
 
 
 def at_working_size(
@@ -124,8 +121,16 @@ def at_working_size(
     """A training image: `(height, width, channels)` uint8.
 
     The picture is scaled so that it covers `size` and its middle is taken; its aspect ratio is
-    kept. Gray becomes RGB by repetition, RGB becomes gray by ITU-R 601 luma.
+    kept. Gray becomes RGB by repetition, RGB becomes gray by ITU-R 601 luma, 16 bits become 8.
+
+    Raises:
+      ImageError: the picture has values of 32 bits, whose range is unknown.
     """
+    if image.mode in ("I", "F"):
+        raise ImageError(f"a picture of mode {image.mode} has no known range; save it with 8 bits")
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion would clip at 255.
+        image = from_array(np.rint(np.asarray(image) / 257).astype(np.uint8))
     image = image.convert("L" if channels == 1 else "RGB")
     height, width = size
     if image.size != (width, height):

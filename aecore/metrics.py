@@ -10,8 +10,11 @@ SSIM_WINDOW = 11
 
 
 def psnr(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio in dB, `-10 log10(MSE)` for a data range of 1."""
-    return dm_pix.psnr(outputs, targets)
+    """Peak signal-to-noise ratio in dB, `-10 log10(MSE)` for a data range of 1, at most 100.
+
+    The bound keeps one image without any error from making the mean over images infinite.
+    """
+    return jnp.minimum(dm_pix.psnr(outputs, targets), 100.0)
 
 
 def ssim(outputs: jax.Array, targets: jax.Array) -> jax.Array:

@@ -10,6 +10,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from aecore.errors import ConfigError
+
 REGISTRY: dict[str, type[nn.Module]] = {}
 
 
@@ -40,6 +42,14 @@ class Autoencoder(nn.Module):
         return self.decode(self.encode(images))
 
 
+def _check_features(owner: str, features: tuple[int, ...], channels: int, least: int) -> None:
+    if len(features) < least or min((*features, channels)) < 1:
+        raise ConfigError(
+            f"{owner} can't have features {features} and {channels} channels; "
+            f"use {least} or more features, all numbers at least 1"
+        )
+
+
 def _conv(features: int, stride: int = 1) -> nn.Conv:
     return nn.Conv(features, (3, 3), (stride, stride), kernel_init=nn.initializers.glorot_uniform())
 
@@ -61,6 +71,10 @@ class NoiseReducer(Autoencoder):
     """Features of the encoder's layers; the decoder's are the same in reverse."""
     channels: int = 1
     """Channels of the images."""
+
+    def __post_init__(self):
+        _check_features("NoiseReducer", self.features, self.channels, least=1)
+        super().__post_init__()
 
     @property
     def stride(self) -> int:
@@ -93,6 +107,10 @@ class ResolutionEnhancer(Autoencoder):
     """Features of the encoder's layers, the last one after pooling; the decoder's in reverse."""
     channels: int = 3
     """Channels of the images."""
+
+    def __post_init__(self):
+        _check_features("ResolutionEnhancer", self.features, self.channels, least=1)
+        super().__post_init__()
 
     @property
     def stride(self) -> int:

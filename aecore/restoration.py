@@ -14,7 +14,7 @@ from aecore.errors import CheckpointError, ConfigError, ImageError
 from aecore.state import abstract_params
 
 _BATCH = 64
-"""Images that are restored at a time, so that memory does not grow with their number."""
+"""Images that are restored at a time, so that device memory doesn't grow with their number."""
 
 
 class Restorer:
@@ -53,7 +53,7 @@ class Restorer:
 
         def build_model(description):
             try:
-                return config.from_json(description, model=model).model
+                return config.model_from_json(description) if model is None else model
             except ConfigError as error:
                 raise CheckpointError(f"{run}: {error}") from error
 

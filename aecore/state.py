@@ -41,9 +41,8 @@ def create(
 
 def abstract_params(model: Any, image_shape: tuple[int, int, int]) -> Any:
     """The shapes and dtypes of a model's parameters."""
-    return jax.eval_shape(
-        lambda: create(model, optax.identity(), image_shape, seed=0).params,
-    )
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
 
 
 def count_parameters(params: Any) -> int:

@@ -1,6 +1,7 @@
 """The training loop: resume, launch, log late, evaluate, save, stop."""
 
 import collections
+import dataclasses
 import functools
 import json
 import math
@@ -18,7 +19,7 @@ from etils import epath
 from tqdm import tqdm
 
 import aecore
-from aecore import config, data, evaluation, images, reports, state, steps
+from aecore import checkpoint, config, data, evaluation, images, reports, state, steps
 from aecore.checkpoint import Checkpoints
 from aecore.config import Experiment
 from aecore.data import Dataset
@@ -55,6 +56,9 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
       NonFiniteLossError: the loss became NaN or infinite.
       Interrupted: Ctrl-C or SIGTERM came, and a checkpoint was saved.
     """
+    experiment = _with_absolute_data_dir(experiment)
+    # A checkpoint that couldn't be described or read again would come to light after training.
+    config.from_json(config.to_json(experiment), model=experiment.model)
     directory = epath.Path(experiment.directory).expanduser()
     _check_same_experiment(experiment, directory)
     parallel = DataParallel()
@@ -66,13 +70,16 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
             f"batch_size {experiment.training.batch_size} is more than the {len(dataset.train)} "
             "training images; use a smaller one"
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / "experiment.json", config.to_json(experiment))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{directory} can't be made: {error}; use another --run-dir") from error
     with (
         _Interruption() as interruption,
         Checkpoints(directory / "checkpoints", experiment.training.keep) as checkpoints,
     ):
         run = _Run(experiment, dataset, parallel, directory, checkpoints, interruption)
+        _write_json(directory / "experiment.json", config.to_json(experiment))
         with run.log, _bar(run, progress) as bar:
             run.fit(bar)
     return run.summarize()
@@ -137,6 +144,8 @@ class _Run:
         self.clock = _Clock(training.batch_size, description)
         self.log = _MetricsLog(directory, self.step, training.log_every)
         self.launched = collections.deque()
+        # Not finite as soon as one value of parameters or optimizer state isn't.
+        self.sum_of_state = jax.jit(lambda state: sum(0 * x.sum() for x in jax.tree.leaves(state)))
 
     def fit(self, bar: tqdm) -> None:
         """Trains to the end, or until the validation loss no longer falls."""
@@ -164,6 +173,7 @@ class _Run:
             self._collect_losses(bar, leave=2)
         self.checkpoints.wait()
         self.clock.stop()
+        self.log.finish(self.step, self.clock.images_per_second)
 
     def epoch_label(self, step: int) -> str:
         """Names the epoch that a step belongs to."""
@@ -172,12 +182,19 @@ class _Run:
     def summarize(self) -> dict[str, Any]:
         """Writes `summary.json` and the pictures, from the best checkpoint; returns the summary."""
         restorer = Restorer.load(self.directory, model=self.experiment.model)
+        scores = restorer.description["metrics"]
+        if scores is None:  # Every checkpoint that was evaluated has since been damaged.
+            params = jax.device_put(restorer.params, self.parallel.replicated)
+            scores = {
+                "step": restorer.description["step"],
+                **self.evaluator(params, self.dataset.validation),
+            }
         summary = {
             "name": self.experiment.name,
             "steps": self.step,
             "epochs": self.step / self.steps_per_epoch,
             **self.clock.to_json(),
-            "evaluation": restorer.description["metrics"],
+            "evaluation": scores,
             "baseline": evaluation.baseline(
                 self.experiment.degradation,
                 self.parallel,
@@ -225,7 +242,7 @@ class _Run:
             bar.update(self.experiment.training.batch_size)
 
     def _evaluation_is_due(self) -> bool:
-        epoch_ends = self.step % self.steps_per_epoch == 0 or self.step == self.last_step
+        epoch_ends = self.step % self.steps_per_epoch == 0 or self.step >= self.last_step
         return self.step > 0 and epoch_ends and not self._scores()
 
     def _checkpoint_is_due(self) -> bool:
@@ -258,8 +275,7 @@ class _Run:
         self._save()
 
     def _save(self) -> None:
-        for leaf in jax.tree.leaves(self.state.params):
-            self._check_finite("sum of the parameters", float(np.sum(leaf)), self.step)
+        self._check_finite("state", float(self.sum_of_state(self.state)), self.step)
         self.checkpoints.save(
             self.state,
             self.description
@@ -273,8 +289,9 @@ class _Run:
         if self.step > self.saved_step:
             self._save()
         self.checkpoints.wait()
+        done = f"after step {self.step}, which is saved in {self.directory}"
         raise Interrupted(
-            f"stopped after step {self.step}, which is saved in {self.directory}; "
+            f"stopped {done if self.step else 'before the first step'}; "
             "run the same command again to go on"
         )
 
@@ -301,6 +318,7 @@ class _Interruption:
 
     def __init__(self):
         self.requested = False
+        self._first = 0.0
         self._previous = {}
 
     def __enter__(self) -> "_Interruption":
@@ -316,8 +334,12 @@ class _Interruption:
 
     def _handle(self, number, frame) -> None:
         del frame
-        if self.requested and number == signal.SIGINT:
+        now = time.monotonic()
+        # A terminal and a wrapper may both pass on the same Ctrl-C.
+        if self.requested and number == signal.SIGINT and now > self._first + 1:
             raise KeyboardInterrupt
+        if not self.requested:
+            self._first = now
         self.requested = True
 
 
@@ -380,7 +402,7 @@ class _MetricsLog:
         from tensorboardX import SummaryWriter
 
         self._file = self._path.open("a")
-        self._tensorboard = SummaryWriter(str(self._directory), purge_step=self._step)
+        self._tensorboard = SummaryWriter(str(self._directory), purge_step=self._step + 1)
         return self
 
     def __exit__(self, *_) -> None:
@@ -391,9 +413,17 @@ class _MetricsLog:
         """Records a step's loss; writes the mean of those since the last line, if one is due."""
         self._losses.append(loss)
         if step % self._every == 0:
-            mean = sum(self._losses) / len(self._losses)
-            self._losses.clear()
-            self._write(step, {"loss": mean, "images_per_second": images_per_second})
+            self._write_losses(step, images_per_second)
+
+    def finish(self, step: int, images_per_second: float) -> None:
+        """Writes the mean of the losses that no line was due for yet."""
+        if self._losses:
+            self._write_losses(step, images_per_second)
+
+    def _write_losses(self, step: int, images_per_second: float) -> None:
+        mean = sum(self._losses) / len(self._losses)
+        self._losses.clear()
+        self._write(step, {"loss": mean, "images_per_second": images_per_second})
 
     def add_scores(self, step: int, scores: Mapping[str, float]) -> None:
         """Records an evaluation."""
@@ -435,9 +465,19 @@ def _bar(run: _Run, progress: bool) -> tqdm:
     )
 
 
+def _with_absolute_data_dir(experiment: Experiment) -> Experiment:
+    """So that the data are found again from another working directory."""
+    if experiment.data.data_dir is None:
+        return experiment
+    data_dir = str(epath.Path(experiment.data.data_dir).expanduser().absolute())
+    return dataclasses.replace(
+        experiment, data=dataclasses.replace(experiment.data, data_dir=data_dir)
+    )
+
+
 def _check_same_experiment(experiment: Experiment, directory: epath.Path) -> None:
     path = directory / "experiment.json"
-    if not path.exists():
+    if not (path.exists() and checkpoint.exists(directory)):
         return
     try:
         old = json.loads(path.read_text())
@@ -454,7 +494,7 @@ def _check_same_experiment(experiment: Experiment, directory: epath.Path) -> Non
 def _write_json(path: epath.Path, value: Any) -> None:
     """Writes a file that appears whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
     temporary.replace(path)
 
 

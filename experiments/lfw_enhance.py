@@ -12,8 +12,8 @@ yet. What was run, on 2 CPU cores and 10,358 images of 4,566 people:
         --training.batch-size 8 --training.log-every 3 --data.validation-fraction 0.02
 
 30 steps took 137 s, 2.1 images/s; the loss fell from 0.64 (mean of the first three steps) to 0.023.
-The pixelated images of the 1,036 that the default split holds out score an MSE of 0.00529 (22.76 dB;
-the mean of each image's PSNR is 23.16 dB) and an SSIM of 0.799.
+The pixelated images of the 1,036 that the default split holds out score an MSE of 0.00529
+(22.76 dB; the mean of each image's PSNR is 23.16 dB) and an SSIM of 0.799.
 """
 
 from aecore import Data, Experiment, Optimizer, Training

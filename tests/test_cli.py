@@ -79,6 +79,12 @@ def test_evaluate_prints_the_scores(trained, capsys):
             "would both become",
         ),
         (["evaluate", "{tmp}"], "has no checkpoints"),
+        (["evaluate", "{trained}", "--batch-size", "0"], "batch_size 0 is less than 1"),
+        (["restore", __file__, "-o", "{tmp}/o.png", "-m", "{trained}"], "is not a picture"),
+        (
+            ["restore", "{pictures}/0.png", "-o", "{tmp}/o.xpm", "-m", "{trained}"],
+            "no format with ending '.xpm'",
+        ),
     ],
 )
 def test_wrong_usage_gets_one_line_and_status_2(trained, pictures, tmp_path, capsys, args, message):
@@ -101,6 +107,8 @@ def test_wrong_usage_gets_one_line_and_status_2(trained, pictures, tmp_path, cap
         (["--data.dataset", "nonsense"], "unknown dataset 'nonsense'"),
         (["--model.channels", "3"], "1 channel, the model NoiseReducer takes 3"),
         (["--data.data-dir", "{tmp}/none"], "is not a folder"),
+        (["--model.features", "0"], "all numbers at least 1"),
+        (["--run-dir", __file__], "can't be made"),
     ],
 )
 def test_experiments_refuse_wrong_settings_in_one_line(tiny, tmp_path, capsys, args, message):

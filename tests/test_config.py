@@ -49,6 +49,14 @@ def test_json_names_nothing_outside_the_registries():
         config.from_json(description)
 
 
+def test_a_field_without_a_form_in_json_is_refused():
+    class Typed(nn.Module):
+        dtype: type = float
+
+    with pytest.raises(ConfigError, match="not JSON serializable"):
+        config.to_json(Experiment("a", Typed(), GaussianNoise(0.1)))
+
+
 def test_differences_name_fields_by_their_flags():
     old = config.to_json(Experiment("a", NoiseReducer(), GaussianNoise(0.1)))
     new = config.to_json(
@@ -75,7 +83,11 @@ def test_differences_name_fields_by_their_flags():
         (lambda: Training(keep=0), "training.keep 0"),
         (lambda: Training(min_delta=-1.0), "training.min_delta"),
         (lambda: Optimizer(learning_rate=0.0), "optimizer.learning_rate"),
-        (lambda: Data(image_size=(10, 80)), "at least 11 11"),
+        (lambda: Data(image_size=(0, 80)), "not a height and a width"),
+        (
+            lambda: Experiment("a", NoiseReducer(), GaussianNoise(), Data(image_size=(8, 80))),
+            "8x80 is too small for SSIM; use --data.image-size with at least 11 11",
+        ),
         (lambda: Data(channels=2), "data.channels 2"),
         (lambda: Data(validation_fraction=1.0), "data.validation_fraction"),
         (lambda: Experiment("", NoiseReducer(), GaussianNoise()), "name is empty"),

@@ -159,6 +159,14 @@ def test_truncated_pictures_are_skipped(tmp_path, caplog):
     assert "2.png can't be read" in caplog.text
 
 
+def test_pictures_of_16_bits_are_scaled_to_8(tmp_path):
+    ramp = np.linspace(0, 65535, 16 * 16).reshape(16, 16)
+    for index in range(2):
+        Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / f"{index}.png")
+    loaded = data.load(Data(dataset="folder", data_dir=str(tmp_path)))
+    np.testing.assert_allclose(loaded.train[0, ..., 0], ramp / 257, atol=0.6)
+
+
 def test_pictures_are_turned_upright_and_cropped_to_the_middle(tmp_path):
     # Left half black, right half white, marked as turned by 90 degrees clockwise.
     array = np.zeros((20, 40), np.uint8)
@@ -180,6 +188,9 @@ def test_pictures_are_turned_upright_and_cropped_to_the_middle(tmp_path):
     ("settings", "message"),
     [
         (dict(dataset="no_such_dataset"), "unknown dataset 'no_such_dataset'; use sample"),
+        (dict(dataset="fashion-mnist"), "unknown dataset 'fashion-mnist'"),
+        (dict(dataset="lfw/no_such_config"), "unknown dataset"),
+        (dict(dataset="../x"), "unknown dataset"),
         (dict(dataset="folder"), "use --data.data-dir"),
         (dict(dataset="folder", data_dir="/no/such/folder"), "is not a folder"),
     ],
@@ -257,15 +268,23 @@ def made_tfds(tmp_path):
     return tmp_path
 
 
-def test_lfw_from_prepared_tfds_is_split_by_person(made_tfds):
+@pytest.mark.parametrize("name", ["lfw", "LFW", "lfw:0.1.1"])
+def test_lfw_from_prepared_tfds_is_split_by_person(made_tfds, name):
     loaded = data.load(
-        Data(dataset="lfw", data_dir=str(made_tfds), image_size=(20, 20), validation_fraction=0.3)
+        Data(dataset=name, data_dir=str(made_tfds), image_size=(20, 20), validation_fraction=0.3)
     )
     assert len(loaded.train) + len(loaded.validation) == 42
     assert 13 <= len(loaded.validation) <= 18
     people = [set(array[:, 0, 0, 0]) for array in loaded]
     assert len(people[0] | people[1]) == 12
     assert not people[0] & people[1]
+
+
+def test_damaged_tfds_is_named(made_tfds):
+    (record,) = made_tfds.rglob("*.tfrecord*")
+    record.write_bytes(record.read_bytes()[:-100])
+    with pytest.raises(DataError, match="lfw/0.1.1 is damaged"):
+        data.load(Data(dataset="lfw", data_dir=str(made_tfds), image_size=(20, 20)))
 
 
 def test_prepared_fashion_mnist(tfds_dir):

@@ -114,6 +114,14 @@ def test_a_range_for_pixelate_draws_one_scale_an_image():
     assert len(set(distance.argmin(axis=1))) > 5
 
 
+@pytest.mark.parametrize("degradation", [Pixelate(0.4), GaussianBlur(2.5)])
+def test_white_stays_white(degradation):
+    white = np.ones((1, 64, 64, 1), np.float32)
+    degraded = np.asarray(degradation(white))
+    np.testing.assert_allclose(degraded, white, atol=1e-6)
+    assert degraded.max() <= 1
+
+
 def test_results_stay_in_range():
     images = RANDOM.integers(0, 2, (4, 16, 16, 1)).astype(np.float32)
     noisy = np.asarray(GaussianNoise(2.0)(images, jax.random.key(0)))

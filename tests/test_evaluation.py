@@ -4,11 +4,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from conftest import save_pictures
 
 import aecore
 from aecore import evaluation
 from aecore.degradations import GaussianNoise, Pixelate
-from aecore.errors import CheckpointError
+from aecore.errors import CheckpointError, ConfigError
 from aecore.parallel import DataParallel
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (21, 16, 16, 1), np.uint8)
@@ -42,7 +43,7 @@ def test_mse_is_of_the_output_as_it_is_and_psnr_of_the_clipped_one():
     white = np.full((3, 16, 16, 1), 255, np.uint8)
     scores = evaluation.Evaluator(overshoot, Pixelate(1.0), DataParallel(), 8)({}, white)
     assert scores["mse"] == pytest.approx(4.0)
-    assert scores["psnr"] > 100
+    assert scores["psnr"] == 100
     assert scores["ssim"] == pytest.approx(1.0)
 
 
@@ -61,6 +62,19 @@ def test_evaluate_at_another_batch_size_and_place(trained, pictures, tmp_path):
     scores = aecore.evaluate(str(trained), data_dir=str(moved), batch_size=3)
     for name in ("evaluation", "baseline"):
         assert scores[name] == pytest.approx(expected[name], rel=1e-5)
+
+
+def test_evaluate_refuses_what_does_not_fit(trained, tmp_path):
+    with pytest.raises(ConfigError, match="batch_size -1 is less than 1"):
+        aecore.evaluate(str(trained), batch_size=-1)
+    save_pictures(tmp_path, 4, mode="RGB")
+    with pytest.raises(ConfigError, match="3 channels"):
+        aecore.evaluate(str(trained), data_dir=str(tmp_path))
+
+
+def test_images_without_any_error_leave_the_mean_finite():
+    scores = evaluation.Evaluator(identity, GaussianNoise(0.0), DataParallel(), 8)({}, IMAGES)
+    assert scores["psnr"] == 100
 
 
 def test_a_run_that_is_none(tmp_path):

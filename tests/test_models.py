@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from aecore.errors import ConfigError
 from aecore.models import NoiseReducer, ResolutionEnhancer
 
 RANDOM = np.random.default_rng(0)
@@ -74,3 +75,10 @@ def test_the_same_function_as_the_keras_network(model, layers_of, shape, paramet
         model.apply({"params": params}, codes, method="decode"), outputs, atol=1e-6
     )
     assert codes.shape[1] * model.stride == shape[1]
+
+
+@pytest.mark.parametrize("fields", [{"features": ()}, {"features": (4, 0)}, {"channels": -1}])
+@pytest.mark.parametrize("model", [NoiseReducer, ResolutionEnhancer])
+def test_impossible_networks_are_refused(model, fields):
+    with pytest.raises(ConfigError, match="all numbers at least 1"):
+        model(**fields)

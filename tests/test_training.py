@@ -109,7 +109,8 @@ def test_stopping_and_going_on_changes_nothing(tiny, tmp_path):
     assert_identical(tmp_path / "run", tmp_path / "parts")
     lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["step"] for line in lines if '"loss"' in line]
-    assert losses == [2, 4, 6, 8]
+    # The first part ended before a line was due, and wrote what it had.
+    assert losses == [1, 2, 4, 6, 8]
 
 
 def test_a_finished_run_is_not_trained_again(tiny):
@@ -202,6 +203,68 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny, tmp_path
     assert f"checkpoint {folder} is damaged" in caplog.text
     assert Path(broken.run_dir, "checkpoints", "6.damaged").is_dir()
     assert_identical(tmp_path / "run", broken.run_dir)
+
+
+def test_checkpoints_that_are_all_damaged_are_left_as_they_are(tiny):
+    aecore.train(tiny, progress=False)
+    folders = list(Path(tiny.run_dir, "checkpoints").glob("[0-9]*"))
+    for folder in folders:
+        damage_by_truncation(folder)
+    with pytest.raises(CheckpointError, match="none of the checkpoints .* can be restored"):
+        aecore.train(tiny, progress=False)
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_a_checkpoint_stays_until_its_replacement_is_whole(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+
+    def save(checkpoints, value):
+        checkpoints.save(
+            state.TrainState(jax.numpy.int32(5), {"a": np.full(3, value, np.float32)}, {}),
+            {"step": 5, "history": [], "image_size": [8, 8], "channels": 1},
+        )
+
+    def restore(checkpoints):
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        step = jax.ShapeDtypeStruct((), np.int32, sharding=device)
+        abstract = {"a": jax.ShapeDtypeStruct((3,), np.float32, sharding=device)}
+        return checkpoints.restore(state.TrainState(step, abstract, {}))[0].params["a"][0]
+
+    with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
+        save(checkpoints, 1)
+        save(checkpoints, 2)
+    assert [path.name for path in folder.glob("5*")] == ["5"]
+    with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
+        assert restore(checkpoints) == 2
+    # What is left of one that was killed before its replacement was whole.
+    (folder / "5").rename(folder / "5.replaced")
+    with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
+        assert restore(checkpoints) == 2
+
+
+def test_a_run_goes_on_past_a_smaller_limit(tiny, monkeypatch):
+    real_batches = data.training_batches
+
+    def batches_then_signal(*args, **options):
+        for count, batch in enumerate(real_batches(*args, **options)):
+            if count == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(data, "training_batches", batches_then_signal)
+    with pytest.raises(Interrupted):
+        aecore.train(tiny, progress=False)
+    summary = aecore.train(change(tiny, steps=1), progress=False)
+    assert summary["steps"] == summary["evaluation"]["step"] == 3
+
+
+def test_an_unregistered_degradation_is_refused_before_training(tiny):
+    class Own(GaussianNoise):
+        pass
+
+    with pytest.raises(ConfigError, match="'Own' is not registered"):
+        aecore.train(change(tiny, degradation=Own(0.1)), progress=False)
+    assert not Path(tiny.run_dir).exists()
 
 
 def test_a_half_written_checkpoint_is_not_picked_up(tiny):

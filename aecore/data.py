@@ -57,9 +57,9 @@ class Dataset(NamedTuple):
 
 
 class _Pictures(NamedTuple):
-    """Pictures, named by index, before they are brought to working size."""
+    """Pictures before they are brought to working size."""
 
-    names: Sequence[str]
+    count: int
     read: Callable[[], Iterable[epath.Path | np.ndarray]]
     """Yields each picture in order: its file, or `(H, W, C)` uint8."""
     shape: tuple[int | None, int | None, int]
@@ -140,7 +140,7 @@ def _folder(data: Data) -> _Pictures:
     heights, widths, channels = (set(values) for values in zip(*shapes.values(), strict=True))
     readable = list(shapes)
     return _Pictures(
-        names=[str(path) for path in readable],
+        count=len(readable),
         read=lambda: readable,
         shape=(
             heights.pop() if len(heights) == 1 else None,
@@ -156,9 +156,12 @@ def _tfds(data: Data) -> _Pictures:
     try:
         builder = tfds.builder(data.dataset, data_dir=data.data_dir)
     except Exception as error:  # Names that TFDS can't parse fail in many ways.
+        # The message of this one lists every dataset there is.
+        is_listing = isinstance(error, tfds.core.registered.DatasetNotFoundError)
         raise DataError(
-            f"unknown dataset {data.dataset!r}; use sample, fashion_mnist, lfw, folder, "
-            "or the name of a TFDS dataset (https://www.tensorflow.org/datasets/catalog)"
+            f"unknown dataset {data.dataset!r}{'' if is_listing else f' ({error!s:.200})'}; "
+            "use sample, fashion_mnist, lfw, folder, or the name of a TFDS dataset "
+            "(https://www.tensorflow.org/datasets/catalog)"
         ) from error
     if not builder.is_prepared():
         _prepare(builder, data)
@@ -190,9 +193,7 @@ def _tfds(data: Data) -> _Pictures:
     # LFW labels an image with its person's name.
     people = builder.name == "lfw"
     return _Pictures(
-        names=[
-            f"{data.dataset} {s} {i}" for s, n in zip(splits, counts, strict=True) for i in range(n)
-        ],
+        count=sum(counts),
         read=lambda: read("image"),
         shape=(height, width, 1 if channels == 1 else 3),
         is_train=np.repeat([True, False], counts) if len(counts) == 2 else None,
@@ -290,7 +291,7 @@ def _working_shape(shape: tuple[int | None, int | None, int], data: Data) -> tup
 def _decode(source: _Pictures, data: Data) -> Dataset:
     """Decodes in parallel, skipping broken pictures, and splits."""
     shape = _working_shape(source.shape, data)
-    array = _allocate((len(source.names), *shape), data.memory_limit)
+    array = _allocate((source.count, *shape), data.memory_limit)
     good = np.zeros(len(array), bool)
 
     def decode(index: int, content: epath.Path | np.ndarray) -> None:

@@ -161,11 +161,7 @@ class Pixelate(Degradation):
         _check_range("Pixelate", "scale", self.scale, lambda s: 0 < s <= 1, "0 < scale <= 1")
 
     def apply(self, images, ops):
-        scale = _draw(self.scale, images, ops)
-        height, width = images.shape[1:3]
-        return _apply_separable(
-            images, self._matrix(height, scale, ops), self._matrix(width, scale, ops), ops
-        )
+        return _apply_separable(images, self.scale, self._matrix, ops)
 
     @staticmethod
     def _matrix(size: int, scale: Array, ops: Ops) -> Array:
@@ -204,11 +200,7 @@ class GaussianBlur(Degradation):
         _check_range("GaussianBlur", "sigma", self.sigma, lambda s: 0 <= s < np.inf, "sigma >= 0")
 
     def apply(self, images, ops):
-        sigma = _draw(self.sigma, images, ops)
-        height, width = images.shape[1:3]
-        return _apply_separable(
-            images, self._matrix(height, sigma, ops), self._matrix(width, sigma, ops), ops
-        )
+        return _apply_separable(images, self.sigma, self._matrix, ops)
 
     @staticmethod
     def _matrix(size: int, sigma: Array, ops: Ops) -> Array:
@@ -234,8 +226,15 @@ def _as_matrices(parameter: Array) -> Array:
     return np.float32(parameter) if isinstance(parameter, (int, float)) else parameter[..., 0]
 
 
-def _apply_separable(images: Array, rows: Array, columns: Array, ops: Ops) -> Array:
-    """Applies `([B,] H, H)` to the rows and `([B,] W, W)` to the columns of the images."""
+def _apply_separable(
+    images: Array, parameter: Range, matrix: Callable[[int, Array, Ops], Array], ops: Ops
+) -> Array:
+    """Applies a linear operator along the height and along the width of the images.
+
+    `matrix` makes it, `([B,] size, size)`, of a size and the parameter that was drawn.
+    """
+    parameter = _draw(parameter, images, ops)
+    rows, columns = (matrix(size, parameter, ops) for size in images.shape[1:3])
     batch = "b" if len(rows.shape) == 3 else ""
     images = ops.einsum(f"{batch}ij,bjwc->biwc", rows, images)
     images = ops.einsum(f"{batch}ij,bhjc->bhic", columns, images)

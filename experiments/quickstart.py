@@ -13,7 +13,7 @@ experiment = Experiment(
     model=NoiseReducer(),
     degradation=GaussianNoise(0.4),
     data=Data(dataset="sample"),
-    training=Training(batch_size=32, epochs=12),
+    training=Training(batch_size=32, epochs=10),
 )
 
 if __name__ == "__main__":

@@ -32,6 +32,11 @@ def find(folder: Any) -> list[Any]:
     return [path for path in walk(folder) if path.suffix.lower() in SUFFIXES]
 
 
+def is_picture(value: Any) -> bool:
+    """Whether a value is a Pillow image."""
+    return isinstance(value, Image.Image)
+
+
 def read(path: Any) -> Image.Image:
     """Reads a picture and turns it upright, as its EXIF orientation says.
 

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from aecore import checkpoint, config, images
 from aecore.errors import CheckpointError, ConfigError, ImageError
@@ -86,7 +85,7 @@ class Restorer:
         """
         if isinstance(image, (str, os.PathLike)):
             image = images.read(epath.Path(image))
-        if isinstance(image, Image.Image):
+        if images.is_picture(image):
             return images.from_array(self(images.to_array(image)))
         array = np.asarray(image)
         batch = self._to_batch(array)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
@@ -144,8 +145,9 @@ class _Run:
         self.clock = _Clock(training.batch_size, description)
         self.log = _MetricsLog(directory, self.step, training.log_every)
         self.launched = collections.deque()
-        # Not finite as soon as one value of parameters or optimizer state isn't.
-        self.sum_of_state = jax.jit(lambda state: sum(0 * x.sum() for x in jax.tree.leaves(state)))
+        self.is_finite = jax.jit(
+            lambda tree: jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+        )
 
     def fit(self, bar: tqdm) -> None:
         """Trains to the end, or until the validation loss no longer falls."""
@@ -177,7 +179,8 @@ class _Run:
 
     def epoch_label(self, step: int) -> str:
         """Names the epoch that a step belongs to."""
-        return f"epoch {-(-step // self.steps_per_epoch)}/{self.experiment.training.epochs}"
+        epoch = -(-min(step, self.last_step) // self.steps_per_epoch)
+        return f"epoch {epoch}/{self.experiment.training.epochs}"
 
     def summarize(self) -> dict[str, Any]:
         """Writes `summary.json` and the pictures, from the best checkpoint; returns the summary."""
@@ -275,7 +278,7 @@ class _Run:
         self._save()
 
     def _save(self) -> None:
-        self._check_finite("state", float(self.sum_of_state(self.state)), self.step)
+        self._check_finite("state", 0.0 if self.is_finite(self.state) else math.nan, self.step)
         self.checkpoints.save(
             self.state,
             self.description

@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 Description = Mapping[str, Any]
 
 _REPLACED = ".replaced"
+_REQUIRED = frozenset({"step", "history", "metrics", "checksums", "image_size", "channels"})
 
 
 def best_step(steps: Iterable[int], description: Description) -> int | None:
@@ -206,7 +207,7 @@ def load(
 def _read_description(manager: ocp.CheckpointManager, step: int) -> Description:
     args = ocp.args.Composite(description=ocp.args.JsonRestore())
     description = manager.restore(step, args=args).description
-    if not {"step", "history", "checksums", "image_size", "channels"} <= description.keys():
+    if not (description.keys() >= _REQUIRED and isinstance(description["history"], list)):
         raise ValueError("its description is incomplete")
     return description
 

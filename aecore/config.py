@@ -7,6 +7,7 @@ docstring the flag's help.
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -45,7 +46,7 @@ class Data:
     def __post_init__(self):
         size = self.image_size
         _require(
-            size is None or (len(size) == 2 and min(size) >= 1),
+            size is None or (isinstance(size, tuple) and len(size) == 2 and min(size) >= 1),
             f"data.image_size {size} is not a height and a width",
         )
         _require(
@@ -107,6 +108,7 @@ class Training:
     def __post_init__(self):
         for name in ("batch_size", "epochs", "checkpoint_every", "keep", "log_every"):
             value = getattr(self, name)
+            _require(isinstance(value, int), f"training.{name} {value} is not a whole number")
             _require(value >= 1, f"training.{name} {value} is less than 1; use 1 or more")
         for name in ("steps", "patience"):
             value = getattr(self, name)
@@ -137,6 +139,10 @@ class Experiment:
     def __post_init__(self):
         _require(bool(self.name), "name is empty; give the experiment a name")
         _require(
+            hasattr(self.model, "encode") and not isinstance(self.model, type),
+            f"model {self.model!r} is not a network; use one such as NoiseReducer()",
+        )
+        _require(
             isinstance(self.degradation, Degradation),
             f"degradation {self.degradation!r} is not a Degradation; see aecore.degradations",
         )
@@ -146,7 +152,7 @@ class Experiment:
     @property
     def directory(self) -> str:
         """The run directory."""
-        return self.run_dir or f"runs/{self.name}"
+        return os.fspath(self.run_dir or f"runs/{self.name}")
 
     def check_images(self, height: int, width: int, channels: int) -> None:
         """Raises ConfigError unless the model takes images of this size and these channels."""
@@ -188,14 +194,14 @@ def to_json(experiment: Experiment) -> dict[str, Any]:
         "data": _encode_fields(experiment.data),
         "optimizer": _encode_fields(experiment.optimizer),
         "training": _encode_fields(experiment.training),
-        "run_dir": experiment.run_dir,
+        "run_dir": experiment.run_dir and os.fspath(experiment.run_dir),
     }
     try:
         json.dumps(description)
     except TypeError as error:
         raise ConfigError(
-            f"a checkpoint could not describe this experiment: {error}; give its model and "
-            "degradation fields of numbers, strings and tuples"
+            f"a checkpoint could not describe this experiment: {error}; "
+            "use Python's numbers, strings and tuples for its fields"
         ) from error
     return description
 

@@ -303,7 +303,8 @@ def _decode(source: _Pictures, data: Data) -> Dataset:
             array[index] = images.at_working_size(picture, shape[:2], shape[2], data.resize)
             good[index] = True
         except ImageError as error:
-            _log.warning("skipped: %s", error)
+            named = isinstance(content, np.ndarray) or str(content) in str(error)
+            _log.warning("skipped: %s", error if named else f"{content}: {error}")
 
     # Pillow releases the interpreter's lock while it decodes and resizes.
     with ThreadPoolExecutor() as pool:

@@ -254,6 +254,13 @@ class Compose(Degradation):
     parts: tuple[Degradation, ...] = ()
     """The degradations, first to last."""
 
+    def __post_init__(self):
+        if not (
+            isinstance(self.parts, tuple)
+            and all(isinstance(part, Degradation) for part in self.parts)
+        ):
+            raise ConfigError(f"Compose: {self.parts!r} is not a tuple of degradations")
+
     @property
     def is_random(self):
         return any(part.is_random for part in self.parts)

@@ -43,7 +43,7 @@ class Autoencoder(nn.Module):
 
 
 def _check_features(owner: str, features: tuple[int, ...], channels: int, least: int) -> None:
-    if len(features) < least or min((*features, channels)) < 1:
+    if not isinstance(features, tuple) or len(features) < least or min((*features, channels)) < 1:
         raise ConfigError(
             f"{owner} can't have features {features} and {channels} channels; "
             f"use {least} or more features, all numbers at least 1"

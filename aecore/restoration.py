@@ -83,26 +83,27 @@ class Restorer:
           ImageError: the picture can't be read; or its dtype, shape, values or number of channels
             don't fit.
         """
-        if isinstance(image, (str, os.PathLike)):
-            image = images.read(epath.Path(image))
-        if images.is_picture(image):
-            return images.from_array(self(images.to_array(image)))
-        array = np.asarray(image)
+        array = _to_array(image)
         batch = self._to_batch(array)
         height, width = batch.shape[1:3]
         restored = self._in_parts(self._restore, self._pad(batch))[:, :height, :width]
-        return _from_float(restored.reshape(array.shape), array.dtype)
+        result = _from_float(restored.reshape(array.shape), array.dtype)
+        is_picture = images.is_picture(image) or isinstance(image, (str, os.PathLike))
+        return images.from_array(result) if is_picture else result
 
     def encode(self, image: Any) -> np.ndarray:
-        """The codes `(N, h, w, K)` float32 of images, which are given as arrays, as for calling.
+        """The codes `(N, h, w, K)` float32 of images, which are given as for calling.
 
         N is 1 for a single image; h and w are the sides divided by the stride, rounded up.
         """
-        return self._in_parts(self._encode, self._pad(self._to_batch(np.asarray(image))))
+        return self._in_parts(self._encode, self._pad(self._to_batch(_to_array(image))))
 
     def decode(self, codes: Any) -> np.ndarray:
         """The images `(N, H, W, C)` of codes `(N, h, w, K)`, float32 clipped to [0, 1]."""
-        return np.clip(self._in_parts(self._decode, np.asarray(codes, np.float32)), 0, 1)
+        codes = np.asarray(codes, np.float32)
+        if codes.ndim != 4 or codes.size == 0:
+            raise ImageError(f"an array of shape {codes.shape} holds no codes; use (N, h, w, K)")
+        return np.clip(self._in_parts(self._decode, codes), 0, 1)
 
     def _to_batch(self, array: np.ndarray) -> np.ndarray:
         """`(H, W)`, `(H, W, C)` or `(N, H, W, C)` to `(N, H, W, C)` float32 in [0, 1]."""
@@ -118,7 +119,8 @@ class Restorer:
         if batch.shape[3] != self.model.channels:
             raise ImageError(
                 f"the image has {batch.shape[3]} channel{'s' * (batch.shape[3] != 1)}, the model "
-                f"{type(self.model).__name__} takes {self.model.channels}; convert the image"
+                f"{type(self.model).__name__} takes {self.model.channels}; convert the image "
+                f"(of shape {array.shape}; several gray ones are (N, H, W, 1))"
             )
         return batch
 
@@ -142,11 +144,19 @@ class Restorer:
         return np.concatenate(parts)
 
 
+def _to_array(image: Any) -> np.ndarray:
+    if isinstance(image, (str, os.PathLike)):
+        image = images.read(epath.Path(image))
+    return images.to_array(image) if images.is_picture(image) else np.asarray(image)
+
+
 def _to_float(array: np.ndarray) -> np.ndarray:
     if array.dtype in (np.uint8, np.uint16):
         return array.astype(np.float32) / np.iinfo(array.dtype).max
     if not np.issubdtype(array.dtype, np.floating):
         raise ImageError(f"dtype {array.dtype} is not supported; use uint8, uint16 or float")
+    if np.isnan(array).any():
+        raise ImageError("the image has values that are NaN; replace them")
     if not (array.min() >= 0 and array.max() <= 1):
         raise ImageError(
             f"float images must lie in [0, 1], these in [{array.min():g}, {array.max():g}]; "

@@ -72,7 +72,7 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
             "training images; use a smaller one"
         )
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{directory} can't be made: {error}; use another --run-dir") from error
     with (
@@ -136,7 +136,7 @@ class _Run:
         restored = checkpoints.restore(parallel.abstract(create))
         if restored:
             self.state, description = restored
-            self._check_same_data(description)
+            self._check_same_run(description)
         else:
             self.state, description = parallel.compile_create(create)(), {}
         self.step = self.saved_step = int(self.state.step)
@@ -307,7 +307,10 @@ class _Run:
                 "try a lower --optimizer.learning-rate, with another --run-dir"
             )
 
-    def _check_same_data(self, description: Mapping[str, Any]) -> None:
+    def _check_same_run(self, description: Mapping[str, Any]) -> None:
+        """As `_check_same_experiment`, but by what the checkpoint itself says."""
+        settings = {name: description[name] for name in config.to_json(self.experiment)}
+        _refuse_differences(settings, self.experiment, self.directory)
         old, new = description["fingerprint"], self.description["fingerprint"]
         if old != new:
             raise CheckpointError(
@@ -450,7 +453,7 @@ class _MetricsLog:
                 lines.append(json.loads(line))
             except json.JSONDecodeError:  # Cut off when the process was killed.
                 continue
-        return lines
+        return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 def _bar(run: _Run, progress: bool) -> tqdm:
@@ -484,8 +487,18 @@ def _check_same_experiment(experiment: Experiment, directory: epath.Path) -> Non
         return
     try:
         old = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); use another --run-dir") from error
+        if not isinstance(old, dict):
+            raise ValueError("no object")
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} does not describe an experiment ({error}); use another --run-dir"
+        ) from error
+    _refuse_differences(old, experiment, directory)
+
+
+def _refuse_differences(
+    old: Mapping[str, Any], experiment: Experiment, directory: epath.Path
+) -> None:
     differing = config.differences(old, config.to_json(experiment), _CHANGEABLE)
     if differing:
         raise CheckpointError(

@@ -1,13 +1,12 @@
 import dataclasses
 import json
 
-import flax.linen as nn
 import pytest
 
 from aecore import Data, Experiment, Optimizer, Training, config
 from aecore.degradations import Compose, GaussianBlur, GaussianNoise, Pixelate
 from aecore.errors import ConfigError
-from aecore.models import NoiseReducer, ResolutionEnhancer
+from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer
 
 
 @pytest.mark.parametrize(
@@ -31,7 +30,7 @@ def test_an_experiment_survives_json(experiment):
 
 
 def test_json_names_nothing_outside_the_registries():
-    class Unregistered(nn.Module):
+    class Unregistered(Autoencoder):
         channels: int = 1
         stride: int = 1
 
@@ -50,7 +49,7 @@ def test_json_names_nothing_outside_the_registries():
 
 
 def test_a_field_without_a_form_in_json_is_refused():
-    class Typed(nn.Module):
+    class Typed(Autoencoder):
         dtype: type = float
 
     with pytest.raises(ConfigError, match="not JSON serializable"):
@@ -92,6 +91,14 @@ def test_differences_name_fields_by_their_flags():
         (lambda: Data(validation_fraction=1.0), "data.validation_fraction"),
         (lambda: Experiment("", NoiseReducer(), GaussianNoise()), "name is empty"),
         (lambda: Experiment("a", NoiseReducer(), 0.4), "not a Degradation"),
+        (
+            lambda: Experiment("a", NoiseReducer, GaussianNoise()),
+            r"use one such as NoiseReducer\(\)",
+        ),
+        (lambda: Compose((1, 2)), "not a tuple of degradations"),
+        (lambda: NoiseReducer(features=3), "can't have features 3"),
+        (lambda: Data(image_size=28), "not a height and a width"),
+        (lambda: Training(batch_size=32.0), "not a whole number"),
         (
             lambda: Experiment("a", NoiseReducer(), GaussianNoise(), Data(image_size=(30, 45))),
             "multiple of 4.*--data.image-size 28 44 or 32 48",

@@ -118,7 +118,7 @@ def test_a_checkpoint_of_eight_devices_is_restored_on_one(trained):
         (np.zeros((0, 8), np.uint8), r"shape \(0, 8\) is no image"),
         (np.zeros((8, 8), np.int64), "dtype int64 is not supported; use uint8"),
         (np.full((8, 8), 255.0), r"must lie in \[0, 1\], these in \[255, 255\]"),
-        (np.full((8, 8), np.nan), r"must lie in \[0, 1\]"),
+        (np.full((8, 8), np.nan), "values that are NaN"),
         (Image.new("RGBA", (8, 8)), "mode RGBA is not supported; convert it to L"),
         ("no/such/file.png", "no/such/file.png can't be read: No such file"),
     ],

@@ -221,7 +221,7 @@ def test_a_checkpoint_stays_until_its_replacement_is_whole(tmp_path):
     def save(checkpoints, value):
         checkpoints.save(
             state.TrainState(jax.numpy.int32(5), {"a": np.full(3, value, np.float32)}, {}),
-            {"step": 5, "history": [], "image_size": [8, 8], "channels": 1},
+            {"step": 5, "history": [], "metrics": None, "image_size": [8, 8], "channels": 1},
         )
 
     def restore(checkpoints):
@@ -283,13 +283,14 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     losses = {10: 0.5, 20: 0.1, 30: 0.4, 40: 0.3, 50: 0.2}
     run = tmp_path / "run"
     history = []
+    described = {"metrics": None, "image_size": [8, 8], "channels": 1}
     with checkpoint.Checkpoints(run / "checkpoints", keep=2) as checkpoints:
         for step in (10, 15, 20, 30, 35, 40, 50):
             if step in losses:
                 history.append({"step": step, "mse": losses[step]})
             checkpoints.save(
                 state.TrainState(jax.numpy.int32(step), {"a": np.zeros(3, np.float32)}, {}),
-                {"step": step, "history": history, "image_size": [8, 8], "channels": 1},
+                {"step": step, "history": history} | described,
             )
     assert steps_kept(run) == [20, 40, 50]
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -308,6 +309,13 @@ def test_a_different_experiment_is_refused(tiny):
     assert "optimizer.learning_rate: 0.001 -> 0.1" in str(raised.value)
     with pytest.raises(CheckpointError, match="training.seed: 0 -> 1"):
         aecore.train(change(tiny, seed=1), progress=False)
+    # The checkpoint describes itself.
+    (Path(tiny.run_dir) / "experiment.json").unlink()
+    with pytest.raises(CheckpointError, match="training.seed: 0 -> 1"):
+        aecore.train(change(tiny, seed=1), progress=False)
+    (Path(tiny.run_dir) / "experiment.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="does not describe an experiment"):
+        aecore.train(tiny, progress=False)
 
 
 def test_other_images_are_refused(tiny, tmp_path):

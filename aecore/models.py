@@ -42,11 +42,11 @@ class Autoencoder(nn.Module):
         return self.decode(self.encode(images))
 
 
-def _check_features(owner: str, features: tuple[int, ...], channels: int, least: int) -> None:
-    if not isinstance(features, tuple) or len(features) < least or min((*features, channels)) < 1:
+def _check_features(owner: str, features: tuple[int, ...], channels: int) -> None:
+    if not isinstance(features, tuple) or not features or min((*features, channels)) < 1:
         raise ConfigError(
             f"{owner} can't have features {features} and {channels} channels; "
-            f"use {least} or more features, all numbers at least 1"
+            "use 1 or more features, all numbers at least 1"
         )
 
 
@@ -73,7 +73,7 @@ class NoiseReducer(Autoencoder):
     """Channels of the images."""
 
     def __post_init__(self):
-        _check_features("NoiseReducer", self.features, self.channels, least=1)
+        _check_features("NoiseReducer", self.features, self.channels)
         super().__post_init__()
 
     @property
@@ -109,7 +109,7 @@ class ResolutionEnhancer(Autoencoder):
     """Channels of the images."""
 
     def __post_init__(self):
-        _check_features("ResolutionEnhancer", self.features, self.channels, least=1)
+        _check_features("ResolutionEnhancer", self.features, self.channels)
         super().__post_init__()
 
     @property

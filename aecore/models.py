@@ -1,8 +1,7 @@
 """Flax Linen networks, `(B, H, W, C)` float32 in [0, 1] to the same shape, and their registry.
 
 Every network has `encode` and `decode`, `channels` (the C that it takes) and `stride` (H and W
-must be multiples of it). Convolutions are 3×3 with "same" padding, and initialised as Keras does
-(Glorot uniform, zero bias), as the recipes were.
+must be multiples of it).
 """
 
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from aecore.convolution import Conv, ConvTranspose, merge_phases
 from aecore.errors import ConfigError
 
 REGISTRY: dict[str, type[nn.Module]] = {}
@@ -50,16 +50,6 @@ def _check_features(owner: str, features: tuple[int, ...], channels: int) -> Non
         )
 
 
-def _conv(features: int, stride: int = 1) -> nn.Conv:
-    return nn.Conv(features, (3, 3), (stride, stride), kernel_init=nn.initializers.glorot_uniform())
-
-
-def _conv_transpose(features: int, stride: int) -> nn.ConvTranspose:
-    return nn.ConvTranspose(
-        features, (3, 3), (stride, stride), kernel_init=nn.initializers.glorot_uniform()
-    )
-
-
 @register
 class NoiseReducer(Autoencoder):
     """Strided convolutions down, transposed convolutions up, sigmoid output.
@@ -81,9 +71,9 @@ class NoiseReducer(Autoencoder):
         return 2 ** len(self.features)
 
     def setup(self):
-        self.encoder = [_conv(features, stride=2) for features in self.features]
-        self.decoder = [_conv_transpose(features, stride=2) for features in self.features[::-1]]
-        self.output = _conv(self.channels)
+        self.encoder = [Conv(features, stride=2) for features in self.features]
+        self.decoder = [ConvTranspose(features) for features in self.features[::-1]]
+        self.output = Conv(self.channels)
 
     def encode(self, images):
         for layer in self.encoder:
@@ -91,9 +81,12 @@ class NoiseReducer(Autoencoder):
         return images
 
     def decode(self, codes):
-        for layer in self.decoder:
+        *before, last = self.decoder
+        for layer in before:
             codes = nn.relu(layer(codes))
-        return nn.sigmoid(self.output(codes))
+        # In phases, the widest activations need not be put together at full size.
+        phases = nn.relu(last.to_phases(codes))
+        return nn.sigmoid(merge_phases(self.output.on_phases(phases)))
 
 
 @register
@@ -117,9 +110,9 @@ class ResolutionEnhancer(Autoencoder):
         return 2
 
     def setup(self):
-        self.encoder = [_conv(features) for features in self.features]
-        self.decoder = [_conv(features) for features in self.features[::-1]]
-        self.output = _conv(self.channels)
+        self.encoder = [Conv(features) for features in self.features]
+        self.decoder = [Conv(features) for features in self.features[::-1]]
+        self.output = Conv(self.channels)
 
     def encode(self, images):
         *before, last = self.encoder

@@ -1,0 +1,103 @@
+"""Every lowering against `jax.lax`'s own convolutions, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from aecore import convolution
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def reference_conv(images, kernel, stride=1):
+    return lax.conv_general_dilated(
+        images, kernel, (stride, stride), "SAME", dimension_numbers=LAYOUT
+    )
+
+
+def reference_conv_transpose(images, kernel):
+    return lax.conv_transpose(images, kernel, (2, 2), "SAME", dimension_numbers=LAYOUT)
+
+
+def on_phases(images, kernel):
+    phases = convolution.conv_on_phases(convolution.split_phases(images), kernel)
+    return convolution.merge_phases(phases)
+
+
+def to_phases(images, kernel):
+    return convolution.merge_phases(convolution.conv_transpose_to_phases(images, kernel))
+
+
+def check(ours, reference, images, kernel, dtype=jnp.float32, tolerance=1e-5):
+    images, kernel = images.astype(dtype), kernel.astype(dtype)
+
+    def value_and_gradients(function):
+        value, gradient = jax.vjp(function, images, kernel)
+        weights = np.random.default_rng(1).normal(size=value.shape).astype(dtype)
+        return value, *gradient(weights)
+
+    results = jax.jit(lambda: value_and_gradients(ours))()
+    expected = jax.jit(lambda: value_and_gradients(reference))()
+    for result, wanted in zip(results, expected, strict=True):
+        assert result.shape == wanted.shape
+        assert result.dtype == dtype
+        result, wanted = np.asarray(result, np.float64), np.asarray(wanted, np.float64)
+        # Values and gradients are sums of many terms; the largest of them gives their scale.
+        scale = max(1.0, np.abs(wanted).max())
+        np.testing.assert_allclose(result / scale, wanted / scale, rtol=0, atol=tolerance)
+
+
+def arrays(height, width, channels, features):
+    random = np.random.default_rng([height, width, channels, features])
+    images = random.random((3, height, width, channels), np.float32)
+    kernel = random.normal(0, (9 * channels) ** -0.5, (3, 3, channels, features))
+    return images, kernel.astype(np.float32)
+
+
+CHANNELS = [(1, 16), (16, 8), (16, 1), (3, 3), (32, 40), (64, 32)]
+SIZES = [(8, 8), (7, 10), (5, 3), (1, 1), (28, 12)]
+
+
+@pytest.mark.parametrize(("channels", "features"), CHANNELS)
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolutions(height, width, channels, features, stride):
+    check(
+        lambda images, kernel: convolution.conv(images, kernel, stride),
+        lambda images, kernel: reference_conv(images, kernel, stride),
+        *arrays(height, width, channels, features),
+    )
+
+
+@pytest.mark.parametrize(("channels", "features"), CHANNELS)
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize("ours", [convolution.conv_transpose, to_phases])
+def test_transposed_convolutions(height, width, channels, features, ours):
+    check(ours, reference_conv_transpose, *arrays(height, width, channels, features))
+
+
+@pytest.mark.parametrize(("channels", "features"), CHANNELS)
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (8, 6), (28, 28)])
+def test_convolutions_from_phases_to_phases(height, width, channels, features):
+    check(on_phases, reference_conv, *arrays(height, width, channels, features))
+
+
+@pytest.mark.parametrize(("channels", "features"), [(1, 16), (16, 1), (64, 32)])
+def test_bfloat16(channels, features):
+    images, kernel = arrays(8, 8, channels, features)
+    for ours, reference in [
+        (convolution.conv, reference_conv),
+        (convolution.conv_transpose, reference_conv_transpose),
+        (on_phases, reference_conv),
+    ]:
+        check(ours, reference, images, kernel, dtype=jnp.bfloat16, tolerance=0.02)
+
+
+def test_other_platforms_get_the_compilers_own_convolution():
+    images, kernel = arrays(8, 8, 64, 64)
+    lowered = jax.jit(convolution.conv).trace(images, kernel).lower(lowering_platforms=("tpu",))
+    assert "stablehlo.convolution" in lowered.as_text()
+    lowered = jax.jit(convolution.conv).trace(images, kernel).lower(lowering_platforms=("cpu",))
+    assert "stablehlo.convolution" not in lowered.as_text()

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from aecore.errors import CheckpointError
 from aecore.state import TrainState
@@ -63,6 +64,9 @@ class Checkpoints:
 
     def _settle_replacements(self) -> None:
         """Removes checkpoints that were replaced; puts back those whose replacement failed."""
+        _on_first_process(self._settle)
+
+    def _settle(self) -> None:
         for old in self._directory.glob(f"*{_REPLACED}"):
             new = old.with_name(old.name.removesuffix(_REPLACED))
             if new.exists():
@@ -91,7 +95,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             self._manager.wait_until_finished()
             folder = self._directory / str(step)
-            folder.rename(folder.with_name(f"{step}{_REPLACED}"))
+            _on_first_process(lambda: folder.rename(folder.with_name(f"{step}{_REPLACED}")))
             self._manager.reload()
         items = _items(state)
         checksums = {name: _checksum(tree) for name, tree in items.items()}
@@ -131,7 +135,8 @@ class Checkpoints:
             except Exception as error:  # Each kind of damage fails differently within orbax.
                 damaged.append((step, error))
                 continue
-            self._set_aside(damaged)
+            _on_first_process(lambda: self._set_aside(damaged))
+            self._manager.reload()
             self._policy.description = description
             return TrainState(params=items["params"], **items["optimizer"]), description
         if damaged:
@@ -151,7 +156,14 @@ class Checkpoints:
                 count += 1
                 name = f"{step}.damaged-{count}"
             folder.rename(folder.with_name(name))
-        self._manager.reload()
+
+
+def _on_first_process(change: Callable[[], None]) -> None:
+    """Changes files; returns in every process when it is done."""
+    if jax.process_index() == 0:
+        change()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("aecore checkpoint files")
 
 
 def load(

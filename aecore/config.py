@@ -104,13 +104,41 @@ class Training:
     """Newest checkpoints to keep; the best by validation loss is kept besides."""
     log_every: int = 50
     """Steps that one line of metrics.jsonl averages over."""
+    feed: Literal["stream", "resident"] = "stream"
+    """stream: batches come from tf.data. resident: the devices hold all images, and do many steps a
+    call."""
+    degrade_on: Literal["host", "device"] = "host"
+    """Where a stream's images are degraded; resident ones are degraded on the device anyway."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the network computes in; parameters, optimizer and loss are float32."""
+    accumulation: int | None = None
+    """Parts that a device's share of a batch is divided into and computed in turn, to need less
+    memory; None: 1, or on CPUs what suits their caches."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """How the step is compiled for several devices; the results are the same."""
+    devices: int | None = None
+    """How many devices to use; None: all."""
+    distributed: str | None = None
+    """Train with other processes: auto (TPU pods, Slurm, Open MPI, Kubernetes), or
+    HOST:PORT,COUNT,INDEX: the first process's address, how many there are, which this one is."""
 
     def __post_init__(self):
         for name in ("batch_size", "epochs", "checkpoint_every", "keep", "log_every"):
             value = getattr(self, name)
             _require(isinstance(value, int), f"training.{name} {value} is not a whole number")
             _require(value >= 1, f"training.{name} {value} is less than 1; use 1 or more")
-        for name in ("steps", "patience"):
+        for name, choices in (
+            ("feed", ("stream", "resident")),
+            ("degrade_on", ("host", "device")),
+            ("precision", ("float32", "bfloat16")),
+            ("parallel", ("jit", "pmap")),
+        ):
+            value = getattr(self, name)
+            _require(
+                value in choices,
+                f"training.{name} {value!r} is unknown; use {' or '.join(choices)}",
+            )
+        for name in ("steps", "patience", "accumulation", "devices"):
             value = getattr(self, name)
             _require(
                 value is None or value >= 1,

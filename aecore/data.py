@@ -409,43 +409,49 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 def training_batches(
     array: np.ndarray,
-    degradation: Degradation,
+    degradation: Degradation | None,
     *,
     batch_size: int,
     seed: int,
     start_step: int = 0,
-) -> Iterator[Batch]:
+    share: slice = slice(None),
+) -> Iterator[Batch | np.ndarray]:
     """Endless batches for steps `start_step`, `start_step + 1`, …
 
     An epoch is `len(array) // batch_size` steps in a fresh order; what is left over is left out.
 
     Args:
       array: `(N, H, W, C)` uint8.
-      degradation: what is done to the images.
+      degradation: what is done to the images; None: nothing, and each batch is an array
+        `(B, H, W, C)` of uint8.
       batch_size: images a batch, at most N.
       seed: of the order and of the noise, which is drawn anew at each step.
       start_step: the first batch's step. What comes before it is not read.
+      share: which images of each batch to make, without reading the others. They are the same
+        images, with the same noise, as in the whole batch.
     """
     tf = _import_tensorflow()
     steps_per_epoch = len(array) // batch_size
+    first, last, _ = share.indices(batch_size)
 
     def epoch_indices(epoch):
-        first = max(0, start_step - epoch * steps_per_epoch)
+        done = max(0, start_step - epoch * steps_per_epoch)
         order = epoch_order(seed, epoch, len(array))[: steps_per_epoch * batch_size]
         numbers = np.arange(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
-        return numbers[first:], order.reshape(steps_per_epoch, batch_size)[first:]
+        indices = order.reshape(steps_per_epoch, batch_size)[done:, first:last]
+        return numbers[done:], np.ascontiguousarray(indices)
 
     @tf.autograph.experimental.do_not_convert
     def epoch_steps(epoch):
         numbers, indices = tf.numpy_function(epoch_indices, [epoch], (tf.int64, tf.int64))
-        indices = tf.ensure_shape(indices, (None, batch_size))
+        indices = tf.ensure_shape(indices, (None, last - first))
         return tf.data.Dataset.from_tensor_slices((tf.ensure_shape(numbers, (None,)), indices))
 
     if isinstance(array, np.memmap):
 
         def gather(indices):
             batch = tf.numpy_function(array.__getitem__, [indices], tf.uint8, stateful=False)
-            return tf.ensure_shape(batch, (batch_size, *array.shape[1:]))
+            return tf.ensure_shape(batch, (last - first, *array.shape[1:]))
     else:
         tensor = tf.constant(array)
 
@@ -454,8 +460,11 @@ def training_batches(
 
     @tf.autograph.experimental.do_not_convert
     def make_batch(step, indices):
-        original = tf.cast(gather(indices), tf.float32) / 255.0
-        ops = _TensorFlowOps(tf.stack([tf.constant(seed, tf.int64), step]))
+        images = gather(indices)
+        if degradation is None:
+            return (images,)
+        original = tf.cast(images, tf.float32) / 255.0
+        ops = _TensorFlowOps(tf.stack([tf.constant(seed, tf.int64), step]), first)
         return degradation.apply(original, ops), original
 
     # Indices are batched first, so that each later stage is one operation on a whole batch.
@@ -466,8 +475,8 @@ def training_batches(
         .map(make_batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         .prefetch(tf.data.AUTOTUNE)
     )
-    for degraded, original in dataset.as_numpy_iterator():
-        yield Batch(degraded, original)
+    for arrays in dataset.as_numpy_iterator():
+        yield arrays[0] if degradation is None else Batch(*arrays)
 
 
 def evaluation_batches(array: np.ndarray, batch_size: int) -> Iterator[EvaluationBatch]:
@@ -483,12 +492,14 @@ class _TensorFlowOps:
     """`aecore.degradations.Ops` for TensorFlow.
 
     Args:
-      seed: `(2,)` int64; every value drawn is a function of it.
+      seed: `(2,)` int64; every value drawn is a function of it and of its image's place.
+      first: the place in the batch of the first of the images.
     """
 
-    def __init__(self, seed):
+    def __init__(self, seed, first: int = 0):
         self.xp = _import_tensorflow()
         self._seed = seed
+        self._first = first
         self._draws = 0
 
     def _next_seed(self):
@@ -499,8 +510,22 @@ class _TensorFlowOps:
         return self.xp.einsum(equation, *operands)
 
     def normal(self, images):
-        return self.xp.random.stateless_normal(self.xp.shape(images), self._next_seed())
+        return self._draw(self.xp.raw_ops.StatelessRandomNormalV2, images.shape)
 
     def uniform(self, images, low, high):
-        shape = (self.xp.shape(images)[0], 1, 1, 1)
-        return self.xp.random.stateless_uniform(shape, self._next_seed(), low, high)
+        values = self._draw(self.xp.raw_ops.StatelessRandomUniformV2, (images.shape[0], 1, 1, 1))
+        return low + (high - low) * values
+
+    def _draw(self, operation, shape):
+        """Values for the images from `first` on, without drawing those before them."""
+        key, counter = self.xp.raw_ops.StatelessRandomGetKeyCounter(seed=self._next_seed())
+        # Philox makes four values at each count.
+        size = int(np.prod(shape))
+        count, skipped = divmod(self._first * (size // shape[0]), 4)
+        values = operation(
+            shape=[skipped + size],
+            key=key,
+            counter=counter + self.xp.constant([count, 0], self.xp.uint64),
+            alg=1,
+        )
+        return self.xp.reshape(values[skipped:], shape)

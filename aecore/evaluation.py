@@ -41,10 +41,10 @@ class Evaluator:
         parallel: DataParallel,
         batch_size: int,
     ):
+        prepare = steps.degrading(degradation)
+
         def eval_step(params, images, indices):
-            return steps.eval_step(
-                params, images, keys(indices), apply=apply, degradation=degradation
-            )
+            return steps.eval_step(params, images, keys(indices), apply=apply, prepare=prepare)
 
         self._parallel = parallel
         self._batch_size = parallel.round_up(batch_size)
@@ -74,7 +74,8 @@ class Evaluator:
         for batch in data.evaluation_batches(array, self._batch_size):
             if stop():
                 return None
-            placed = self._parallel.place((batch.images, batch.indices))
+            share = self._parallel.share(self._batch_size)
+            placed = self._parallel.place((batch.images[share], batch.indices[share]))
             running.append((self._eval_step(params, *placed), batch.count))
             # The next batch starts before this one is waited for.
             if len(running) > 1:
@@ -88,6 +89,13 @@ class Evaluator:
 def keys(indices: jax.Array) -> jax.Array:
     """The PRNG keys with which the images at `(N,)` indices are degraded for evaluation."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(_SEED), indices)
+
+
+def degraded(degradation: Degradation, images: np.ndarray) -> np.ndarray:
+    """The first images of a dataset, `(N, H, W, C)` uint8, degraded as they are for evaluation."""
+    prepare = jax.jit(lambda images, indices: steps.degrading(degradation)(images, keys(indices)))
+    indices = np.arange(len(images), dtype=np.int32)
+    return jax.device_get(prepare(*jax.device_put((images, indices)))[0])
 
 
 def baseline(degradation: Degradation, parallel: DataParallel, batch_size: int, array: np.ndarray):
@@ -144,12 +152,12 @@ def evaluate(
     parallel = DataParallel()
     batch_size = batch_size or experiment.training.batch_size
     evaluator = Evaluator(
-        lambda params, images: restorer.model.apply({"params": params}, images),
+        steps.of_model(restorer.model),
         experiment.degradation,
         parallel,
         batch_size,
     )
-    params = jax.device_put(restorer.params, parallel.replicated)
+    params = parallel.replicate(restorer.params)
     step = restorer.description["step"]
     return {
         "evaluation": {"step": step, **evaluator(params, dataset.validation)},

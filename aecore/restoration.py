@@ -140,7 +140,7 @@ class Restorer:
             if start and count < _BATCH:
                 # Filled up, as another size would be compiled anew.
                 part = np.pad(part, [(0, _BATCH - count), (0, 0), (0, 0), (0, 0)])
-            parts.append(np.asarray(function(self.params, part))[:count])
+            parts.append(jax.device_get(function(self.params, jax.device_put(part)))[:count])
         return np.concatenate(parts)
 
 

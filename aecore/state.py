@@ -42,7 +42,7 @@ def create(
 def abstract_params(model: Any, image_shape: tuple[int, int, int]) -> Any:
     """The shapes and dtypes of a model's parameters."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    return jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images)["params"]
 
 
 def count_parameters(params: Any) -> int:

@@ -1,6 +1,7 @@
 """One training step and one evaluation step, as pure functions of `(B, H, W, C)` batches.
 
-Compiling them for some devices is `aecore.parallel`'s part.
+Compiling them for some devices is `aecore.parallel`'s part. Where several devices run a step at
+once, each on its share of a batch, `axis_name` names the axis over which they take their mean.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from aecore import losses, metrics
 from aecore.degradations import Degradation
@@ -17,39 +19,110 @@ from aecore.state import TrainState
 Apply = Callable[[Any, jax.Array], jax.Array]
 """`(params, images) -> images`."""
 
+Prepare = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
+"""`(batch, keys) -> (degraded, original)`, both float32 in [0, 1]; one PRNG key an image."""
+
 
 def train_step(
     state: TrainState,
-    degraded: jax.Array,
-    original: jax.Array,
+    batch: Any,
     *,
     apply: Apply,
+    prepare: Prepare,
     optimizer: optax.GradientTransformation,
+    seed: int,
+    parts: int = 1,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, jax.Array]:
     """One step of gradient descent.
 
     Args:
       state: before the step.
-      degraded: `(B, H, W, C)` float32 in [0, 1], the network's input.
-      original: what it should be, in the same form.
+      batch: arrays of `(B, ...)`, this device's share of the batch.
       apply: the network.
+      prepare: makes of a batch what the network gets and what it should give.
       optimizer: turns gradients into updates.
+      seed: of the keys, which depend besides on the step and on an image's place in the batch.
+      parts: into how many equal parts the batch is divided, whose gradients are computed one
+        after another and averaged. The result is the same but for rounding.
+      axis_name: of the devices' axis, or None if there is one device.
 
     Returns:
       The state after the step, and the loss before it: float32 scalar, the mean over images.
     """
 
-    def loss_of(params):
-        return jnp.mean(losses.mse(apply(params, degraded), original))
+    def gradient(params, batch, keys):
+        degraded, original = prepare(batch, keys)
 
-    loss, gradients = jax.value_and_grad(loss_of)(state.params)
+        def loss_of(params):
+            return jnp.mean(losses.mse(apply(params, degraded), original))
+
+        return jax.value_and_grad(loss_of)(params)
+
+    size = jax.tree.leaves(batch)[0].shape[0]
+    first = 0 if axis_name is None else lax.axis_index(axis_name) * size
+    step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, first + jnp.arange(size))
+    loss, gradients = _mean_over_parts(gradient, parts, state.params, batch, keys)
+    if axis_name is not None:
+        loss, gradients = lax.pmean((loss, gradients), axis_name)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state), loss
 
 
+def _mean_over_parts(function: Callable, parts: int, params: Any, *batch: Any) -> Any:
+    """The mean of `function(params, *part)` over a batch's equal parts, computed in turn."""
+    if parts == 1:
+        return function(params, *batch)
+    divided = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, function(params, *part)), None
+
+    first, *_ = jax.tree.map(lambda leaf: leaf[0], (divided,))
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, params, *first)
+    )
+    total, _ = lax.scan(add, zeros, divided)
+    return jax.tree.map(lambda leaf: leaf / parts, total)
+
+
+def of_model(model: Any) -> Apply:
+    """A Linen module as a function."""
+    return lambda params, images: model.apply({"params": params}, images)
+
+
+def pairs(batch: tuple[jax.Array, jax.Array], keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`Prepare` for batches that were degraded on the host."""
+    del keys
+    degraded, original = batch
+    return degraded, original
+
+
+def degrading(degradation: Degradation) -> Prepare:
+    """`Prepare` for batches of `(B, H, W, C)` uint8 originals."""
+
+    def prepare(images, keys):
+        original = images.astype(jnp.float32) / 255.0
+        return degradation(original, keys), original
+
+    return prepare
+
+
+def in_precision(apply: Apply, dtype: Any) -> Apply:
+    """The network computed in `dtype`, from and to float32. Parameters stay as they are."""
+
+    def cast(tree, dtype):
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+    return lambda params, images: apply(cast(params, dtype), images.astype(dtype)).astype(
+        jnp.float32
+    )
+
+
 def eval_step(
-    params: Any, images: jax.Array, keys: jax.Array, *, apply: Apply, degradation: Degradation
+    params: Any, images: jax.Array, keys: jax.Array, *, apply: Apply, prepare: Prepare
 ) -> dict[str, jax.Array]:
     """Degrades, restores and scores images.
 
@@ -58,14 +131,14 @@ def eval_step(
       images: `(B, H, W, C)` uint8 originals.
       keys: `(B,)` PRNG keys, one an image.
       apply: the network.
-      degradation: what is done to the images first.
+      prepare: degrades them.
 
     Returns:
       `mse` of the network's output as it is, `psnr` and `ssim` of the output clipped to [0, 1];
       each `(B,)` float32.
     """
-    original = images.astype(jnp.float32) / 255.0
-    restored = apply(params, degradation(original, keys))
+    degraded, original = prepare(images, keys)
+    restored = apply(params, degraded)
     clipped = jnp.clip(restored.astype(jnp.float32), 0.0, 1.0)
     return {
         "mse": losses.mse(restored, original),

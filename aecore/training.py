@@ -2,37 +2,39 @@
 
 import collections
 import dataclasses
-import functools
 import json
 import math
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from etils import epath
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import aecore
-from aecore import checkpoint, config, data, evaluation, images, reports, state, steps
+from aecore import assembly, checkpoint, config, data, evaluation, feeds, images, reports, state
 from aecore.checkpoint import Checkpoints
 from aecore.config import Experiment
 from aecore.data import Dataset
 from aecore.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError
-from aecore.parallel import DataParallel
+from aecore.parallel import DataParallel, join_processes
 from aecore.restoration import Restorer
 
-# A run may go on with other values of these: they say how long, where and how often, not what.
+# A run may go on with other values of these: they say how long, where, how often and on what, but
+# not what is learned.
 _CHANGEABLE = frozenset(
     {"name", "run_dir", "data.data_dir", "data.memory_limit"}
     | {f"training.{name}" for name in ("epochs", "steps", "patience", "min_delta")}
     | {f"training.{name}" for name in ("checkpoint_every", "keep", "log_every")}
+    | {f"training.{name}" for name in ("feed", "degrade_on", "precision", "accumulation")}
+    | {f"training.{name}" for name in ("parallel", "devices", "distributed")}
 )
 
 _SAMPLES = 10
@@ -58,12 +60,12 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
       Interrupted: Ctrl-C or SIGTERM came, and a checkpoint was saved.
     """
     experiment = _with_absolute_data_dir(experiment)
+    join_processes(experiment.training.distributed)
     # A checkpoint that couldn't be described or read again would come to light after training.
     config.from_json(config.to_json(experiment), model=experiment.model)
     directory = epath.Path(experiment.directory).expanduser()
     _check_same_experiment(experiment, directory)
-    parallel = DataParallel()
-    parallel.check_batch_size(experiment.training.batch_size)
+    parallel = assembly.devices(experiment.training)
     dataset = data.load(experiment.data)
     experiment.check_images(*dataset.image_shape)
     if experiment.training.batch_size > len(dataset.train):
@@ -80,8 +82,9 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
         Checkpoints(directory / "checkpoints", experiment.training.keep) as checkpoints,
     ):
         run = _Run(experiment, dataset, parallel, directory, checkpoints, interruption)
-        _write_json(directory / "experiment.json", config.to_json(experiment))
-        with run.log, _bar(run, progress) as bar:
+        if run.is_first:
+            _write_json(directory / "experiment.json", config.to_json(experiment))
+        with run.log, _bar(run, progress and run.is_first) as bar:
             run.fit(bar)
     return run.summarize()
 
@@ -114,18 +117,15 @@ class _Run:
         if training.steps is not None:
             self.last_step = min(self.last_step, training.steps)
 
-        def apply(params, batch):
-            return experiment.model.apply({"params": params}, batch)
+        # With several processes, the first one alone writes what isn't a checkpoint.
+        self.is_first = jax.process_index() == 0
 
-        optimizer = optax.adam(experiment.optimizer.learning_rate)
-        create = functools.partial(
-            state.create, experiment.model, optimizer, dataset.image_shape, training.seed
-        )
-        self.train_step = parallel.compile_train_step(
-            functools.partial(steps.train_step, apply=apply, optimizer=optimizer)
+        parts = assembly.assemble(experiment, dataset.image_shape, parallel)
+        self.feed = feeds.create(
+            dataset.train, experiment.degradation, training, parallel, parts.train_step
         )
         self.evaluator = evaluation.Evaluator(
-            apply, experiment.degradation, parallel, training.batch_size
+            parts.apply, experiment.degradation, parallel, training.batch_size
         )
         self.description = config.to_json(experiment) | {
             "aecore": aecore.__version__,
@@ -133,17 +133,17 @@ class _Run:
             "channels": dataset.image_shape[2],
             "fingerprint": dataset.fingerprint(),
         }
-        restored = checkpoints.restore(parallel.abstract(create))
+        restored = checkpoints.restore(parallel.abstract(parts.create))
         if restored:
             self.state, description = restored
             self._check_same_run(description)
         else:
-            self.state, description = parallel.compile_create(create)(), {}
-        self.step = self.saved_step = int(self.state.step)
+            self.state, description = parallel.compile_create(parts.create)(), {}
+        self.step = self.saved_step = int(jax.device_get(self.state.step))
         self.first_step = self.step + 1
         self.history = list(description.get("history", []))
         self.clock = _Clock(training.batch_size, description)
-        self.log = _MetricsLog(directory, self.step, training.log_every)
+        self.log = _MetricsLog(directory, self.step, training.log_every, self.is_first)
         self.launched = collections.deque()
         self.is_finite = jax.jit(
             lambda tree: jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
@@ -151,7 +151,6 @@ class _Run:
 
     def fit(self, bar: tqdm) -> None:
         """Trains to the end, or until the validation loss no longer falls."""
-        batches = None
         while True:
             if self._evaluation_is_due():
                 self._collect_losses(bar)
@@ -162,20 +161,35 @@ class _Run:
                 self._save()
             if self.step >= self.last_step or self._loss_no_longer_falls():
                 break
-            if self.interruption.requested:
+            if self._stop_is_requested():
                 self._collect_losses(bar)
                 self._stop()
-            if batches is None:
-                batches = self._batches()
-            bar.set_description(self.epoch_label(self.step + 1), refresh=False)
-            self.state, loss = self.train_step(self.state, *self.parallel.place(next(batches)))
-            self.step += 1
-            self.launched.append((self.step, loss))
-            # Losses are read two steps late, so that the device always has a step to go on with.
+            self.state, losses, count = self.feed.launch(
+                self.state, self.step, self._next_stop() - self.step
+            )
+            self.launched.append((self.step + 1, count, losses))
+            self.step += count
+            # Losses are read late, so that the devices always have a step to go on with.
             self._collect_losses(bar, leave=2)
         self.checkpoints.wait()
         self.clock.stop()
         self.log.finish(self.step, self.clock.images_per_second)
+
+    def _next_stop(self) -> int:
+        """The next step after which something may be due."""
+        every = [self.steps_per_epoch, self.experiment.training.checkpoint_every]
+        if jax.process_count() > 1:
+            every.append(self.experiment.training.log_every)
+        return min(self.last_step, *((self.step // n + 1) * n for n in every))
+
+    def _stop_is_requested(self) -> bool:
+        """Whether a process was asked to stop. All processes stop after the same step."""
+        requested = self.interruption.requested
+        if jax.process_count() == 1:
+            return requested
+        if self.step % self.experiment.training.log_every:
+            return False
+        return bool(multihost_utils.process_allgather(np.bool_(requested)).any())
 
     def epoch_label(self, step: int) -> str:
         """Names the epoch that a step belongs to."""
@@ -187,7 +201,7 @@ class _Run:
         restorer = Restorer.load(self.directory, model=self.experiment.model)
         scores = restorer.description["metrics"]
         if scores is None:  # Every checkpoint that was evaluated has since been damaged.
-            params = jax.device_put(restorer.params, self.parallel.replicated)
+            params = self.parallel.replicate(restorer.params)
             scores = {
                 "step": restorer.description["step"],
                 **self.evaluator(params, self.dataset.validation),
@@ -208,9 +222,12 @@ class _Run:
             "device": jax.devices()[0].device_kind,
             "devices": self.parallel.device_count,
         }
+        if not self.is_first:
+            return summary
         original = self.dataset.validation[:_SAMPLES].astype(np.float32) / 255
-        keys = evaluation.keys(np.arange(len(original)))
-        degraded = np.asarray(self.experiment.degradation(original, keys))
+        degraded = evaluation.degraded(
+            self.experiment.degradation, self.dataset.validation[:_SAMPLES]
+        )
         reports.save_samples(
             {"degraded": degraded, "restored": restorer(degraded), "original": original},
             self.directory / "samples.png",
@@ -222,27 +239,23 @@ class _Run:
         _write_json(self.directory / "summary.json", summary)
         return summary
 
-    def _batches(self) -> Iterator[data.Batch]:
-        return data.training_batches(
-            self.dataset.train,
-            self.experiment.degradation,
-            batch_size=self.experiment.training.batch_size,
-            seed=self.experiment.training.seed,
-            start_step=self.step,
-        )
-
     def _collect_losses(self, bar: tqdm, leave: int = 0) -> None:
-        """Waits for all steps but the last few, and records their losses."""
+        """Waits for all launched steps but those of the last few calls; records their losses."""
         while len(self.launched) > leave:
-            step, loss = self.launched.popleft()
-            loss = float(loss)
-            self._check_finite("loss", loss, step)
-            self.clock.tick()
-            if step == self.first_step:
+            first, count, losses = self.launched.popleft()
+            losses = np.atleast_1d(jax.device_get(losses))[:count]
+            self.clock.tick(count)
+            speed = self.clock.images_per_second
+            for step, loss in enumerate(losses.tolist(), first):
+                self._check_finite("loss", loss, step)
+                self.log.add_loss(step, loss, speed)
+            if first == self.first_step:
                 bar.unpause()  # Time left is reckoned without the first step's compilation.
-            self.log.add_loss(step, loss, self.clock.images_per_second)
-            bar.set_postfix(loss=f"{loss:.5f}", refresh=False)
-            bar.update(self.experiment.training.batch_size)
+            if speed:
+                self.feed.seconds_per_step(self.experiment.training.batch_size / speed)
+            bar.set_description(self.epoch_label(first), refresh=False)
+            bar.set_postfix(loss=f"{losses[-1]:.5f}", refresh=False)
+            bar.update(count * self.experiment.training.batch_size)
 
     def _evaluation_is_due(self) -> bool:
         epoch_ends = self.step % self.steps_per_epoch == 0 or self.step >= self.last_step
@@ -268,7 +281,7 @@ class _Run:
 
     def _evaluate(self) -> None:
         scores = self.evaluator(
-            self.state.params, self.dataset.validation, lambda: self.interruption.requested
+            self.state.params, self.dataset.validation, self._evaluation_may_stop
         )
         if scores is None:
             self._stop()
@@ -277,8 +290,13 @@ class _Run:
         self.log.add_scores(self.step, scores)
         self._save()
 
+    def _evaluation_may_stop(self) -> bool:
+        # Several processes would have to agree before each batch.
+        return self.interruption.requested and jax.process_count() == 1
+
     def _save(self) -> None:
-        self._check_finite("state", 0.0 if self.is_finite(self.state) else math.nan, self.step)
+        finite = jax.device_get(self.is_finite(self.state))
+        self._check_finite("state", 0.0 if finite else math.nan, self.step)
         self.checkpoints.save(
             self.state,
             self.description
@@ -365,11 +383,11 @@ class _Clock:
         self._steps = 0
         self._step_seconds = 0.0
 
-    def tick(self) -> None:
-        """A step is done. The first one after a pause is not timed."""
+    def tick(self, steps: int) -> None:
+        """Steps are done. The first ones after a pause are not timed."""
         now = time.perf_counter()
         if self._last_tick is not None:
-            self._steps += 1
+            self._steps += steps
             self._step_seconds += now - self._last_tick
         self._last_tick = now
 
@@ -392,19 +410,25 @@ class _Clock:
 
 
 class _MetricsLog:
-    """Appends to `metrics.jsonl` and TensorBoard; drops lines of steps that will be done again."""
+    """Appends to `metrics.jsonl` and TensorBoard; drops lines of steps that will be done again.
 
-    def __init__(self, directory: epath.Path, step: int, every: int):
+    Of several processes, one `writes`.
+    """
+
+    def __init__(self, directory: epath.Path, step: int, every: int, writes: bool):
+        self._writes = writes
         self._path = directory / "metrics.jsonl"
         self._directory = directory
         self._every = every
         self._losses = []
         self._step = step
-        if self._path.exists():
+        if writes and self._path.exists():
             kept = [line for line in self._read() if line["step"] <= step]
             self._path.write_text("".join(map(_json_line, kept)))
 
     def __enter__(self) -> "_MetricsLog":
+        if not self._writes:
+            return self
         from tensorboardX import SummaryWriter
 
         self._file = self._path.open("a")
@@ -412,8 +436,9 @@ class _MetricsLog:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        if self._writes:
+            self._file.close()
+            self._tensorboard.close()
 
     def add_loss(self, step: int, loss: float, images_per_second: float) -> None:
         """Records a step's loss; writes the mean of those since the last line, if one is due."""
@@ -441,6 +466,8 @@ class _MetricsLog:
         return [line for line in self._read() if name in line]
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
+        if not self._writes:
+            return
         self._file.write(_json_line({"step": step, **values}))
         self._file.flush()
         for name, value in values.items():

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -65,19 +66,21 @@ def test_the_loss_falls_on_one_batch(model, channels):
     degraded = np.asarray(GaussianNoise(0.1)(original, jax.random.key(0)))
     devices = parallel.DataParallel()
     optimizer = optax.adam(1e-2)
-
-    def apply(params, images):
-        return model.apply({"params": params}, images)
-
     step = devices.compile_train_step(
-        lambda *args: steps.train_step(*args, apply=apply, optimizer=optimizer)
+        functools.partial(
+            steps.train_step,
+            apply=steps.of_model(model),
+            prepare=steps.pairs,
+            optimizer=optimizer,
+            seed=0,
+        )
     )
     current = devices.compile_create(
         lambda: state.create(model, optimizer, original.shape[1:], 0)
     )()
     losses = []
     for _ in range(60):
-        current, loss = step(current, *devices.place((degraded, original)))
+        current, loss = step(current, devices.place_batch((degraded, original)))
         losses.append(float(loss))
     assert losses[-1] < 0.7 * losses[0]
     assert int(current.step) == 60

@@ -1,0 +1,114 @@
+"""An experiment in; its devices, network, optimizer, state and training step out."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from aecore import parallel, state, steps
+from aecore.config import Experiment, Training
+from aecore.errors import ConfigError
+from aecore.parallel import DataParallel
+
+_CACHE_BYTES = 12 * 2**20
+"""Activations, as `activation_bytes` counts them, with which a step is fastest on CPUs."""
+
+
+class Assembly(NamedTuple):
+    """What an experiment comes to, for images of one size on some devices."""
+
+    apply: steps.Apply
+    """The network in float32."""
+    create: Callable
+    """`() -> TrainState` at step 0."""
+    train_step: Callable
+    """`steps.train_step` but for `prepare` and `axis_name`."""
+
+
+def devices(training: Training) -> DataParallel:
+    """The devices that an experiment uses, in the form that it asks for.
+
+    Raises:
+      ConfigError: there are fewer devices, or they can't divide a batch among them.
+    """
+    available = jax.devices()
+    if training.devices is not None and training.devices > len(available):
+        raise ConfigError(
+            f"training.devices {training.devices} is more than the {len(available)} there are; "
+            "use fewer, or None for all"
+        )
+    chosen = parallel.FORMS[training.parallel](available[: training.devices])
+    chosen.check_batch_size(training.batch_size)
+    return chosen
+
+
+def assemble(
+    experiment: Experiment, image_shape: tuple[int, int, int], parallel: DataParallel
+) -> Assembly:
+    """Puts an experiment together.
+
+    Args:
+      experiment: what to train.
+      image_shape: height, width and channels.
+      parallel: the devices.
+
+    Raises:
+      ConfigError: a device's share of a batch can't be divided as `accumulation` says.
+    """
+    training = experiment.training
+    apply = steps.of_model(experiment.model)
+    optimizer = optax.adam(experiment.optimizer.learning_rate)
+    create = functools.partial(
+        state.create, experiment.model, optimizer, image_shape, training.seed
+    )
+    share = training.batch_size // parallel.device_count
+    train_step = functools.partial(
+        steps.train_step,
+        apply=apply
+        if training.precision == "float32"
+        else steps.in_precision(apply, jnp.dtype(training.precision)),
+        optimizer=optimizer,
+        seed=training.seed,
+        parts=_parts(experiment, image_shape, share, parallel.platform),
+    )
+    return Assembly(apply, create, train_step)
+
+
+def _parts(
+    experiment: Experiment, image_shape: tuple[int, int, int], share: int, platform: str
+) -> int:
+    """Into how many parts a device's share of a batch is divided."""
+    wanted = experiment.training.accumulation
+    divisors = [count for count in range(1, share + 1) if share % count == 0]
+    if wanted is not None:
+        if share % wanted:
+            raise ConfigError(
+                f"training.accumulation {wanted} does not divide the {share} images of a device; "
+                f"use one of {', '.join(map(str, divisors))}"
+            )
+        return wanted
+    if platform != "cpu":
+        return 1
+    fitting = _CACHE_BYTES // activation_bytes(experiment.model, image_shape)
+    return next(count for count in divisors if share // count <= max(1, fitting))
+
+
+def activation_bytes(model, image_shape: tuple[int, int, int]) -> int:
+    """What a float32 training step keeps of each image for the backward pass."""
+    params = state.abstract_params(model, image_shape)
+    apply = steps.of_model(model)
+
+    def kept(count):
+        images = jax.ShapeDtypeStruct((count, *image_shape), np.float32)
+        saved = jax.eval_shape(
+            lambda params, images: jax.vjp(lambda params: apply(params, images), params)[1],
+            params,
+            images,
+        )
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved))
+
+    return kept(2) - kept(1)

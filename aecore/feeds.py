@@ -1,0 +1,174 @@
+"""What the compiled steps train on: batches streamed by tf.data, or all images held on the devices.
+
+A feed's `launch` starts one or more steps, from any step on. Both feeds visit the images in the
+same order; noise drawn on the device is the same in both.
+"""
+
+import collections
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from aecore import data, steps
+from aecore.config import Training
+from aecore.degradations import Degradation
+from aecore.errors import ConfigError
+from aecore.parallel import DataParallel
+from aecore.state import TrainState
+
+_AHEAD = 2
+"""Batches that are on their way to the devices while a step runs."""
+
+_MOST_STEPS = 128
+"""Steps a call, at most. By then, what a call costs is shared by many."""
+
+_CALL_SECONDS = 0.25
+"""How long a call of several steps should take, so that a run stops soon when it is asked to."""
+
+
+class Feed(Protocol):
+    """Starts steps of training."""
+
+    def launch(self, state: TrainState, step: int, most: int) -> tuple[TrainState, jax.Array, int]:
+        """Starts steps without waiting for their results.
+
+        Args:
+          state: after `step` steps; it is donated.
+          step: `state.step`, known to the host.
+          most: how many steps may be done.
+
+        Returns:
+          The state after the steps, their losses `(L,)` or a scalar, and how many they are; of
+          the losses, as many from the first on count.
+        """
+
+    def seconds_per_step(self, seconds: float) -> None:
+        """Is told how long steps take."""
+
+
+def create(
+    array: np.ndarray,
+    degradation: Degradation,
+    training: Training,
+    parallel: DataParallel,
+    step: Callable,
+) -> Feed:
+    """The feed that the settings ask for.
+
+    Args:
+      array: `(N, H, W, C)` uint8.
+      degradation: what is done to the images.
+      training: batch size, seed and feed.
+      parallel: the devices, and how the step is compiled for them.
+      step: `steps.train_step` but for `prepare` and `axis_name`.
+
+    Raises:
+      ConfigError: the devices can't hold the images.
+    """
+    kind = Resident if training.feed == "resident" else Stream
+    return kind(array, degradation, training, parallel, step)
+
+
+class Stream:
+    """Batches from tf.data, put on the devices ahead of time; one step a call."""
+
+    def __init__(self, array, degradation, training, parallel, step):
+        on_device = training.degrade_on == "device"
+        prepare = steps.degrading(degradation) if on_device else steps.pairs
+        self._step = parallel.compile_train_step(functools.partial(step, prepare=prepare))
+        self._place = parallel.place_batch
+        self._batches = functools.partial(
+            data.training_batches,
+            array,
+            None if on_device else degradation,
+            batch_size=training.batch_size,
+            seed=training.seed,
+            share=parallel.share(training.batch_size),
+        )
+        self._placed = None
+        self._next_step = None
+
+    def launch(self, state, step, most):
+        del most
+        if step != self._next_step:
+            self._placed = self._placed_ahead(step)
+        self._next_step = step + 1
+        state, loss = self._step(state, next(self._placed))
+        return state, loss, 1
+
+    def seconds_per_step(self, seconds):
+        pass
+
+    def _placed_ahead(self, step: int) -> Iterator[Any]:
+        queue = collections.deque()
+        for batch in self._batches(start_step=step):
+            queue.append(self._place(batch))
+            if len(queue) > _AHEAD:
+                yield queue.popleft()
+
+
+class Resident:
+    """All images on the devices, as bytes; a call does many steps and takes nothing from the host.
+
+    At an epoch's start the devices arrange a copy of the images in the epoch's order, so that each
+    batch is a slice.
+    """
+
+    def __init__(self, array, degradation, training, parallel, step):
+        _check_memory(array, parallel)
+        shape = array.shape[1:]
+        degrade = steps.degrading(degradation)
+
+        def prepare(rows, keys):
+            return degrade(rows.reshape(-1, *shape), keys)
+
+        self._parallel = parallel
+        self._steps = parallel.compile_train_steps(
+            functools.partial(step, prepare=prepare), _MOST_STEPS
+        )
+        self._arrange = parallel.compile_arrange()
+        # An image is one row: TPUs store the last axes in tiles, which few channels would not fill.
+        self._held = parallel.hold(array.reshape(len(array), -1))
+        self._count = len(array)
+        self._batch_size = training.batch_size
+        self._seed = training.seed
+        self._epoch = None
+        self._batches = None
+        # Where steps take long, a call starts with one; several processes must agree.
+        self._most = 1 if jax.process_count() == 1 else _MOST_STEPS
+
+    def launch(self, state, step, most):
+        steps_per_epoch = self._count // self._batch_size
+        epoch, done = divmod(step, steps_per_epoch)
+        if epoch != self._epoch:
+            order = data.epoch_order(self._seed, epoch, self._count)
+            indices = order[: steps_per_epoch * self._batch_size].astype(np.int32)
+            self._batches = None  # Its memory is free before the next one is made.
+            self._batches = self._arrange(
+                self._held,
+                self._parallel.replicate(indices.reshape(steps_per_epoch, self._batch_size)),
+            )
+            self._epoch = epoch
+        count = min(most, self._most, steps_per_epoch - done)
+        state, losses = self._steps(state, self._batches, self._parallel.replicate(np.int32(count)))
+        return state, losses, count
+
+    def seconds_per_step(self, seconds):
+        if jax.process_count() == 1:
+            self._most = min(max(1, int(_CALL_SECONDS / seconds)), _MOST_STEPS)
+
+
+def _check_memory(array: np.ndarray, parallel: DataParallel) -> None:
+    """Two copies, as they are held and as they are arranged, must leave room for the steps."""
+    statistics = parallel.mesh.local_devices[0].memory_stats() or {}
+    limit = statistics.get("bytes_limit", math.inf)
+    needed = 2 * array.nbytes / parallel.device_count
+    if needed > 0.8 * limit:
+        raise ConfigError(
+            f"the images need {needed / 2**30:.1f} GiB of the device's {limit / 2**30:.1f}; "
+            "use --training.feed stream"
+        )

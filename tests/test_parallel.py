@@ -1,0 +1,201 @@
+"""Every compiled form of the training step does the same."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import aecore
+from aecore import assembly, data, feeds
+from aecore.degradations import Compose, GaussianBlur, GaussianNoise
+from aecore.errors import ConfigError
+from aecore.models import NoiseReducer, ResolutionEnhancer
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 1), np.uint8)
+DEGRADATION = Compose((GaussianBlur((0.1, 1.0)), GaussianNoise((0.1, 0.3))))
+
+
+def experiment(model=None, **training):
+    settings = dict(batch_size=32, seed=3) | training
+    return aecore.Experiment(
+        name="forms",
+        model=model or NoiseReducer(features=(8, 4)),
+        degradation=DEGRADATION,
+        training=aecore.Training(**settings),
+    )
+
+
+def run(steps, model=None, start=None, images=IMAGES, **training):
+    """Losses of some steps and the state after them."""
+    chosen = experiment(model, **training)
+    devices = assembly.devices(chosen.training)
+    parts = assembly.assemble(chosen, images.shape[1:], devices)
+    feed = feeds.create(images, DEGRADATION, chosen.training, devices, parts.train_step)
+    state = devices.compile_create(parts.create)() if start is None else devices.replicate(start)
+    losses, step = [], int(state.step)
+    last = step + steps
+    while step < last:
+        state, values, count = feed.launch(state, step, last - step)
+        losses += np.atleast_1d(jax.device_get(values))[:count].tolist()
+        step += count
+        feed.seconds_per_step(1e-3)
+    assert int(state.step) == last
+    return np.array(losses), jax.device_get(state)
+
+
+def assert_agree(one, other, tolerance):
+    np.testing.assert_allclose(one[0], other[0], rtol=0, atol=tolerance)
+    for a, b in zip(jax.tree.leaves(one[1].params), jax.tree.leaves(other[1].params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("degrade_on", ["host", "device"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        dict(parallel="jit", devices=8),
+        dict(parallel="pmap", devices=8),
+        dict(parallel="pmap", devices=1),
+        dict(parallel="jit", devices=1, accumulation=4),
+        dict(parallel="pmap", devices=8, accumulation=4),
+    ],
+    ids=str,
+)
+def test_forms_agree(degrade_on, form):
+    one = run(20, devices=1, accumulation=1, degrade_on=degrade_on)
+    assert_agree(one, run(20, degrade_on=degrade_on, **form), 1e-5)
+
+
+def test_forms_agree_for_the_other_network():
+    model = ResolutionEnhancer((40, 36, 32), channels=1)
+    losses, state = run(20, model, devices=1, accumulation=1)
+    for form in ("jit", "pmap"):
+        other_losses, other_state = run(20, model, devices=8, parallel=form)
+        np.testing.assert_allclose(losses, other_losses, rtol=0, atol=1e-5)
+        # Adam's first steps are as large for a gradient that is nothing but rounding as for any
+        # other, so that some of its many parameters differ, with XLA's own convolutions too.
+        differences = jax.tree.map(lambda a, b: np.abs(a - b), state.params, other_state.params)
+        differences = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(differences)])
+        assert np.quantile(differences, 0.97) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["jit", "pmap"])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_images_held_on_the_devices_give_the_same_steps(form, devices):
+    streamed = run(20, devices=1, degrade_on="device")
+    held = run(20, devices=devices, parallel=form, feed="resident")
+    assert_agree(streamed, held, 1e-5)
+
+
+@pytest.mark.parametrize("divided", [[20], [1] * 20, [7, 2, 11]])
+def test_resident_steps_are_the_same_bits_however_they_are_divided(divided):
+    _, whole = run(20, devices=8, feed="resident")
+    state = None
+    for count in divided:
+        _, state = run(count, devices=8, feed="resident", start=state)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_bfloat16_keeps_parameters_and_loss_in_float32():
+    losses, state = run(20, precision="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
+    exact, _ = run(20)
+    assert not np.array_equal(losses, exact)
+    np.testing.assert_allclose(losses, exact, rtol=0.02)
+
+
+def test_a_run_resumes_under_every_other_form(pictures, tmp_path):
+    forms = [
+        dict(parallel="jit", devices=1),
+        dict(parallel="pmap", devices=8),
+        dict(feed="resident", devices=2),
+        dict(precision="bfloat16", parallel="pmap", devices=4, accumulation=2),
+        dict(feed="resident", parallel="pmap", degrade_on="device"),
+    ]
+    for epoch, form in enumerate(forms, 1):
+        chosen = dataclasses.replace(
+            experiment(epochs=epoch, batch_size=8, **form),
+            data=aecore.Data(dataset="folder", data_dir=str(pictures)),
+            run_dir=str(tmp_path / "run"),
+        )
+        summary = aecore.train(chosen, progress=False)
+        assert summary["steps"] == epoch * 4
+        assert summary["devices"] == form.get("devices", 8)
+
+
+@pytest.mark.parametrize("feed", ["stream", "resident"])
+@pytest.mark.parametrize("form", ["jit", "pmap"])
+def test_a_run_compiles_each_step_once_and_moves_no_data_implicitly(
+    feed, form, pictures, tmp_path, caplog
+):
+    chosen = dataclasses.replace(
+        experiment(epochs=6, batch_size=8, feed=feed, parallel=form, checkpoint_every=3),
+        data=aecore.Data(dataset="folder", data_dir=str(pictures)),
+        run_dir=str(tmp_path / "run"),
+    )
+    with (
+        jax.transfer_guard("disallow"),
+        jax.log_compiles(),
+        caplog.at_level(logging.WARNING, logger="jax"),
+    ):
+        aecore.train(chosen, progress=False)
+    compiled = [
+        record.getMessage().split()[4]
+        for record in caplog.records
+        if record.getMessage().startswith("Finished XLA compilation of")
+    ]
+    # pmap names what it compiles `_fun`.
+    steps = [name for name in compiled if "train_step" in name or "_fun" in name]
+    assert len(steps) == 1, compiled
+    assert len(list(Path(tmp_path, "run", "checkpoints").iterdir())) > 1
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        (dict(devices=9), "9 is more than the 8 there are"),
+        (dict(batch_size=30), "not divisible by 8 devices; use 24 or 32"),
+        (dict(accumulation=3), "does not divide the 4 images of a device; use one of 1, 2, 4"),
+    ],
+)
+def test_impossible_divisions_are_refused(training, message):
+    with pytest.raises(ConfigError, match=message):
+        run(1, **training)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [dict(feed="both"), dict(parallel="smap"), dict(precision="float16"), dict(accumulation=0)],
+)
+def test_impossible_settings_are_refused(training):
+    with pytest.raises(ConfigError):
+        aecore.Training(**training)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_shares_of_a_batch_are_the_batch(count):
+    def batches(**share):
+        return data.training_batches(
+            IMAGES[:, :15, :15], DEGRADATION, batch_size=20, seed=1, start_step=3, **share
+        )
+
+    size = 20 // count
+    shares = [batches(share=slice(i * size, (i + 1) * size)) for i in range(count)]
+    whole = batches()
+    for _ in range(4):
+        parts = zip(*(next(share) for share in shares), strict=True)
+        for field, pieces in zip(next(whole), parts, strict=True):
+            # A product's rounding may depend on how many are computed at once.
+            np.testing.assert_allclose(field, np.concatenate(pieces), atol=1e-6)
+
+
+def test_a_batch_is_divided_as_suits_the_cache():
+    chosen = experiment(ResolutionEnhancer((256, 128, 64)), devices=1)
+    devices = assembly.devices(chosen.training)
+    assert assembly.assemble(chosen, (80, 80, 3), devices).train_step.keywords["parts"] == 32
+    chosen = experiment(NoiseReducer(), devices=1)
+    assert assembly.assemble(chosen, (28, 28, 1), devices).train_step.keywords["parts"] == 1

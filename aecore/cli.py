@@ -24,9 +24,13 @@ def main(experiment: Experiment, args: Sequence[str] | None = None) -> None:
     """
     with _exit_status():
         chosen = tyro.cli(Experiment, default=experiment, args=args)
+        import jax
+
         from aecore import evaluation, training
 
         summary = training.train(chosen)
+        if jax.process_index() > 0:  # The first process speaks for all.
+            return
         run = chosen.directory
         print(
             f"\n{summary['name']}: {summary['steps']:,} steps, {summary['epochs']:.4g} epochs in "

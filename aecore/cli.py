@@ -1,11 +1,14 @@
-"""The command line: `aecore restore | evaluate`, and `main` for experiment files."""
+"""The command line: `aecore restore | evaluate | bench | plan`, and `main` of experiment files."""
 
 import contextlib
 import dataclasses
+import json
 import logging
+import os
+import runpy
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Annotated
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Union
 
 import tyro
 from etils import epath
@@ -137,12 +140,95 @@ class Evaluate:
         return 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Compiles an experiment's training step for some devices, and says what it needs there.
+
+    Flags of the experiment, such as --training.batch-size 512, may follow.
+    """
+
+    experiment: tyro.conf.Positional[str]
+    """The experiment's file, as experiments/lfw_enhance.py."""
+    topology: str
+    """A TPU slice, such as v5e:4x4, which need not be there; or cpu or gpu, for this machine's."""
+    json: str | None = None
+    """A file to write the figures to."""
+
+    def run(self, flags: Sequence[str]) -> int:
+        from aecore import planning
+
+        experiment = _experiment(self.experiment, flags)
+        report = planning.plan(experiment, _image_shape(experiment), self.topology)
+        return _show(report, planning.table, self.json)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measures an experiment's throughput here: its pipeline, its step, its loop, restoring.
+
+    Flags of the experiment, such as --training.batch-size 512, may follow.
+    """
+
+    experiment: tyro.conf.Positional[str]
+    """The experiment's file, as experiments/lfw_enhance.py."""
+    json: str | None = None
+    """A file to write the figures to."""
+    seconds: float = 2.0
+    """How long each measurement lasts, about."""
+    repeats: int = 5
+    """How often each is repeated, taking turns."""
+
+    def run(self, flags: Sequence[str]) -> int:
+        from aecore import benchmarking
+
+        experiment = _experiment(self.experiment, flags)
+        report = benchmarking.bench(experiment, seconds=self.seconds, repeats=self.repeats)
+        return _show(report, benchmarking.table, self.json)
+
+
+def _experiment(file: str, flags: Sequence[str]) -> Experiment:
+    """The `experiment` of an experiment's file, changed by flags."""
+    path = epath.Path(file)
+    if not path.is_file():
+        raise ConfigError(f"{path} is no file; name an experiment's, as experiments/quickstart.py")
+    experiment = runpy.run_path(str(path)).get("experiment")
+    if not isinstance(experiment, Experiment):
+        raise ConfigError(f"{path} defines no `experiment`; see experiments/quickstart.py")
+    return tyro.cli(Experiment, default=experiment, args=flags)
+
+
+def _image_shape(experiment: Experiment) -> tuple[int, int, int]:
+    """Of an experiment's images, without loading them where it says so."""
+    if experiment.data.image_size is not None:
+        return (*experiment.data.image_size, experiment.model.channels)
+    from aecore import data
+
+    return data.load(experiment.data).image_shape
+
+
+def _show(
+    report: Mapping[str, Any], table: Callable[[Mapping[str, Any]], str], file: str | None
+) -> int:
+    print(table(report))
+    if file is not None:
+        epath.Path(file).write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+_COMMANDS = {"restore": Restore, "evaluate": Evaluate, "bench": Bench, "plan": Plan}
+
+
 def run(args: Sequence[str] | None = None) -> None:
     """The `aecore` command."""
+    commands = Union[  # noqa: UP007 as it is made of a list
+        tuple(Annotated[command, tyro.conf.subcommand(name)] for name, command in _COMMANDS.items())
+    ]
     with _exit_status():
-        command = tyro.extras.subcommand_cli_from_dict(
-            {"restore": Restore, "evaluate": Evaluate}, prog="aecore", args=args
-        )
+        command, flags = tyro.cli(commands, prog="aecore", args=args, return_unknown_args=True)
+        if isinstance(command, (Bench, Plan)):  # The other flags are the experiment's.
+            sys.exit(command.run(flags))
+        if flags:
+            raise ConfigError(f"{flags[0]} is not known here; see --help")
         sys.exit(command.run())
 
 
@@ -152,6 +238,7 @@ def _exit_status() -> Iterator[None]:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     # Orbax and TFDS report through absl what a user can't act on.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    _keep_compiled_programs()
     try:
         yield
     except AecoreError as error:
@@ -167,3 +254,14 @@ def _exit_status() -> Iterator[None]:
             file=sys.stderr,
         )
         sys.exit(130)
+
+
+def _keep_compiled_programs() -> None:
+    """Has JAX keep what it compiles under the user's cache folder, so that a restart is quick."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = os.environ.get("XDG_CACHE_HOME") or epath.Path("~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(epath.Path(cache) / "aecore" / "jax"))
+        # Small networks compile in less time than JAX thinks worth keeping.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -7,6 +7,7 @@ same order; noise drawn on the device is the same in both.
 import collections
 import functools
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -31,7 +32,13 @@ _CALL_SECONDS = 0.25
 
 
 class Feed(Protocol):
-    """Starts steps of training."""
+    """Starts steps of training.
+
+    Attributes:
+      seconds_waited: how long, in all, launching has waited for images.
+    """
+
+    seconds_waited: float
 
     def launch(self, state: TrainState, step: int, most: int) -> tuple[TrainState, jax.Array, int]:
         """Starts steps without waiting for their results.
@@ -91,6 +98,7 @@ class Stream:
         )
         self._placed = None
         self._next_step = None
+        self.seconds_waited = 0.0
 
     def launch(self, state, step, most):
         del most
@@ -105,10 +113,14 @@ class Stream:
 
     def _placed_ahead(self, step: int) -> Iterator[Any]:
         queue = collections.deque()
-        for batch in self._batches(start_step=step):
-            queue.append(self._place(batch))
-            if len(queue) > _AHEAD:
-                yield queue.popleft()
+        batches = self._batches(start_step=step)
+        while True:
+            while len(queue) <= _AHEAD:
+                start = time.perf_counter()
+                batch = next(batches)
+                self.seconds_waited += time.perf_counter() - start
+                queue.append(self._place(batch))
+            yield queue.popleft()
 
 
 class Resident:
@@ -138,6 +150,7 @@ class Resident:
         self._seed = training.seed
         self._epoch = None
         self._batches = None
+        self.seconds_waited = 0.0
         # Where steps take long, a call starts with one; several processes must agree.
         self._most = 1 if jax.process_count() == 1 else _MOST_STEPS
 

@@ -92,6 +92,10 @@ class DataParallel:
         size = batch_size // self._processes
         return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
 
+    def batch_shape(self, batch_size: int) -> tuple[int, ...]:
+        """The leading axes of a batch on the devices."""
+        return (batch_size,)
+
     def place_batch(self, share: Any) -> Any:
         """Puts a batch on the devices as a compiled training step takes it.
 
@@ -210,6 +214,9 @@ class DataParallel:
 
 class Pmap(DataParallel):
     """`jax.pmap`. The state has no device axis, so that it is the state of the other form too."""
+
+    def batch_shape(self, batch_size):
+        return (self.device_count, batch_size // self.device_count)
 
     def place_batch(self, share):
         count = self.device_count // self._processes

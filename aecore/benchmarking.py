@@ -1,0 +1,319 @@
+"""Throughput of an experiment's parts, in images a second, and how far it is from the limit.
+
+Every measurement is repeated, in turns with the others of its table, after it has warmed up; the
+medians are reported, with the lowest and highest.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from aecore import assembly, data, feeds, hardware, parallel, planning, steps
+from aecore.config import Experiment
+from aecore.restoration import Restorer
+
+_FEEDS = {
+    "stream": dict(feed="stream", degrade_on="host"),
+    "stream, degraded on device": dict(feed="stream", degrade_on="device"),
+    "resident": dict(feed="resident"),
+}
+
+
+class Rate:
+    """Repeated measurements of one function, which works for about `seconds` and counts images."""
+
+    def __init__(self, work: Callable[[float], int]):
+        self._work = work
+        self.values = []
+
+    def measure(self, seconds: float) -> None:
+        start = time.perf_counter()
+        images = self._work(seconds)
+        self.values.append(images / (time.perf_counter() - start))
+
+    def to_json(self) -> dict[str, float]:
+        """Images a second: `median`, `lowest`, `highest`."""
+        values = self.values
+        return {
+            "median": statistics.median(values),
+            "lowest": min(values),
+            "highest": max(values),
+        }
+
+
+def take_turns(works: Mapping[str, Callable[[float], int]], seconds: float, repeats: int):
+    """Measures each function `repeats` times, in turns, after a short one to warm up.
+
+    Args:
+      works: each is called with how long to work, and returns how many images it did.
+      seconds: for each measurement.
+      repeats: measurements of each.
+
+    Returns:
+      For each name, `median`, `lowest` and `highest` in images a second.
+    """
+    rates = {name: Rate(work) for name, work in works.items()}
+    for rate in rates.values():
+        rate.measure(seconds / 4)
+        rate.values.clear()
+    for _ in range(repeats):
+        for rate in rates.values():
+            rate.measure(seconds)
+    return {name: rate.to_json() for name, rate in rates.items()}
+
+
+def bench(experiment: Experiment, *, seconds: float = 2.0, repeats: int = 5) -> dict[str, Any]:
+    """Measures an experiment on this machine's devices.
+
+    Args:
+      experiment: its data are loaded; nothing is written.
+      seconds: how long each measurement lasts, about; at least one step.
+      repeats: how often each is repeated.
+
+    Returns:
+      JSON values: `pipeline`, `step`, `loop`, `restore` and the `device`'s limits. Rates are in
+      images a second over all devices.
+
+    Raises:
+      ConfigError: the settings don't fit the data or the devices.
+      DataError: the data can't be loaded.
+    """
+    devices = assembly.devices(experiment.training)
+    dataset = data.load(experiment.data)
+    experiment.check_images(*dataset.image_shape)
+    device = devices.mesh.devices.flat[0]
+    step = _steps(experiment, dataset.image_shape, seconds, repeats)
+    return {
+        "name": experiment.name,
+        "device": device.device_kind,
+        "devices": devices.device_count,
+        "batch_size": experiment.training.batch_size,
+        "jax": jax.__version__,
+        "limits": {
+            precision: dataclasses.asdict(hardware.limits(device, precision))
+            for precision in ("float32", "bfloat16")
+        },
+        "pipeline": take_turns(_pipelines(experiment, dataset.train), seconds, repeats),
+        "step": step,
+        "loop": _loops(experiment, dataset.train, seconds, repeats),
+        "restore": take_turns(_restoring(experiment, dataset.validation), seconds, repeats),
+    }
+
+
+def _pipelines(experiment: Experiment, array: np.ndarray) -> dict[str, Callable[[float], int]]:
+    """The input pipeline alone."""
+    training = experiment.training
+
+    def work(batches: Iterator, seconds: float) -> int:
+        end, images = time.perf_counter() + seconds, 0
+        while time.perf_counter() < end:
+            next(batches)
+            images += training.batch_size
+        return images
+
+    return {
+        name: functools.partial(
+            work,
+            data.training_batches(
+                array, degradation, batch_size=training.batch_size, seed=training.seed
+            ),
+        )
+        for name, degradation in (
+            ("degraded on host", experiment.degradation),
+            ("bytes", None),
+        )
+    }
+
+
+def _steps(
+    experiment: Experiment, image_shape: tuple[int, int, int], seconds: float, repeats: int
+) -> dict[str, Any]:
+    """The training step alone, on one batch of random images that stays on the devices."""
+    works, reports = {}, {}
+    for form in parallel.FORMS:
+        for precision in ("float32", "bfloat16"):
+            training = dataclasses.replace(experiment.training, parallel=form, precision=precision)
+            chosen = dataclasses.replace(experiment, training=training)
+            name = f"{form} {precision}"
+            works[name], reports[name] = _step(chosen, image_shape)
+    rates = take_turns(works, seconds, repeats)
+    for name, report in reports.items():
+        report["images_per_second"] = rates[name]
+        rate = hardware.limits(jax.devices()[0], name.split()[1]).flops
+        if rate:
+            done = rates[name]["median"] * report["flops_per_image"]
+            report["share_of_matrix_rate"] = done / rate / report.pop("devices")
+    return reports
+
+
+def _step(experiment: Experiment, image_shape: tuple[int, int, int]):
+    training = experiment.training
+    devices = assembly.devices(training)
+    parts = assembly.assemble(experiment, image_shape, devices)
+    compiled = devices.compile_train_step(functools.partial(parts.train_step, prepare=steps.pairs))
+    random = np.random.default_rng(0)
+    share = devices.share(training.batch_size)
+    shape = (share.stop - share.start, *image_shape)
+    batch = devices.place_batch(
+        (random.random(shape, np.float32), random.random(shape, np.float32))
+    )
+    state = devices.compile_create(parts.create)()
+    start = time.perf_counter()
+    state, loss = compiled(state, batch)
+    jax.block_until_ready(loss)
+    costs = planning.cost(experiment, image_shape, list(devices.mesh.devices.flat))
+    report = {
+        "compile_seconds": time.perf_counter() - start,
+        "flops_per_image": costs["flops"],
+        "bytes_per_image": costs["bytes"],
+        "peak_memory": _peak_memory(devices),
+        "devices": devices.device_count,
+    }
+
+    def work(seconds: float) -> int:
+        nonlocal state
+        end, images = time.perf_counter() + seconds, 0
+        while time.perf_counter() < end:
+            # A few steps are under way at once, as in training.
+            for _ in range(4):
+                state, loss = compiled(state, batch)
+                images += training.batch_size
+            jax.block_until_ready(loss)
+        return images
+
+    return work, report
+
+
+def _peak_memory(devices: parallel.DataParallel) -> int | None:
+    """Bytes that were in use at most on a device, where it counts them."""
+    statistics = devices.mesh.local_devices[0].memory_stats() or {}
+    return statistics.get("peak_bytes_in_use")
+
+
+def _loops(
+    experiment: Experiment, array: np.ndarray, seconds: float, repeats: int
+) -> dict[str, Any]:
+    """Training as it is, with each feed, without evaluation and saving; and on one batch."""
+    works, waiting = {}, {}
+    for name, settings in _FEEDS.items():
+        training = dataclasses.replace(experiment.training, **settings)
+        chosen = dataclasses.replace(experiment, training=training)
+        waiting[name] = []
+        works[name] = _loop(chosen, array, waiting[name])
+    works["one batch"] = _step(experiment, array.shape[1:])[0]
+    rates = take_turns(works, seconds, repeats)
+    reports = {}
+    for name, rate in rates.items():
+        reports[name] = {
+            "images_per_second": rate,
+            "share_of_one_batch": rate["median"] / rates["one batch"]["median"],
+        }
+        if waiting.get(name):
+            reports[name]["share_of_time_waiting_for_input"] = statistics.median(waiting[name])
+    return reports
+
+
+def _loop(
+    experiment: Experiment, array: np.ndarray, waiting: list[float]
+) -> Callable[[float], int]:
+    training = experiment.training
+    devices = assembly.devices(training)
+    parts = assembly.assemble(experiment, array.shape[1:], devices)
+    feed = feeds.create(array, experiment.degradation, training, devices, parts.train_step)
+    state = devices.compile_create(parts.create)()
+    step = 0
+
+    def work(seconds: float) -> int:
+        nonlocal state, step
+        first, waited, begin = step, feed.seconds_waited, time.perf_counter()
+        while time.perf_counter() < begin + seconds:
+            losses = []
+            before, start = step, time.perf_counter()
+            for _ in range(4):
+                state, loss, count = feed.launch(state, step, 1 << 30)
+                losses.append(loss)
+                step += count
+            jax.block_until_ready(losses)
+            feed.seconds_per_step((time.perf_counter() - start) / (step - before))
+        waiting.append((feed.seconds_waited - waited) / (time.perf_counter() - begin))
+        return (step - first) * training.batch_size
+
+    return work
+
+
+def _restoring(experiment: Experiment, array: np.ndarray) -> dict[str, Callable[[float], int]]:
+    """`Restorer` on uint8 images, one at a time and many."""
+    devices = assembly.devices(experiment.training)
+    parts = assembly.assemble(experiment, array.shape[1:], devices)
+    restorer = Restorer(experiment.model, jax.jit(parts.create)().params, {})
+
+    def work(images: np.ndarray, seconds: float) -> int:
+        end, count = time.perf_counter() + seconds, 0
+        while time.perf_counter() < end:
+            restorer(images)
+            count += len(images)
+        return count
+
+    return {
+        f"{size} at a time": functools.partial(work, np.resize(array, (size, *array.shape[1:])))
+        for size in (1, 64)
+    }
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """A report, for people."""
+    lines = [
+        f"{report['name']} on {report['devices']} x {report['device']}, "
+        f"batch {report['batch_size']}, JAX {report['jax']}"
+    ]
+    for precision, limits in report["limits"].items():
+        if limits["flops"]:
+            line = f"matrix products in {precision}: {limits['flops'] / 1e9:,.0f} GFLOP/s"
+            if limits["bandwidth"]:
+                line += f"; memory: {limits['bandwidth'] / 1e9:,.0f} GB/s"
+            lines.append(line)
+
+    def section(title):
+        lines.extend(["", f"{title:30}{'images/s':>12}{'lowest':>12}{'highest':>12}"])
+
+    def row(name, rate, notes=""):
+        numbers = "".join(
+            f"{rate[key]:12,.4g}" if rate[key] < 100 else f"{rate[key]:12,.0f}"
+            for key in ("median", "lowest", "highest")
+        )
+        lines.append(f"  {name:28}{numbers}{notes}")
+
+    section("pipeline alone")
+    for name, rate in report["pipeline"].items():
+        row(name, rate)
+    section("step alone")
+    for name, step in report["step"].items():
+        notes = f"   compiled in {step['compile_seconds']:.1f} s"
+        if "share_of_matrix_rate" in step:
+            notes += f", {step['share_of_matrix_rate']:.0%} of the matrix rate"
+        if step["peak_memory"]:
+            notes += f", {step['peak_memory'] / 2**30:.2f} GiB at most"
+        row(name, step["images_per_second"], notes)
+    costs = next(iter(report["step"].values()))
+    lines.append(
+        f"  {costs['flops_per_image'] / 1e9:,.4g} GFLOP and "
+        f"{costs['bytes_per_image'] / 1e6:,.4g} MB an image, as XLA counts them"
+    )
+    section("whole loop")
+    for name, loop in report["loop"].items():
+        notes = ""
+        if name != "one batch":
+            notes = f"   {loop['share_of_one_batch']:.0%} of one batch"
+        if "share_of_time_waiting_for_input" in loop:
+            notes += f", {loop['share_of_time_waiting_for_input']:.0%} waiting for input"
+        row(name, loop["images_per_second"], notes)
+    section("restore")
+    for name, rate in report["restore"].items():
+        row(name, rate)
+    return "\n".join(lines)

@@ -391,6 +391,10 @@ class Batch(NamedTuple):
     original: np.ndarray
 
 
+_GROUP = 256
+"""Images that the pipeline makes at once, as several batches if those are smaller."""
+
+
 class EvaluationBatch(NamedTuple):
     """A batch of a fixed size, filled up with copies that do not count."""
 
@@ -434,24 +438,24 @@ def training_batches(
     steps_per_epoch = len(array) // batch_size
     first, last, _ = share.indices(batch_size)
 
-    def epoch_indices(epoch):
-        done = max(0, start_step - epoch * steps_per_epoch)
-        order = epoch_order(seed, epoch, len(array))[: steps_per_epoch * batch_size]
-        numbers = np.arange(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
-        indices = order.reshape(steps_per_epoch, batch_size)[done:, first:last]
-        return numbers[done:], np.ascontiguousarray(indices)
+    group = max(1, _GROUP // (last - first))
 
-    @tf.autograph.experimental.do_not_convert
-    def epoch_steps(epoch):
-        numbers, indices = tf.numpy_function(epoch_indices, [epoch], (tf.int64, tf.int64))
-        indices = tf.ensure_shape(indices, (None, last - first))
-        return tf.data.Dataset.from_tensor_slices((tf.ensure_shape(numbers, (None,)), indices))
+    @functools.lru_cache(maxsize=4)  # Groups that are made at once may lie in two epochs.
+    def order_of(epoch):
+        return epoch_order(seed, epoch, len(array))
+
+    def group_indices(first_step):
+        rows = []
+        for step in range(first_step, first_step + group):
+            epoch, done = divmod(step, steps_per_epoch)
+            rows.append(order_of(epoch)[done * batch_size : (done + 1) * batch_size][first:last])
+        return np.concatenate(rows)
 
     if isinstance(array, np.memmap):
 
         def gather(indices):
             batch = tf.numpy_function(array.__getitem__, [indices], tf.uint8, stateful=False)
-            return tf.ensure_shape(batch, (last - first, *array.shape[1:]))
+            return tf.ensure_shape(batch, (group * (last - first), *array.shape[1:]))
     else:
         tensor = tf.constant(array)
 
@@ -459,24 +463,28 @@ def training_batches(
             return tf.gather(tensor, indices)
 
     @tf.autograph.experimental.do_not_convert
-    def make_batch(step, indices):
-        images = gather(indices)
+    def make_group(first_step):
+        indices = tf.numpy_function(group_indices, [first_step], tf.int64, stateful=False)
+        indices = tf.ensure_shape(indices, (group * (last - first),))
+        batches = tf.split(gather(indices), group)
         if degradation is None:
-            return (images,)
+            return tuple((images,) for images in batches)
+        return tuple(degrade(first_step + i, images) for i, images in enumerate(batches))
+
+    def degrade(step, images):
         original = tf.cast(images, tf.float32) / 255.0
         ops = _TensorFlowOps(tf.stack([tf.constant(seed, tf.int64), step]), first)
         return degradation.apply(original, ops), original
 
     # Indices are batched first, so that each later stage is one operation on a whole batch.
-    first_epoch = start_step // steps_per_epoch
     dataset = (
-        tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
-        .flat_map(epoch_steps)
-        .map(make_batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        tf.data.Dataset.range(start_step, np.iinfo(np.int64).max, group)
+        .map(make_group, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         .prefetch(tf.data.AUTOTUNE)
     )
-    for arrays in dataset.as_numpy_iterator():
-        yield arrays[0] if degradation is None else Batch(*arrays)
+    for batches in dataset.as_numpy_iterator():
+        for arrays in batches:
+            yield arrays[0] if degradation is None else Batch(*arrays)
 
 
 def evaluation_batches(array: np.ndarray, batch_size: int) -> Iterator[EvaluationBatch]:

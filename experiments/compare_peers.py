@@ -1,0 +1,227 @@
+"""The recipes' training steps in aecore, Keras and PyTorch: same networks, batch and machine.
+
+    python experiments/compare_peers.py --task denoise --batch-size 256
+
+Images and noise are made in memory beforehand or within the step, no pipeline takes part. Each
+library takes steps for some seconds, in turns, several times; the medians are printed, with the
+lowest and highest, and the ratio of aecore's median to each. A step is: add noise and clip (denoise
+only), forward, mean squared error, backward, Adam. Keras runs on TensorFlow, compiled as `fit`
+does. PyTorch takes part where it is installed, in its default layout and channels last; on a GPU
+compiled by `torch.compile`, and with `--precision bfloat16` under autocast.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import tyro
+
+Step = Callable[[], object]
+"""Takes a step; the result can be waited for with `float`."""
+
+SHAPES = {"denoise": (28, 28, 1), "enhance": (80, 80, 3)}
+SIGMA = 0.4
+
+
+def aecore_step(task: str, images: np.ndarray, precision: str) -> Step:
+    """aecore's own training step, compiled by `jit`."""
+    import functools
+
+    import jax
+
+    import aecore
+    from aecore import assembly, steps
+    from aecore.degradations import GaussianNoise
+    from aecore.models import NoiseReducer, ResolutionEnhancer
+
+    denoise = task == "denoise"
+    experiment = aecore.Experiment(
+        name=task,
+        model=NoiseReducer() if denoise else ResolutionEnhancer(),
+        degradation=GaussianNoise(SIGMA),
+        training=aecore.Training(batch_size=len(images), precision=precision),
+    )
+    devices = assembly.devices(experiment.training)
+    parts = assembly.assemble(experiment, images.shape[1:], devices)
+    prepare = steps.degrading(experiment.degradation) if denoise else steps.pairs
+    step = devices.compile_train_step(functools.partial(parts.train_step, prepare=prepare))
+    floats = images.astype(np.float32) / 255
+    batch = devices.place_batch(images if denoise else (floats, floats))
+    state = devices.compile_create(parts.create)()
+
+    def take():
+        nonlocal state
+        state, loss = step(state, batch)
+        return loss
+
+    jax.block_until_ready(batch)
+    return take
+
+
+def keras_step(task: str, images: np.ndarray, precision: str) -> Step:
+    """Keras on TensorFlow: the graph that `fit` compiles, called on one batch."""
+    import keras
+    import tensorflow as tf
+
+    if precision == "bfloat16":
+        keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    conv = dict(kernel_size=3, padding="same", activation="relu")
+    layers = keras.layers
+    if task == "denoise":
+        network = [
+            layers.Conv2D(16, strides=2, **conv),
+            layers.Conv2D(8, strides=2, **conv),
+            layers.Conv2DTranspose(8, strides=2, **conv),
+            layers.Conv2DTranspose(16, strides=2, **conv),
+            layers.Conv2D(1, 3, padding="same", activation="sigmoid", dtype="float32"),
+        ]
+    else:
+        network = [
+            layers.Conv2D(256, **conv),
+            layers.Conv2D(128, **conv),
+            layers.MaxPooling2D(2),
+            layers.Conv2D(64, **conv),
+            layers.Conv2D(64, **conv),
+            layers.UpSampling2D(2),
+            layers.Conv2D(128, **conv),
+            layers.Conv2D(256, **conv),
+            layers.Conv2D(3, 3, padding="same", dtype="float32"),
+        ]
+    model = keras.Sequential([keras.Input(images.shape[1:]), *network])
+    model.compile(optimizer=keras.optimizers.Adam(1e-3), loss="mse")
+    original = tf.constant(images.astype(np.float32) / 255)
+
+    @tf.function
+    def step():
+        degraded = original
+        if task == "denoise":
+            noise = tf.random.normal(original.shape, stddev=SIGMA)
+            degraded = tf.clip_by_value(original + noise, 0.0, 1.0)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(model(degraded, training=True) - original))
+        variables = model.trainable_variables
+        gradients = tape.gradient(loss, variables)
+        model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return loss
+
+    model.optimizer.build(model.trainable_variables)
+    return step
+
+
+def torch_step(task: str, images: np.ndarray, precision: str, *, channels_last: bool) -> Step:
+    """PyTorch: eager on a CPU, compiled on a GPU."""
+    import torch
+    from torch import nn
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if task == "denoise":
+        half = dict(kernel_size=3, stride=2)
+        double = dict(kernel_size=3, stride=2, padding=1, output_padding=1)
+        network = nn.Sequential(
+            # "Same" padding of a strided convolution, as in XLA and Keras.
+            nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(1, 16, **half), nn.ReLU()),
+            nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(16, 8, **half), nn.ReLU()),
+            nn.Sequential(nn.ConvTranspose2d(8, 8, **double), nn.ReLU()),
+            nn.Sequential(nn.ConvTranspose2d(8, 16, **double), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(16, 1, 3, padding=1), nn.Sigmoid()),
+        )
+    else:
+        widths = [3, 256, 128, 64, 64, 128, 256, 3]
+        convs = [nn.Conv2d(i, o, 3, padding=1) for i, o in itertools.pairwise(widths)]
+        layers = [layer for conv in convs[:-1] for layer in (conv, nn.ReLU())]
+        layers.insert(8, nn.Upsample(scale_factor=2))
+        layers.insert(4, nn.MaxPool2d(2))
+        network = nn.Sequential(*layers, convs[-1])
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    network = network.to(device=device, memory_format=layout)
+    original = torch.from_numpy(images.astype(np.float32).transpose(0, 3, 1, 2) / 255)
+    original = original.to(device=device).contiguous(memory_format=layout)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+
+    def loss_of(original):
+        degraded = original
+        if task == "denoise":
+            degraded = (original + SIGMA * torch.randn_like(original)).clamp(0, 1)
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+            restored = network(degraded)
+        return torch.nn.functional.mse_loss(restored.float(), original)
+
+    if device == "cuda":
+        loss_of = torch.compile(loss_of)
+
+    def step():
+        optimizer.zero_grad()
+        loss = loss_of(original)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def main(
+    task: Literal["denoise", "enhance"] = "denoise",
+    batch_size: int = 256,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    seconds: float = 4.0,
+    repeats: int = 7,
+    without: tuple[str, ...] = (),
+) -> None:
+    """Prints images per second and their ratios.
+
+    Args:
+        task: The recipe.
+        batch_size: Images a step.
+        precision: What the networks compute in.
+        seconds: How long each measurement lasts.
+        repeats: Measurements of each library.
+        without: Libraries to leave out: keras, torch.
+    """
+    images = np.random.default_rng(0).integers(0, 256, (batch_size, *SHAPES[task]), np.uint8)
+    makers = {
+        "aecore": aecore_step,
+        "Keras": keras_step,
+        "PyTorch": lambda *args: torch_step(*args, channels_last=False),
+        "PyTorch, channels last": lambda *args: torch_step(*args, channels_last=True),
+    }
+    steps = {}
+    for name, make in makers.items():
+        if name.split(",")[0].lower().replace("py", "") in without:
+            continue
+        try:
+            steps[name] = make(task, images, precision)
+        except ImportError as error:
+            print(f"{name} does not take part: {error}")
+    speeds = {name: [] for name in steps}
+    for name in itertools.chain.from_iterable([*steps] for _ in range(repeats + 1)):
+        float(steps[name]())
+        start, count, loss = time.perf_counter(), 0, 0.0
+        while time.perf_counter() - start < seconds:
+            for _ in range(4 if task == "denoise" else 1):
+                loss = steps[name]()
+                count += batch_size
+            float(loss)
+        speeds[name].append(count / (time.perf_counter() - start))
+    print(f"{task}, batch {batch_size}, {precision}, {repeats} times {seconds:g} s each")
+    reference = statistics.median(speeds["aecore"][1:])
+    for name, values in speeds.items():
+        measured = values[1:]  # The first one warms up.
+        median = statistics.median(measured)
+        ratios = [a / b for a, b in zip(speeds["aecore"][1:], measured, strict=True)]
+        print(
+            f"{name:24}{median:10,.5g} images/s ({min(measured):,.5g} to {max(measured):,.5g})"
+            + (
+                f"   aecore makes {reference / median:.2f} times as many "
+                f"({min(ratios):.2f} to {max(ratios):.2f})"
+                if name != "aecore"
+                else ""
+            )
+        )
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -266,6 +266,8 @@ def _dot(pixels: jax.Array, matrix: jax.Array) -> jax.Array:
 
 def _dot_over_pixels(left: jax.Array, right: jax.Array) -> jax.Array:
     """`(B, H, W, C)` and `(B, H, W, K)` to the `(C, K)` sums over B, H and W of their products."""
+    if left.shape[3] > right.shape[3]:  # The left one is transposed first; better the smaller.
+        return _dot_over_pixels(right, left).T
     return lax.dot_general(left, right, (((0, 1, 2), (0, 1, 2)), ((), ())))
 
 

@@ -391,10 +391,6 @@ class Batch(NamedTuple):
     original: np.ndarray
 
 
-_GROUP = 256
-"""Images that the pipeline makes at once, as several batches if those are smaller."""
-
-
 class EvaluationBatch(NamedTuple):
     """A batch of a fixed size, filled up with copies that do not count."""
 
@@ -438,7 +434,8 @@ def training_batches(
     steps_per_epoch = len(array) // batch_size
     first, last, _ = share.indices(batch_size)
 
-    group = max(1, _GROUP // (last - first))
+    # Small batches are made several at once, as each element costs the pipeline a fixed time.
+    group = min(max(1, 256 // (last - first)), 8)
 
     @functools.lru_cache(maxsize=4)  # Groups that are made at once may lie in two epochs.
     def order_of(epoch):

@@ -38,7 +38,7 @@ def devices_of(topology: str) -> list[Any]:
     # Without it, libtpu asks Google Cloud's metadata server, and waits where there is none.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
-        return list(topologies.get_topology_desc(topology, "tpu", topology_name=topology).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # Of many types, as libtpu is missing or refuses the name.
         raise ConfigError(
             f"topology {topology!r}: {error}; use cpu, gpu, or a TPU slice such as v5e:4x4, "

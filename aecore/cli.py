@@ -155,8 +155,13 @@ class Plan:
     """A file to write the figures to."""
 
     def run(self, flags: Sequence[str]) -> int:
+        import jax
+
         from aecore import planning
 
+        if self.topology not in ("cpu", "gpu"):
+            # Compiling for a slice needs no device of this machine, which libtpu may wait for.
+            jax.config.update("jax_platforms", "cpu")
         experiment = _experiment(self.experiment, flags)
         report = planning.plan(experiment, _image_shape(experiment), self.topology)
         return _show(report, planning.table, self.json)

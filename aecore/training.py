@@ -251,8 +251,8 @@ class _Run:
                 self.log.add_loss(step, loss, speed)
             if first == self.first_step:
                 bar.unpause()  # Time left is reckoned without the first step's compilation.
-            if speed:
-                self.feed.seconds_per_step(self.experiment.training.batch_size / speed)
+            if self.clock.seconds_per_step:
+                self.feed.seconds_per_step(self.clock.seconds_per_step)
             bar.set_description(self.epoch_label(first), refresh=False)
             bar.set_postfix(loss=f"{losses[-1]:.5f}", refresh=False)
             bar.update(count * self.experiment.training.batch_size)
@@ -397,6 +397,11 @@ class _Clock:
 
     def stop(self) -> None:
         self._end = time.perf_counter()
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """As measured since this process started; None if nothing was yet."""
+        return self._step_seconds / self._steps if self._steps else None
 
     @property
     def images_per_second(self) -> float:

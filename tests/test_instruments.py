@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from jax.experimental import topologies
 
 import aecore
 from aecore import cli, planning
@@ -131,7 +132,10 @@ def test_wrong_usage_is_one_line(args, message, capsys):
 
 
 def test_a_topology_without_its_compiler(monkeypatch):
-    monkeypatch.setitem(sys.modules, "jax.experimental.topologies", None)
+    def missing(**_):
+        raise RuntimeError("libtpu is not installed")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
     with pytest.raises(ConfigError, match="aecore\\[tpu\\]"):
         planning.devices_of("v5e:2x2")
 

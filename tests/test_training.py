@@ -16,7 +16,7 @@ import pytest
 from conftest import save_pictures
 
 import aecore
-from aecore import checkpoint, data, parallel, state, steps
+from aecore import checkpoint, data, feeds, parallel, state, steps
 from aecore.degradations import GaussianNoise
 from aecore.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError
 from aecore.models import NoiseReducer, ResolutionEnhancer
@@ -133,7 +133,7 @@ def test_interruption_saves_and_loses_no_step(tiny, tmp_path, monkeypatch):
 
         def batches_then_signal(*args, number=number, **options):
             for count, batch in enumerate(real_batches(*args, **options)):
-                if count == 3:
+                if count == 3 + feeds._AHEAD:
                     os.kill(os.getpid(), number)
                 yield batch
 
@@ -250,7 +250,7 @@ def test_a_run_goes_on_past_a_smaller_limit(tiny, monkeypatch):
 
     def batches_then_signal(*args, **options):
         for count, batch in enumerate(real_batches(*args, **options)):
-            if count == 2:
+            if count == 2 + feeds._AHEAD:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from aecore import assembly, data, feeds, hardware, parallel, planning, steps
-from aecore.config import Experiment
+from aecore.config import Experiment, with_training
 from aecore.restoration import Restorer
 
 _FEEDS = {
@@ -23,28 +23,6 @@ _FEEDS = {
     "stream, degraded on device": dict(feed="stream", degrade_on="device"),
     "resident": dict(feed="resident"),
 }
-
-
-class Rate:
-    """Repeated measurements of one function, which works for about `seconds` and counts images."""
-
-    def __init__(self, work: Callable[[float], int]):
-        self._work = work
-        self.values = []
-
-    def measure(self, seconds: float) -> None:
-        start = time.perf_counter()
-        images = self._work(seconds)
-        self.values.append(images / (time.perf_counter() - start))
-
-    def to_json(self) -> dict[str, float]:
-        """Images a second: `median`, `lowest`, `highest`."""
-        values = self.values
-        return {
-            "median": statistics.median(values),
-            "lowest": min(values),
-            "highest": max(values),
-        }
 
 
 def take_turns(works: Mapping[str, Callable[[float], int]], seconds: float, repeats: int):
@@ -58,14 +36,22 @@ def take_turns(works: Mapping[str, Callable[[float], int]], seconds: float, repe
     Returns:
       For each name, `median`, `lowest` and `highest` in images a second.
     """
-    rates = {name: Rate(work) for name, work in works.items()}
-    for rate in rates.values():
-        rate.measure(seconds / 4)
-        rate.values.clear()
+
+    def rate(work, seconds):
+        start = time.perf_counter()
+        images = work(seconds)
+        return images / (time.perf_counter() - start)
+
+    for work in works.values():
+        work(seconds / 4)
+    rates = {name: [] for name in works}
     for _ in range(repeats):
-        for rate in rates.values():
-            rate.measure(seconds)
-    return {name: rate.to_json() for name, rate in rates.items()}
+        for name, work in works.items():
+            rates[name].append(rate(work, seconds))
+    return {
+        name: {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+        for name, values in rates.items()
+    }
 
 
 def bench(experiment: Experiment, *, seconds: float = 2.0, repeats: int = 5) -> dict[str, Any]:
@@ -88,19 +74,18 @@ def bench(experiment: Experiment, *, seconds: float = 2.0, repeats: int = 5) -> 
     dataset = data.load(experiment.data)
     experiment.check_images(*dataset.image_shape)
     device = devices.mesh.devices.flat[0]
-    step = _steps(experiment, dataset.image_shape, seconds, repeats)
+    limits = {
+        precision: hardware.limits(device, precision) for precision in ("float32", "bfloat16")
+    }
     return {
         "name": experiment.name,
         "device": device.device_kind,
         "devices": devices.device_count,
         "batch_size": experiment.training.batch_size,
         "jax": jax.__version__,
-        "limits": {
-            precision: dataclasses.asdict(hardware.limits(device, precision))
-            for precision in ("float32", "bfloat16")
-        },
+        "limits": {precision: dataclasses.asdict(limit) for precision, limit in limits.items()},
         "pipeline": take_turns(_pipelines(experiment, dataset.train), seconds, repeats),
-        "step": step,
+        "step": _steps(experiment, dataset.image_shape, limits, seconds, repeats),
         "loop": _loops(experiment, dataset.train, seconds, repeats),
         "restore": take_turns(_restoring(experiment, dataset.validation), seconds, repeats),
     }
@@ -132,62 +117,71 @@ def _pipelines(experiment: Experiment, array: np.ndarray) -> dict[str, Callable[
 
 
 def _steps(
-    experiment: Experiment, image_shape: tuple[int, int, int], seconds: float, repeats: int
+    experiment: Experiment,
+    image_shape: tuple[int, int, int],
+    limits: Mapping[str, hardware.Limits],
+    seconds: float,
+    repeats: int,
 ) -> dict[str, Any]:
     """The training step alone, on one batch of random images that stays on the devices."""
     works, reports = {}, {}
     for form in parallel.FORMS:
-        for precision in ("float32", "bfloat16"):
-            training = dataclasses.replace(experiment.training, parallel=form, precision=precision)
-            chosen = dataclasses.replace(experiment, training=training)
+        for precision in limits:
+            chosen = with_training(experiment, parallel=form, precision=precision)
+            devices = assembly.devices(chosen.training)
             name = f"{form} {precision}"
-            works[name], reports[name] = _step(chosen, image_shape)
+            works[name] = _one_batch(chosen, image_shape)
+            first, second = (_seconds(works[name]) for _ in range(2))
+            costs = planning.cost(chosen, image_shape, list(devices.mesh.devices.flat))
+            reports[name] = {
+                "compile_seconds": first - second,
+                "flops_per_image": costs["flops"],
+                "bytes_per_image": costs["bytes"],
+                "peak_memory": _peak_memory(devices),
+            }
     rates = take_turns(works, seconds, repeats)
     for name, report in reports.items():
         report["images_per_second"] = rates[name]
-        rate = hardware.limits(jax.devices()[0], name.split()[1]).flops
-        if rate:
+        limit = limits[name.split()[1]].flops
+        if limit:
             done = rates[name]["median"] * report["flops_per_image"]
-            report["share_of_matrix_rate"] = done / rate / report.pop("devices")
+            report["share_of_matrix_rate"] = done / limit / devices.device_count
     return reports
 
 
-def _step(experiment: Experiment, image_shape: tuple[int, int, int]):
+def _one_batch(experiment: Experiment, image_shape: tuple[int, int, int]) -> Callable[[float], int]:
+    """Training on one batch, again and again; it compiles when it is first called."""
     training = experiment.training
     devices = assembly.devices(training)
     parts = assembly.assemble(experiment, image_shape, devices)
-    compiled = devices.compile_train_step(functools.partial(parts.train_step, prepare=steps.pairs))
+    step = devices.compile_train_step(functools.partial(parts.train_step, prepare=steps.pairs))
     random = np.random.default_rng(0)
     share = devices.share(training.batch_size)
     shape = (share.stop - share.start, *image_shape)
     batch = devices.place_batch(
         (random.random(shape, np.float32), random.random(shape, np.float32))
     )
-    state = devices.compile_create(parts.create)()
-    start = time.perf_counter()
-    state, loss = compiled(state, batch)
-    jax.block_until_ready(loss)
-    costs = planning.cost(experiment, image_shape, list(devices.mesh.devices.flat))
-    report = {
-        "compile_seconds": time.perf_counter() - start,
-        "flops_per_image": costs["flops"],
-        "bytes_per_image": costs["bytes"],
-        "peak_memory": _peak_memory(devices),
-        "devices": devices.device_count,
-    }
+    state = jax.block_until_ready(devices.compile_create(parts.create)())
 
     def work(seconds: float) -> int:
         nonlocal state
         end, images = time.perf_counter() + seconds, 0
-        while time.perf_counter() < end:
+        while not images or time.perf_counter() < end:
             # A few steps are under way at once, as in training.
             for _ in range(4):
-                state, loss = compiled(state, batch)
+                state, loss = step(state, batch)
                 images += training.batch_size
             jax.block_until_ready(loss)
         return images
 
-    return work, report
+    return work
+
+
+def _seconds(work: Callable[[float], int]) -> float:
+    """How long the least amount of some work takes."""
+    start = time.perf_counter()
+    work(0.0)
+    return time.perf_counter() - start
 
 
 def _peak_memory(devices: parallel.DataParallel) -> int | None:
@@ -202,11 +196,9 @@ def _loops(
     """Training as it is, with each feed, without evaluation and saving; and on one batch."""
     works, waiting = {}, {}
     for name, settings in _FEEDS.items():
-        training = dataclasses.replace(experiment.training, **settings)
-        chosen = dataclasses.replace(experiment, training=training)
         waiting[name] = []
-        works[name] = _loop(chosen, array, waiting[name])
-    works["one batch"] = _step(experiment, array.shape[1:])[0]
+        works[name] = _loop(with_training(experiment, **settings), array, waiting[name])
+    works["one batch"] = _one_batch(experiment, array.shape[1:])
     rates = take_turns(works, seconds, repeats)
     reports = {}
     for name, rate in rates.items():

@@ -205,6 +205,13 @@ class Experiment:
         )
 
 
+def with_training(experiment: Experiment, **fields: Any) -> Experiment:
+    """The experiment with fields of its `training` replaced."""
+    return dataclasses.replace(
+        experiment, training=dataclasses.replace(experiment.training, **fields)
+    )
+
+
 def to_json(experiment: Experiment) -> dict[str, Any]:
     """The experiment as JSON values; models and degradations carry their registered `type`.
 

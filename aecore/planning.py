@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from aecore import assembly, hardware, parallel, steps
-from aecore.config import Experiment
+from aecore.config import Experiment, with_training
 from aecore.errors import ConfigError
 
 _LARGEST_BATCH = 2**16
@@ -82,19 +82,14 @@ def cost(experiment: Experiment, image_shape: tuple[int, int, int], devices: lis
       `flops` and `bytes`.
     """
     # XLA counts a loop's body once, so that a batch must not be divided into parts.
-    compiled = compile_step(_with(experiment, accumulation=1), image_shape, devices)
+    whole = with_training(experiment, accumulation=1)
+    compiled = compile_step(whole, image_shape, devices)
     return _cost(compiled, experiment.training.batch_size // len(devices))
 
 
 def _cost(compiled: Any, share: int) -> dict[str, float]:
     analysis = compiled.cost_analysis()
     return {"flops": analysis["flops"] / share, "bytes": analysis["bytes accessed"] / share}
-
-
-def _with(experiment: Experiment, **training: Any) -> Experiment:
-    return dataclasses.replace(
-        experiment, training=dataclasses.replace(experiment.training, **training)
-    )
 
 
 def plan(
@@ -119,10 +114,11 @@ def plan(
     limits = hardware.limits(devices[0], experiment.training.precision)
     forms = {}
     for form in parallel.FORMS:
-        chosen = _with(experiment, batch_size=batch_size, parallel=form)
+        chosen = with_training(experiment, batch_size=batch_size, parallel=form)
         compiled = compile_step(chosen, image_shape, devices)
         collectives = _collectives(compiled.as_text(), len(devices))
-        divided = experiment.training.accumulation != 1 and devices[0].platform == "cpu"
+        parts = assembly.assemble(chosen, image_shape, parallel.FORMS[form](devices))
+        divided = parts.train_step.keywords["parts"] > 1
         costs = cost(chosen, image_shape, devices) if divided else _cost(compiled, share)
         forms[form] = {
             "memory": _memory(compiled),
@@ -130,7 +126,7 @@ def plan(
             "collectives": collectives,
             "roofline": _roofline(costs, collectives, share, len(devices), limits),
         }
-    chosen = _with(experiment, batch_size=batch_size)
+    chosen = with_training(experiment, batch_size=batch_size)
     return {
         "name": experiment.name,
         "topology": topology,
@@ -217,28 +213,23 @@ def _largest(
         return None
 
     @functools.cache
-    def fits(share):
-        chosen = _with(experiment, batch_size=share * len(devices), accumulation=1)
+    def needed(share):
+        chosen = with_training(experiment, batch_size=share * len(devices), accumulation=1)
         try:
-            return _memory(compile_step(chosen, image_shape, devices))["total"] <= memory
+            return _memory(compile_step(chosen, image_shape, devices))["total"]
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
-                return False
+                return math.inf
             raise
 
+    def fits(share):
+        return needed(share) <= memory
+
     # Memory grows almost in proportion, so that two small steps tell where to begin.
-    small, large = (
-        _memory(
-            compile_step(
-                _with(experiment, batch_size=share * len(devices), accumulation=1),
-                image_shape,
-                devices,
-            )
-        )["total"]
-        for share in (8, 16)
-    )
-    guess = 8 + (memory - small) / max((large - small) / 8, 1)
-    share = int(min(max(8, guess), _LARGEST_BATCH)) // 8 * 8
+    share = 8
+    if fits(16):
+        guess = 8 + (memory - needed(8)) / max((needed(16) - needed(8)) / 8, 1)
+        share = int(min(max(8, guess), _LARGEST_BATCH)) // 8 * 8
     if fits(share):
         while share < _LARGEST_BATCH and fits(_larger(share)):
             share = _larger(share)

@@ -80,10 +80,8 @@ def _mean_over_parts(function: Callable, parts: int, params: Any, *batch: Any) -
     def add(total, part):
         return jax.tree.map(jnp.add, total, function(params, *part)), None
 
-    first, *_ = jax.tree.map(lambda leaf: leaf[0], (divided,))
-    zeros = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, params, *first)
-    )
+    first = jax.tree.map(lambda leaf: leaf[0], divided)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, params, *first))
     total, _ = lax.scan(add, zeros, divided)
     return jax.tree.map(lambda leaf: leaf / parts, total)
 

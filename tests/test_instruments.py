@@ -12,6 +12,7 @@ from jax.experimental import topologies
 
 import aecore
 from aecore import cli, planning
+from aecore.config import with_training
 from aecore.degradations import GaussianNoise, Pixelate
 from aecore.errors import ConfigError
 from aecore.models import NoiseReducer, ResolutionEnhancer
@@ -87,7 +88,7 @@ def test_largest_batch_is_found_by_search():
         name="limit", model=NoiseReducer((2,)), degradation=GaussianNoise(0.4)
     )
     device = planning.devices_of("cpu")[:1]
-    experiment = planning._with(experiment, batch_size=100, accumulation=1)
+    experiment = with_training(experiment, batch_size=100, accumulation=1)
     memory = planning._memory(planning.compile_step(experiment, (12, 12, 1), device))["total"]
     largest = planning._largest(experiment, (12, 12, 1), device, memory)
     assert 87 <= largest <= 113

@@ -1,0 +1,300 @@
+"""The graph that ONNX Runtime runs against the function that JAX runs."""
+
+import functools
+import importlib
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import aecore
+from aecore import onnx_export
+from aecore.errors import ConfigError
+from aecore.models import NoiseReducer, ResolutionEnhancer
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+def function_of(model, seed=0):
+    """The model with random parameters, biases and scales included."""
+    sample = jnp.zeros((1, 2 * model.stride, 2 * model.stride, model.channels))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), sample)["params"]
+    random = np.random.default_rng(seed)
+
+    def values(leaf):
+        scale = 0.3 if leaf.ndim == 1 else (2 / np.prod(leaf.shape[:-1])) ** 0.5
+        return random.normal(0, scale, leaf.shape).astype(np.float32)
+
+    params = jax.tree.map(values, shapes)
+    return functools.partial(model.apply, {"params": params})
+
+
+def largest_difference(function, *, channels=2, stride=2, sizes=((1, 1, 1), (2, 3, 2), (3, 7, 9))):
+    """Writes the function, and compares at some `(batch, height / stride, width / stride)`."""
+    model = onnx_export.convert(function, channels=channels, stride=stride)
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    differences = []
+    for batch, height, width in sizes:
+        shape = (batch, height * stride, width * stride, channels)
+        images = np.random.default_rng(shape).random(shape, np.float32)
+        (restored,) = session.run(["restored"], {"images": images})
+        expected = np.asarray(jax.jit(function)(images))
+        assert restored.shape == expected.shape == shape
+        assert restored.dtype == np.float32
+        assert np.abs(expected).max() < 30  # Larger numbers have larger rounding errors.
+        differences.append(np.abs(restored - expected).max())
+    assert expected.std() > 1e-3  # Else a wrong graph could agree, too.
+    return max(differences)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        NoiseReducer(),
+        NoiseReducer(features=(4,)),
+        NoiseReducer(features=(12, 8, 4), channels=3),
+        ResolutionEnhancer(features=(8, 6, 4)),
+        # Enough channels for JAX to run Winograd's algorithm; the graph has plain convolutions.
+        ResolutionEnhancer(features=(40, 36, 32)),
+    ],
+    ids=lambda model: f"{type(model).__name__}-{model.features}",
+)
+def test_models(model):
+    sizes = ((1, 1, 1), (2, 1, 5), (3, 28 // model.stride, 36 // model.stride))
+    difference = largest_difference(
+        function_of(model), channels=model.channels, stride=model.stride, sizes=sizes
+    )
+    assert difference < 1e-5
+
+
+class Various(nn.Module):
+    """What networks for images are made of, beyond aecore's own."""
+
+    channels: int = 2
+    stride: int = 4
+
+    @nn.compact
+    def __call__(self, images):
+        b, h, w, c = images.shape
+        x = nn.Conv(8, (5, 3))(images)
+        x = nn.swish(nn.GroupNorm(2)(x))
+        skip = x
+        x = nn.Conv(8, (3, 3), feature_group_count=8, strides=2)(x)
+        x = nn.gelu(nn.LayerNorm()(x), approximate=False)
+        x = nn.Dense(12)(x)
+        x = nn.gelu(nn.Conv(8, (3, 3), kernel_dilation=2)(x))
+        pooled = nn.avg_pool(x, (3, 3), (2, 2), "SAME", count_include_pad=False)
+        pooled += nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        attention = nn.sigmoid(nn.Dense(8)(x.mean((1, 2), keepdims=True)))
+        x = x * attention + nn.ConvTranspose(8, (4, 4), (2, 2))(pooled)
+        x = jnp.concatenate([x, nn.softplus(x), nn.elu(-x), nn.leaky_relu(x)], axis=-1)
+        x = nn.Conv(8 * 4, (1, 1))(x)
+        # Pixel shuffle.
+        x = x.reshape(b, h // 2, w // 2, 2, 2, 8).transpose(0, 1, 3, 2, 4, 5).reshape(b, h, w, 8)
+        return images + nn.Conv(c, (3, 3), padding="REFLECT")(x + skip)
+
+
+class Attention(nn.Module):
+    """Self-attention between pixels."""
+
+    channels: int = 2
+    stride: int = 2
+
+    @nn.compact
+    def __call__(self, images):
+        b, h, w, c = images.shape
+        pixels = nn.Dense(8)(images.reshape(b, h * w, c))
+        pixels += nn.MultiHeadDotProductAttention(2)(nn.RMSNorm()(pixels))
+        return nn.Dense(c)(pixels).reshape(b, h, w, c)
+
+
+@pytest.mark.parametrize("model", [Various(), Attention()], ids=lambda model: type(model).__name__)
+def test_layers(model):
+    assert largest_difference(function_of(model), stride=model.stride) < 1e-5
+
+
+def kernel(*shape):
+    return np.random.default_rng(shape).normal(0, 0.3, shape).astype(np.float32)
+
+
+def conv(images, weights, strides=(1, 1), padding="SAME", **options):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        images, weights, strides, padding, dimension_numbers=layout, **options
+    )
+
+
+def transposed(images, weights, padding, **options):
+    """A convolution of the images with zeros put between their pixels."""
+    return conv(images, weights, padding=padding, lhs_dilation=(2, 2), **options)
+
+
+def resized(images, method):
+    b, h, w, c = images.shape
+    large = jax.image.resize(images, (b, 2 * h, 2 * w, c), method)
+    return nn.avg_pool(large, (2, 2), (2, 2)) + large[:, :h, :w]
+
+
+def halves(function):
+    """The function of every second pixel's size, brought back to full size."""
+    return lambda images: function(images).repeat(2, axis=1).repeat(2, axis=2)
+
+
+def rows(images):
+    """Every row's mean, repeated along it."""
+    return jnp.broadcast_to(images.mean(2, keepdims=True), images.shape)
+
+
+FUNCTIONS = {
+    "repeated, reduced": lambda x: x + rows(x).sum(2, keepdims=True) / 9,
+    "repeated, turned": lambda x: conv(rows(x).transpose(0, 2, 1, 3), kernel(3, 2, 2, 2)).transpose(
+        0, 2, 1, 3
+    ),
+    "repeated, sliced": lambda x: jnp.concatenate(
+        [lax.slice_in_dim(rows(x), 1, None, axis=2), x[:, :, :1]], axis=2
+    ),
+    "mean": lambda x: nn.avg_pool(x, (3, 2), (1, 1), "SAME"),
+    "identity": lambda x: x,
+    "constant": lambda x: jnp.zeros_like(x) + jnp.arange(2.0),
+    "flip": lambda x: x[:, ::-1] + jnp.flip(x, (2, 3)),
+    "shift": lambda x: jnp.pad(x[:, 1:, :-1], ((0, 0), (0, 1), (1, 0), (0, 0)), "edge"),
+    "cropping pad": lambda x: lax.pad(x, 0.5, ((0, 0, 0), (-1, 1, 0), (2, -2, 0), (0, 0, 0))),
+    "interior pad": lambda x: lax.pad(
+        x, 0.5, ((0, 0, 0), (1, -x.shape[1], 1), (-1, 2 - x.shape[2], 1), (0, 0, 0))
+    ),
+    "last row": lambda x: x - x[:, -1:] * x[:, :, -1][:, :, None],
+    "channels": lambda x: jnp.take(x, jnp.array([1, 0]), axis=3) + x[..., :1] * x[..., [1, 1]],
+    "beyond": lambda x: jnp.nan_to_num(jnp.take(x, jnp.array([1, 5]), axis=3), nan=0.5),
+    "clipped": lambda x: jnp.take(x, jnp.array([2, -5]), axis=3, mode="clip"),
+    "every second": lambda x: (x[:, ::2, 1::2] - x[:, 1::2, ::2]).repeat(2, 1).repeat(2, 2),
+    "transpose": lambda x: x + (x.transpose(0, 2, 1, 3) ** 2).mean((1, 2), keepdims=True),
+    "split": lambda x: jnp.concatenate(jnp.split(x, 2, axis=3)[::-1], axis=3),
+    "tile": lambda x: jnp.tile(x, (1, 2, 1, 1))[:, x.shape[1] // 2 : -(x.shape[1] // 2)],
+    "coordinates": lambda x: x + jnp.linspace(0.0, 1.0, x.shape[2])[:, None],
+    "size": lambda x: x * (x.shape[1] // 3 + jax.core.max_dim(x.shape[2] - 5, 2) % 4),
+    "nearest": lambda x: resized(x, "nearest"),
+    "bilinear": lambda x: resized(x, "bilinear"),
+    "clip": lambda x: jnp.clip(x, 0.2, x.mean((1, 2, 3), keepdims=True)),
+    "where": lambda x: jnp.where((x > 0.3) & ~(x >= 0.6) | (x == x.max()), x, -x),
+    "mask": lambda x: (x > 0.5).astype(jnp.float32) + x.astype(jnp.int32) + jnp.round(x * 7),
+    "powers": lambda x: x**3 + (x + 1) ** -2 + x**0.7 + lax.rsqrt(x + 0.1) + jnp.sqrt(x),
+    "functions": lambda x: (
+        jnp.log1p(x) + jnp.expm1(-x) + jnp.exp2(x) + jnp.sin(x) - jnp.abs(x - 0.5) * jnp.tanh(x)
+    ),
+    "softmax": lambda x: nn.softmax(x, axis=2) + nn.logsumexp(x, axis=(1, 3), keepdims=True),
+    "extremes": lambda x: x.max((1, 3), keepdims=True) * x - x.min(2, keepdims=True),
+    "dilated max": lambda x: lax.reduce_window(
+        x, -jnp.inf, lax.max, (1, 3, 2, 1), (1, 1, 1, 1), "SAME", window_dilation=(1, 2, 1, 1)
+    ),
+    "min": lambda x: (
+        -nn.max_pool(-x, (3, 3), (1, 1), "SAME")
+        + lax.reduce_window(x, jnp.inf, lax.min, (1, 2, 2, 1), (1, 1, 1, 1), "SAME")
+    ),
+    "wide sum": lambda x: lax.reduce_window(
+        x, 0.0, lax.add, (1, 2, 3, 1), (1, 1, 1, 1), ((0, 0), (3, -2), (1, 1), (0, 0))
+    ),
+    "odd stride": lambda x: conv(x, kernel(3, 3, 2, 2), (3, 3)).mean((1, 2), keepdims=True) + x,
+    "groups": lambda x: conv(x, kernel(3, 2, 1, 4), feature_group_count=2)[..., ::2],
+    "valid": lambda x: conv(x, kernel(3, 2, 2, 2), padding=((2, 0), (-1, 2))),
+    "dilated": lambda x: conv(x, kernel(3, 3, 2, 2), rhs_dilation=(2, 3)),
+    "phases": halves(
+        lambda x: transposed(x[:, ::2, ::2], kernel(3, 3, 2, 2), ((2, 1), (2, 1)))[:, ::2, ::2]
+    ),
+    "transposed 3": lambda x: transposed(x, kernel(3, 3, 2, 2), ((2, 1), (2, 1)))[:, ::2, 1::2],
+    "transposed 1": lambda x: nn.avg_pool(
+        transposed(x, kernel(1, 1, 2, 2), ((0, 1), (0, 1))), (2, 2), (2, 2)
+    ),
+    "transposed wide": lambda x: nn.avg_pool(
+        transposed(x, kernel(2, 2, 2, 2), ((3, -1), (4, -2))), (2, 2), (2, 2)
+    ),
+    "transposed groups": lambda x: nn.avg_pool(
+        transposed(x, kernel(3, 4, 1, 2), ((1, 2), (2, 2)), feature_group_count=2), (2, 2), (2, 2)
+    ),
+    "transposed strides": lambda x: conv(
+        x, kernel(3, 3, 2, 2), (2, 2), ((1, 2), (1, 2)), lhs_dilation=(2, 2)
+    ),
+    "bfloat16": lambda x: x.astype(jnp.bfloat16).astype(jnp.float32),
+    "checkpoint": jax.checkpoint(lambda x: jnp.sin(x) * 2),
+    "branches": lambda x: lax.cond(True, jnp.sin, jnp.cos, x),
+    "einsum": lambda x: jnp.einsum("bhwc,bhvc,bhvd->bhwd", x, x, x) / 20,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name):
+    # The graph has float32 where JAX rounds to bfloat16.
+    tolerance = 4e-3 if name == "bfloat16" else 1e-5
+    assert largest_difference(FUNCTIONS[name]) < tolerance
+
+
+def test_interface():
+    function = function_of(NoiseReducer(channels=3))
+    metadata = {"aecore": "{}", "stride": "4"}
+    model = onnx_export.convert(function, channels=3, stride=4, metadata=metadata)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    (images,), (restored,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, restored.name) == ("images", "restored")
+    assert images.type == restored.type == "tensor(float)"
+    assert images.shape == restored.shape == ["batch", "height", "width", 3]
+    assert session.get_modelmeta().custom_metadata_map == metadata
+    assert model.opset_import[0].version == 17
+
+
+def test_graph_is_small():
+    model = onnx_export.convert(
+        function_of(ResolutionEnhancer(features=(8, 6, 4))), channels=3, stride=2
+    )
+    nodes = [node.op_type for node in model.graph.node]
+    assert nodes.count("Conv") == 7
+    # To and from NCHW, and around the up-sampling.
+    assert nodes.count("Transpose") == 4
+    # Kernels and biases; what else there is are sizes.
+    large = [weights for weights in model.graph.initializer if np.prod(weights.dims) > 8]
+    assert sum(weights.dims[1] > 1 for weights in large) == 7
+
+
+def test_what_is_not_needed_is_left_out():
+    model = onnx_export.convert(lambda x: (jnp.exp(x), x + 1)[1], channels=1, stride=1)
+    assert [node.op_type for node in model.graph.node] == ["Add", "Identity"]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: jnp.sort(x, axis=1), "uses sort, which aecore can't write as ONNX; export with"),
+        (lambda x: lax.cumsum(x, 1), "uses cumsum, which"),
+        (lambda x: lax.cond(x.mean() > 0, jnp.sin, jnp.cos, x), "uses cond, which"),
+        (lambda x: x + jax.random.normal(jax.random.key(0), x.shape), "which aecore can't write"),
+        (
+            lambda x: lax.reduce_window(x, 0.0, lax.add, (2, 2, 2, 1), (1, 1, 1, 1), "SAME"),
+            "uses windows over too many axes, which",
+        ),
+        (lambda x: x.real + (1j * x).imag, "complex64"),
+        (lambda x: x if x.shape[1] > 8 else -x, "'2*h' > '8' is inconclusive"),
+        (lambda x: x[:, ::2], r"(b, h, 2*w, 1) of images (b, 2*h, 2*w, 1)"),
+        (lambda x: (x, x), "must keep the shape"),
+    ],
+)
+def test_refused(function, message):
+    with pytest.raises(ConfigError) as error:
+        onnx_export.convert(function, channels=1, stride=2)
+    assert message in str(error.value)
+
+
+def test_without_onnx(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setattr(aecore, "onnx_export", None)
+    monkeypatch.delitem(sys.modules, "aecore.onnx_export")
+    module = importlib.import_module("aecore.onnx_export")
+    with pytest.raises(ConfigError, match=r'pip install "aecore\[onnx\]"'):
+        module.convert(lambda x: x, channels=1, stride=1)

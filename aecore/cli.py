@@ -1,21 +1,23 @@
-"""The command line: `aecore restore | evaluate | bench | plan`, and `main` of experiment files."""
+"""The command line: `aecore restore`, `evaluate` and the others, and `main` of experiment files."""
 
+import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 from etils import epath
 from tqdm import tqdm
 
 from aecore.config import Experiment
-from aecore.errors import AecoreError, ConfigError, ImageError, Interrupted
+from aecore.errors import AecoreError, ConfigError, Interrupted
 
 
 def main(experiment: Experiment, args: Sequence[str] | None = None) -> None:
@@ -54,65 +56,172 @@ class Restore:
     """Restores pictures with a trained network."""
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Pictures, and folders of pictures, which are read recursively."""
+    """Pictures, videos, folders of them, and patterns such as 'pictures/*.png'."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
-    """A picture, if there is one input; else a folder, in which folders keep their structure."""
+    """A file, if there is one input; else a folder, in which folders keep their structure."""
     model: Annotated[str, tyro.conf.arg(aliases=["-m"])]
-    """The run directory that holds the network."""
+    """A run directory, an exported file, or the name of weights that ship with aecore."""
+    recursive: bool = False
+    """Search folders within folders."""
+    suffix: str = ""
+    """Appended to the names of files in the output folder, before their ending."""
+    ext: Literal["auto", "png", "jpg", "webp", "tiff"] = "auto"
+    """The ending and format of pictures in the output folder; auto: the input's."""
+    tile: Literal["auto"] | int = "auto"
+    """The side of the tiles in which large pictures are restored, in pixels; 0: none."""
+    batch_size: int | None = None
+    """Most pictures at a time; None: as many as are worth it."""
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """What computes."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the network computes in; auto: bfloat16 on TPUs, else float32."""
+    alpha: Literal["keep", "drop"] = "keep"
+    """What becomes of alpha channels, which are never restored."""
+    if_exists: Literal["fail", "skip", "overwrite"] = "fail"
+    """What to do about outputs that are there already; fail: nothing is restored at all."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """What to do after a file that can't be restored."""
+    compare: bool = False
+    """Also write NAME_compare.png, with input and output side by side."""
+    report: str | None = None
+    """A file to write to, as JSON, what became of each input."""
+    dry_run: bool = False
+    """Only say what would be written."""
 
     def run(self) -> int:
-        from aecore import images
+        from aecore import bulk, files, images
+
+        jobs, failures = files.find(
+            self.inputs,
+            self.output,
+            recursive=self.recursive,
+            suffix=self.suffix,
+            extension=self.ext,
+        )
+        files.check(jobs, comparing=self.compare, overwrite=self.if_exists == "overwrite")
+        jobs, skipped = self._without_existing(jobs)
+        if self.dry_run:
+            for job in jobs:
+                print(f"{job.source} -> {job.target}")
+            for failure in failures:
+                print(failure, file=sys.stderr)
+            return 1 if failures else 0
+        images.silence_pillow()
+        with _notes_on_stdout():
+            restorer = self._restorer()
+            results = bulk.restore(jobs, restorer, alpha=self.alpha, compare=self.compare)
+            outcomes = self._collect(itertools.chain(failures, results), len(failures) + len(jobs))
+            counts = collections.Counter(type(outcome).__name__ for outcome in outcomes)
+        print(
+            f"{counts['Done']:,} restored, {counts['Failure']:,} failed, {len(skipped):,} skipped"
+        )
+        return 1 if counts["Failure"] else 0
+
+    def _collect(self, results: Iterator[Any], total: int) -> list[Any]:
+        """Reports results as they come."""
+        from aecore.files import Failure
+
+        outcomes, said = [], set()
+        try:
+            with tqdm(total=total, unit=" files", disable=None) as bar:
+                for outcome in results:
+                    outcomes.append(outcome)
+                    bar.update()
+                    if isinstance(outcome, Failure):
+                        tqdm.write(str(outcome), file=sys.stderr)
+                        if self.on_error == "stop":
+                            break
+                        continue
+                    for note in outcome.notes:
+                        if note not in said:
+                            said.add(note)
+                            tqdm.write(f"note: {outcome.job.source}: {note}", file=sys.stdout)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"{len(outcomes):,} of {total:,} files are done; "
+                "the same command with --if-exists skip goes on"
+            ) from None
+        finally:
+            if self.report is not None:
+                _write_report(epath.Path(self.report), outcomes)
+        return outcomes
+
+    def _restorer(self) -> Any:
+        import jax
+
         from aecore.restoration import Restorer
 
-        pairs = self._pairs()
+        try:
+            device = None if self.device == "auto" else jax.local_devices(backend=self.device)[0]
+        except RuntimeError as error:
+            raise ConfigError(f"there is no {self.device} here; use --device auto") from error
+        restorer = Restorer.load(
+            self.model,
+            tile=self.tile,
+            batch_size=self.batch_size,
+            precision=self.precision,
+            device=device,
+        )
+        if restorer.network.channels not in (1, 3):
+            raise ConfigError(
+                f"{self.model} is for images of {restorer.network.channels} channels; "
+                "pictures have 1 or 3"
+            )
+        return restorer
+
+    def _without_existing(self, jobs: list[Any]) -> tuple[list[Any], list[Any]]:
+        existing = [job for job in jobs if job.target.exists()]
+        if existing and self.if_exists == "fail":
+            others = f", and {len(existing) - 1} others do" if len(existing) > 1 else ""
+            raise ConfigError(
+                f"{existing[0].target} exists{others}; use --if-exists skip or overwrite"
+            )
+        skipped = existing if self.if_exists == "skip" else []
+        return [job for job in jobs if job not in set(skipped)], skipped
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Writes a trained network to one file, for use without Flax and orbax, or for ONNX."""
+
+    model: tyro.conf.Positional[str]
+    """A run directory, an exported file, or the name of weights that ship with aecore."""
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
+    """The file to write."""
+    format: Literal["stablehlo", "onnx", "weights"] = "stablehlo"
+    """stablehlo: what aecore.Restorer.load reads anywhere; onnx: for onnxruntime and others;
+    weights: parameters alone, for models that aecore knows."""
+
+    def run(self) -> int:
+        from aecore import exporting
+        from aecore.restoration import Restorer
+
         restorer = Restorer.load(self.model)
-        failures = 0
-        for source, target in tqdm(pairs, unit=" pictures", disable=len(pairs) == 1):
-            try:
-                restored = restorer(source)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                images.save(restored, target)
-            except (ImageError, OSError) as error:
-                message = str(error)
-                if self._one_picture():
-                    raise
-                tqdm.write(
-                    message if str(source) in message else f"{source}: {message}", file=sys.stderr
-                )
-                failures += 1
-        return 1 if failures else 0
+        path = epath.Path(self.output).expanduser()
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder; name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = (restorer.network, restorer.params, restorer.description)
+        if self.format == "onnx":
+            exporting.export_onnx(path, *content)
+        else:
+            exporting.save(path, *content, with_functions=self.format == "stablehlo")
+        print(f"{path}: {path.stat().length:,} bytes")
+        return 0
 
-    def _one_picture(self) -> bool:
-        return len(self.inputs) == 1 and not epath.Path(self.inputs[0]).is_dir()
 
-    def _pairs(self) -> list[tuple[epath.Path, epath.Path]]:
-        """Inputs and the outputs that they become."""
-        from aecore import images
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Prints a network layer by layer, what it was trained on, and its scores."""
 
-        if not self.inputs:
-            raise ConfigError("no input; name pictures or folders of pictures")
-        pairs = []
-        output = epath.Path(self.output)
-        for path in map(epath.Path, self.inputs):
-            if path.is_dir():
-                found = images.find(path)
-                if not found:
-                    raise ConfigError(f"{path} holds no pictures")
-                pairs += [(picture, output / picture.relative_to(path)) for picture in found]
-            elif not path.exists():
-                raise ConfigError(f"{path} does not exist")
-            elif self._one_picture() and output.suffix and not output.is_dir():
-                pairs.append((path, output))
-            else:
-                pairs.append((path, output / path.name))
-        sources = {}
-        for source, target in pairs:
-            if source.resolve() == target.resolve():
-                raise ConfigError(f"{source} would be overwritten; choose another output")
-            if target in sources:
-                raise ConfigError(f"{sources[target]} and {source} would both become {target}")
-            sources[target] = source
-        return pairs
+    model: tyro.conf.Positional[str]
+    """A run directory, an exported file, or the name of weights that ship with aecore."""
+
+    def run(self) -> int:
+        from aecore.restoration import Restorer
+
+        print(Restorer.load(self.model).summary())
+        return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +300,44 @@ class Bench:
         return _show(report, benchmarking.table, self.json)
 
 
+def _write_report(path: Any, outcomes: Sequence[Any]) -> None:
+    from aecore.files import Failure
+
+    entries = [
+        {"source": str(outcome.source), "status": "failed", "reason": outcome.reason}
+        if isinstance(outcome, Failure)
+        else {
+            "source": str(outcome.job.source),
+            "target": str(outcome.job.target),
+            "status": "restored",
+            "notes": list(outcome.notes),
+        }
+        for outcome in outcomes
+    ]
+    path.write_text(json.dumps({"files": entries}, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _notes_on_stdout() -> Iterator[None]:
+    """Has what a restorer notes printed beside the results, so that stderr names failures alone."""
+
+    class Printing(logging.Handler):
+        def emit(self, record):
+            tqdm.write(f"note: {record.getMessage()}", file=sys.stdout)
+
+    loggers = [logging.getLogger(f"aecore.{name}") for name in ("restoration", "engine")]
+    handler = Printing()
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+            logger.propagate = True
+
+
 def _experiment(file: str, flags: Sequence[str]) -> Experiment:
     """The `experiment` of an experiment's file, changed by flags."""
     path = epath.Path(file)
@@ -220,7 +367,14 @@ def _show(
     return 0
 
 
-_COMMANDS = {"restore": Restore, "evaluate": Evaluate, "bench": Bench, "plan": Plan}
+_COMMANDS = {
+    "restore": Restore,
+    "export": Export,
+    "summary": Summary,
+    "evaluate": Evaluate,
+    "bench": Bench,
+    "plan": Plan,
+}
 
 
 def run(args: Sequence[str] | None = None) -> None:

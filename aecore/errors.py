@@ -37,7 +37,7 @@ class NonFiniteLossError(AecoreError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C or SIGTERM, after saving a checkpoint.
+    """Work was stopped by Ctrl-C or SIGTERM; what was done is saved, and the same command goes on.
 
-    The run continues when the same experiment is trained again.
+    Training saves a checkpoint first.
     """

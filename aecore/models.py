@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from aecore.convolution import Conv, ConvTranspose, merge_phases
 from aecore.errors import ConfigError
@@ -25,6 +26,44 @@ def hyperparameters(model: nn.Module) -> dict[str, Any]:
     """The fields that describe a model, without those that Linen adds to every module."""
     fields = type(model).__dataclass_fields__
     return {name: getattr(model, name) for name in fields if name not in ("parent", "name")}
+
+
+def apply_within(model: nn.Module, params: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
+    """A network on images that fill the first rows and columns of their arrays alone.
+
+    What goes into each convolution is set to zero outside the image, as if the array ended there
+    and were padded. This is exact for networks that look at neighbours in convolutions that pad
+    with zeros, and in pooling over blocks.
+
+    Args:
+      model: a network.
+      params: its parameters.
+      images: `(B, H, W, C)`.
+      sizes: `(B, 2)` int32, the images' heights and widths, multiples of the model's stride.
+
+    Returns:
+      `(B, H, W, C)`, of which what lies outside the images means nothing.
+    """
+
+    def inside(array):
+        within = True
+        for axis in (1, 2):
+            # Not as Python numbers, since these may be symbolic where the network is exported.
+            length = jnp.asarray(array.shape[axis])
+            end = sizes[:, axis - 1] * length // jnp.asarray(images.shape[axis])
+            shape = [-1 if i == axis else 1 for i in range(4)]
+            place = jnp.arange(array.shape[axis]).reshape(shape)
+            within &= place < end.reshape(-1, 1, 1, 1)
+        return jnp.where(within, array, 0)
+
+    def intercept(function, args, kwargs, context):
+        convolves = isinstance(context.module, (Conv, nn.Conv, nn.ConvTranspose))
+        if convolves and context.method_name in ("__call__", "on_phases", "to_phases"):
+            args = (inside(args[0]), *args[1:])
+        return function(*args, **kwargs)
+
+    with nn.intercept_methods(intercept):
+        return model.apply({"params": params}, images)
 
 
 class Autoencoder(nn.Module):

@@ -1,160 +1,244 @@
 """A checkpoint in, a function on images out."""
 
+import collections
+import logging
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from etils import epath
 
-from aecore import checkpoint, config, images
-from aecore.errors import CheckpointError, ConfigError, ImageError
-from aecore.state import abstract_params
+from aecore import images, networks
+from aecore.engine import Engine
+from aecore.errors import ImageError
+from aecore.receptive_field import ReceptiveField
+from aecore.tiling import Size
 
-_BATCH = 64
-"""Images that are restored at a time, so that device memory doesn't grow with their number."""
+_log = logging.getLogger(__name__)
 
 
 class Restorer:
-    """Restores images with a trained network; compiles once for each shape it meets.
+    """Restores images with a trained network; keeps what it compiles; safe to use from threads.
 
     Args:
-      model: a Linen module with `encode`, `decode`, `channels` and `stride`.
+      model: a Linen module with `encode`, `decode`, `channels` and `stride`; or an
+        `aecore.networks.Network`.
       params: its parameters.
       description: what the checkpoint said of itself.
+      tile: `"auto"`, so that pictures too large to be restored at once are restored in tiles; 0
+        for never; or the side of the tiles in pixels. The result is the same but for rounding.
+      batch_size: most images at a time; None for as many as are worth it.
+      precision: `"float32"`, `"bfloat16"`, or `"auto"` for bfloat16 on TPUs and else float32.
+      device: a JAX device; None for the default one.
+
+    Raises:
+      ConfigError: a setting is out of bounds.
     """
 
-    def __init__(self, model: Any, params: Any, description: Mapping[str, Any]):
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        description: Mapping[str, Any],
+        *,
+        tile: Literal["auto"] | int = "auto",
+        batch_size: int | None = None,
+        precision: Literal["auto", "float32", "bfloat16"] = "auto",
+        device: jax.Device | None = None,
+    ):
         self.model = model
         self.params = params
         self.description = description
-
-        def compiled(method):
-            return jax.jit(
-                lambda params, batch: model.apply({"params": params}, batch, method=method)
-            )
-
-        self._restore, self._encode, self._decode = map(compiled, ("__call__", "encode", "decode"))
+        self.network = model if hasattr(model, "apply_within") else networks.LinenNetwork(model)
+        self._engine = Engine(
+            self.network,
+            params,
+            tile=tile,
+            batch_size=batch_size,
+            precision=precision,
+            device=device or jax.local_devices()[0],
+        )
+        self._said = set()
 
     @classmethod
-    def load(cls, run: str | os.PathLike, *, model: Any = None) -> "Restorer":
-        """Loads a run's best checkpoint, on the default device.
+    def load(cls, run: str | os.PathLike, *, model: Any = None, **settings: Any) -> "Restorer":
+        """Loads a run's best checkpoint, an exported file, or weights that ship with aecore.
 
         Args:
-          run: a run directory, local or `gs://`.
-          model: needed if the checkpoint's model is not in `aecore.models.REGISTRY`.
+          run: a run directory, local or `gs://`; a file that `aecore export` wrote; or one of
+            `aecore.weights.NAMES`.
+          model: needed if a run's model is not in `aecore.models.REGISTRY`.
+          **settings: `tile`, `batch_size`, `precision`, `device`, as for the class.
 
         Raises:
-          CheckpointError: there is no usable checkpoint, or its model is unknown.
+          CheckpointError: there is nothing that can be used, or its model is unknown.
         """
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        from aecore import weights
 
-        def build_model(description):
-            try:
-                return config.model_from_json(description) if model is None else model
-            except ConfigError as error:
-                raise CheckpointError(f"{run}: {error}") from error
-
-        def abstract(description):
-            shape = (*description["image_size"], description["channels"])
-            return jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-                abstract_params(build_model(description), shape),
-            )
-
-        params, description = checkpoint.load(run, abstract)
-        return cls(build_model(description), params, description)
+        return cls(*weights.load(run, model=model), **settings)
 
     def __call__(self, image: Any) -> Any:
         """Restores an image, or several.
 
+        A gray image is given to a network for colour as three equal channels, whose mean is taken;
+        of a colour image, a network for gray restores each channel by itself. Sides that are not
+        multiples of the network's stride are extended by reflection, and the result is cropped.
+
         Args:
           image: an array `(H, W)`, `(H, W, C)` or `(N, H, W, C)`, uint8, uint16 or float in
-            [0, 1]; a Pillow image of mode L, RGB or I;16; or a path to a picture. Sides that are
-            not multiples of the network's stride are extended by reflection, and the result is
-            cropped.
+            [0, 1]; a Pillow image; or a path to a picture, of which the first frame is taken.
 
         Returns:
-          The same kind, dtype and shape (for a path, a Pillow image), rounded and clipped to what
-          the dtype can hold; floats are clipped to [0, 1].
+          The same kind, dtype, shape and mode (for a path, a Pillow image), rounded and clipped to
+          what the dtype can hold; floats are clipped to [0, 1]. Alpha is left as it was. Of
+          Pillow's modes, P becomes RGB or RGBA, and CMYK, YCbCr, LAB and HSV become RGB.
 
         Raises:
-          ImageError: the picture can't be read; or its dtype, shape, values or number of channels
-            don't fit.
+          ImageError: the picture can't be read; its dtype, shape, values or number of channels
+            don't fit; or the device's memory doesn't suffice.
         """
-        array = _to_array(image)
-        batch = self._to_batch(array)
-        height, width = batch.shape[1:3]
-        restored = self._in_parts(self._restore, self._pad(batch))[:, :height, :width]
-        result = _from_float(restored.reshape(array.shape), array.dtype)
-        is_picture = images.is_picture(image) or isinstance(image, (str, os.PathLike))
-        return images.from_array(result) if is_picture else result
+        frame = self._frame(image)
+        if frame is not None:
+            restored = self(frame.values)
+            return images.to_pillow(frame.replace(restored, frame.alpha))
+        array = np.asarray(image)
+        if array.ndim == 4:
+            _check(array)
+            return np.stack(list(self.each(array)))
+        return next(self.each([array]))
+
+    def each(self, arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Restores images of different sizes; consecutive ones that share a shape are batched.
+
+        Args:
+          arrays: `(H, W)` or `(H, W, C)`, as for calling; taken as they are needed, some ahead.
+
+        Yields:
+          The restored images, in order.
+
+        Raises:
+          ImageError: as for calling.
+        """
+        under_way = collections.deque()
+
+        def adapted():
+            for array in arrays:
+                parts = self._adapt(array)
+                under_way.append((array, len(parts)))
+                yield from parts
+
+        restored = self._engine.run(adapted())
+        for first in restored:
+            array, count = under_way.popleft()
+            parts = [first, *(next(restored) for _ in range(count - 1))]
+            result = parts[0] if count == 1 else np.concatenate(parts, axis=2)
+            yield result.reshape(array.shape).astype(array.dtype, copy=False)
+
+    def announce(self, sizes: Iterable[Size]) -> Callable[[Size], Size]:
+        """Prepares for images of known sizes, so that few shapes are compiled for all of them.
+
+        Args:
+          sizes: height and width of each image that will come.
+
+        Returns:
+          From a size, a shape. `each` batches best if images of equal shapes follow each other.
+        """
+        return self._engine.announce(sizes)
 
     def encode(self, image: Any) -> np.ndarray:
         """The codes `(N, h, w, K)` float32 of images, which are given as for calling.
 
-        N is 1 for a single image; h and w are the sides divided by the stride, rounded up.
+        N is 1 for a single image; h and w are the sides divided by the stride, rounded up. The
+        number of channels must be the network's.
         """
-        return self._in_parts(self._encode, self._pad(self._to_batch(_to_array(image))))
+        frame = self._frame(image)
+        array = np.asarray(image) if frame is None else frame.values
+        _check(array)
+        batch = _to_float(array)
+        batch = batch[..., None] if batch.ndim == 2 else batch
+        batch = batch[None] if batch.ndim == 3 else batch
+        if batch.shape[3] != self.network.channels:
+            raise self._channels_error(array, batch.shape[3])
+        sides = [(0, -size % self.network.stride) for size in batch.shape[1:3]]
+        batch = np.pad(batch, [(0, 0), *sides, (0, 0)], mode="reflect")
+        return self._engine.in_parts("encode", batch)
 
     def decode(self, codes: Any) -> np.ndarray:
         """The images `(N, H, W, C)` of codes `(N, h, w, K)`, float32 clipped to [0, 1]."""
         codes = np.asarray(codes, np.float32)
         if codes.ndim != 4 or codes.size == 0:
             raise ImageError(f"an array of shape {codes.shape} holds no codes; use (N, h, w, K)")
-        return np.clip(self._in_parts(self._decode, codes), 0, 1)
+        return np.clip(self._engine.in_parts("decode", codes), 0, 1)
 
-    def _to_batch(self, array: np.ndarray) -> np.ndarray:
-        """`(H, W)`, `(H, W, C)` or `(N, H, W, C)` to `(N, H, W, C)` float32 in [0, 1]."""
-        if array.ndim not in (2, 3, 4) or array.size == 0:
-            raise ImageError(
-                f"an array of shape {array.shape} is no image; use (H, W), (H, W, C), (N, H, W, C)"
-            )
-        batch = _to_float(array)
-        if batch.ndim == 2:
-            batch = batch[..., None]
-        if batch.ndim == 3:
-            batch = batch[None]
-        if batch.shape[3] != self.model.channels:
-            raise ImageError(
-                f"the image has {batch.shape[3]} channel{'s' * (batch.shape[3] != 1)}, the model "
-                f"{type(self.model).__name__} takes {self.model.channels}; convert the image "
-                f"(of shape {array.shape}; several gray ones are (N, H, W, 1))"
-            )
-        return batch
+    @property
+    def receptive_field(self) -> ReceptiveField | None:
+        """How far the network sees; None if over the whole image."""
+        return self._engine.field
 
-    def _pad(self, batch: np.ndarray) -> np.ndarray:
-        """Extends H and W by reflection to multiples of the network's stride."""
-        sides = [(0, -size % self.model.stride) for size in batch.shape[1:3]]
-        return np.pad(batch, [(0, 0), *sides, (0, 0)], mode="reflect")
+    def summary(self) -> str:
+        """The network layer by layer, what it was trained on, and its scores, as a table."""
+        from aecore import summaries
 
-    def _in_parts(
-        self, function: Callable[[Any, np.ndarray], jax.Array], batch: np.ndarray
-    ) -> np.ndarray:
-        """Applies a compiled function to some images at a time."""
-        parts = []
-        for start in range(0, len(batch), _BATCH):
-            part = batch[start : start + _BATCH]
-            count = len(part)
-            if start and count < _BATCH:
-                # Filled up, as another size would be compiled anew.
-                part = np.pad(part, [(0, _BATCH - count), (0, 0), (0, 0), (0, 0)])
-            parts.append(jax.device_get(function(self.params, jax.device_put(part)))[:count])
-        return np.concatenate(parts)
+        return summaries.summarize(self.network, self.params, self.description)
+
+    def _frame(self, image: Any) -> "images.Frame | None":
+        """A picture or path as a frame; None for an array."""
+        if isinstance(image, (str, os.PathLike)):
+            return images.read_picture(epath.Path(image)).frames[0]
+        if not images.is_picture(image):
+            return None
+        frame, notes = images.from_pillow(image)
+        for note in notes:
+            self._say(note)
+        return frame
+
+    def _adapt(self, array: np.ndarray) -> list[np.ndarray]:
+        """An image as those `(H, W, C)` ones that the engine takes."""
+        _check(array)
+        channels = array.shape[2] if array.ndim == 3 else 1
+        image = array.reshape(*array.shape[:2], channels)
+        if image.dtype.kind == "f":
+            image = _to_float(image)
+        if channels == self.network.channels:
+            return [image]
+        if (channels, self.network.channels) == (3, 1):
+            self._say("colour pictures are restored channel by channel: the network is for gray")
+            return [image[..., channel : channel + 1] for channel in range(channels)]
+        if (channels, self.network.channels) == (1, 3):
+            self._say("gray pictures are restored as if in colour: the network is for colour")
+            return [image]
+        raise self._channels_error(array, channels)
+
+    def _channels_error(self, array: np.ndarray, channels: int) -> ImageError:
+        return ImageError(
+            f"the image has {channels} channel{'s' * (channels != 1)}, the model "
+            f"{self.network.name} takes {self.network.channels}; convert the image "
+            f"(of shape {array.shape}; several gray ones are (N, H, W, 1))"
+        )
+
+    def _say(self, note: str) -> None:
+        """Logs what a user should know, once."""
+        if note not in self._said:
+            self._said.add(note)
+            _log.warning("%s", note)
 
 
-def _to_array(image: Any) -> np.ndarray:
-    if isinstance(image, (str, os.PathLike)):
-        image = images.read(epath.Path(image))
-    return images.to_array(image) if images.is_picture(image) else np.asarray(image)
+def _check(array: np.ndarray) -> None:
+    """Refuses what is not one image or several."""
+    if array.ndim not in (2, 3, 4) or array.size == 0:
+        raise ImageError(
+            f"an array of shape {array.shape} is no image; use (H, W), (H, W, C), (N, H, W, C)"
+        )
+    if array.dtype not in (np.uint8, np.uint16) and array.dtype.kind != "f":
+        raise ImageError(f"dtype {array.dtype} is not supported; use uint8, uint16 or float")
 
 
 def _to_float(array: np.ndarray) -> np.ndarray:
-    if array.dtype in (np.uint8, np.uint16):
+    """As float32 in [0, 1]; refuses floats that lie elsewhere."""
+    if array.dtype.kind == "u":
         return array.astype(np.float32) / np.iinfo(array.dtype).max
-    if not np.issubdtype(array.dtype, np.floating):
-        raise ImageError(f"dtype {array.dtype} is not supported; use uint8, uint16 or float")
     if np.isnan(array).any():
         raise ImageError("the image has values that are NaN; replace them")
     if not (array.min() >= 0 and array.max() <= 1):
@@ -165,20 +249,13 @@ def _to_float(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32)
 
 
-def _from_float(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    array = np.clip(array, 0, 1)
-    if np.issubdtype(dtype, np.floating):
-        return array.astype(dtype)
-    return np.rint(array * np.iinfo(dtype).max).astype(dtype)
-
-
 def restore(image: Any, run: str | os.PathLike, *, model: Any = None) -> Any:
-    """Restores an image with a trained run. To restore many, use a `Restorer`.
+    """Restores an image with a trained network. To restore many, use a `Restorer`.
 
     Args:
       image: what `Restorer` takes.
-      run: a run directory.
-      model: needed if the checkpoint's model is not in `aecore.models.REGISTRY`.
+      run: a run directory, an exported file, or a name of weights, as `Restorer.load` takes it.
+      model: needed if a run's model is not in `aecore.models.REGISTRY`.
 
     Returns:
       The same kind, dtype and shape; for a path, a Pillow image.

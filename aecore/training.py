@@ -19,7 +19,18 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import aecore
-from aecore import assembly, checkpoint, config, data, evaluation, feeds, images, reports, state
+from aecore import (
+    assembly,
+    checkpoint,
+    config,
+    data,
+    evaluation,
+    expectations,
+    feeds,
+    images,
+    reports,
+    state,
+)
 from aecore.checkpoint import Checkpoints
 from aecore.config import Experiment
 from aecore.data import Dataset
@@ -39,6 +50,9 @@ _CHANGEABLE = frozenset(
 
 _SAMPLES = 10
 """Pictures in samples.png."""
+
+_LOOKED_AT = 256
+"""Validation images of which a checkpoint says what the network's inputs are like."""
 
 
 def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
@@ -132,6 +146,9 @@ class _Run:
             "image_size": list(dataset.image_shape[:2]),
             "channels": dataset.image_shape[2],
             "fingerprint": dataset.fingerprint(),
+            "inputs": expectations.describe(
+                evaluation.degraded(experiment.degradation, dataset.validation[:_LOOKED_AT])
+            ),
         }
         restored = checkpoints.restore(parallel.abstract(parts.create))
         if restored:

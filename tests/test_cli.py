@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import save_pictures
 from PIL import Image
 
 from aecore import cli
@@ -30,24 +29,6 @@ def test_restore_a_picture(trained, pictures, tmp_path, capsys):
     assert [path.name for path in out.parent.iterdir()] == ["out.png"]
 
 
-def test_restore_folders_keeps_their_structure_and_names_what_failed(trained, tmp_path, capsys):
-    source, out = tmp_path / "in", tmp_path / "out"
-    save_pictures(source, 2)
-    save_pictures(source / "deep" / "er", 2, (21, 18))
-    save_pictures(source / "colour", 1, mode="RGB")
-    (source / "broken.png").write_text("text")
-    status, _, errors = run(
-        capsys, cli.run, "restore", str(source), "-o", str(out), "-m", str(trained)
-    )
-    assert status == 1
-    failed = [line for line in errors.splitlines() if "in/" in line]
-    assert len(failed) == 2
-    assert "broken.png is not a picture" in errors
-    assert "0.png: the image has 3 channels" in errors
-    written = sorted(str(path.relative_to(out)) for path in out.rglob("*.png"))
-    assert written == ["0.png", "1.png", "deep/er/0.png", "deep/er/1.png"]
-
-
 def test_evaluate_prints_the_scores(trained, capsys):
     status, output, _ = run(capsys, cli.run, "evaluate", str(trained))
     assert status == 0
@@ -59,9 +40,8 @@ def test_evaluate_prints_the_scores(trained, capsys):
     ("args", "message"),
     [
         (["restore", "{pictures}", "-o", "{tmp}/o", "-m", "{tmp}"], "has no checkpoints"),
-        (["restore", "{tmp}/x.png", "-o", "{tmp}/o", "-m", "{trained}"], "x.png does not exist"),
+        (["restore", "{pictures}", "-o", "{tmp}/o", "-m", "{tmp}/no"], "name a run directory"),
         (["restore", "-o", "{tmp}/o", "-m", "{trained}"], "no input"),
-        (["restore", "{tmp}", "-o", "{tmp}/o", "-m", "{trained}"], "holds no pictures"),
         (
             ["restore", "{pictures}", "-o", "{pictures}", "-m", "{trained}"],
             "would be overwritten",
@@ -78,13 +58,18 @@ def test_evaluate_prints_the_scores(trained, capsys):
             ],
             "would both become",
         ),
+        (
+            ["restore", "{pictures}/0.png", "-o", "{pictures}/1.png", "-m", "{trained}"],
+            "1.png exists; use --if-exists skip or overwrite",
+        ),
+        (
+            ["restore", "{pictures}", "-o", "{tmp}/o", "-m", "{trained}", "--device", "tpu"],
+            "there is no tpu here; use --device auto",
+        ),
+        (["export", "{trained}", "-o", "{tmp}"], "is a folder; name a file"),
+        (["summary", "{tmp}"], "has no checkpoints"),
         (["evaluate", "{tmp}"], "has no checkpoints"),
         (["evaluate", "{trained}", "--batch-size", "0"], "batch_size 0 is less than 1"),
-        (["restore", __file__, "-o", "{tmp}/o.png", "-m", "{trained}"], "is not a picture"),
-        (
-            ["restore", "{pictures}/0.png", "-o", "{tmp}/o.xpm", "-m", "{trained}"],
-            "no format with ending '.xpm'",
-        ),
     ],
 )
 def test_wrong_usage_gets_one_line_and_status_2(trained, pictures, tmp_path, capsys, args, message):

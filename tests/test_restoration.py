@@ -1,12 +1,16 @@
+import concurrent.futures
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import aecore
-from aecore import models
-from aecore.errors import CheckpointError, ImageError
+from aecore import engine, models
+from aecore.errors import CheckpointError, ConfigError, ImageError
+from aecore.models import NoiseReducer, ResolutionEnhancer
 
 RANDOM = np.random.default_rng(0)
 
@@ -28,6 +32,16 @@ class Identity(models.Autoencoder):
 class Doubling(Identity):
     def decode(self, codes):
         return 2 * codes
+
+
+def random_params(model):
+    """Parameters with which biases and borders matter."""
+    images = np.zeros((1, 8 * model.stride, 8 * model.stride, model.channels), np.float32)
+    params = model.init(jax.random.key(0), images)["params"]
+    random = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda leaf: leaf + random.normal(0, 0.1, leaf.shape).astype(np.float32), params
+    )
 
 
 def identity(channels):
@@ -112,14 +126,14 @@ def test_a_checkpoint_of_eight_devices_is_restored_on_one(trained):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((8, 8, 3), np.uint8), "3 channels, the model NoiseReducer takes 1"),
+        (np.zeros((8, 8, 4), np.uint8), "4 channels, the model NoiseReducer takes 1"),
         (np.zeros((8, 8, 2), np.uint8), "2 channels"),
         (np.zeros(8, np.uint8), r"shape \(8,\) is no image"),
         (np.zeros((0, 8), np.uint8), r"shape \(0, 8\) is no image"),
         (np.zeros((8, 8), np.int64), "dtype int64 is not supported; use uint8"),
         (np.full((8, 8), 255.0), r"must lie in \[0, 1\], these in \[255, 255\]"),
         (np.full((8, 8), np.nan), "values that are NaN"),
-        (Image.new("RGBA", (8, 8)), "mode RGBA is not supported; convert it to L"),
+        (Image.new("F", (8, 8)), "no known range"),
         ("no/such/file.png", "no/such/file.png can't be read: No such file"),
     ],
 )
@@ -128,8 +142,185 @@ def test_images_that_do_not_fit_are_refused(trained, image, message):
         aecore.Restorer.load(trained)(image)
 
 
+@pytest.mark.parametrize("shape", [(9, 13, 3), (2, 9, 13, 3)])
+def test_colour_on_a_network_for_gray_is_restored_channel_by_channel(trained, shape, caplog):
+    restorer = aecore.Restorer.load(trained)
+    image = RANDOM.integers(0, 256, shape, np.uint8)
+    restored = restorer(image)
+    for channel in range(3):
+        expected = restorer(image[..., channel : channel + 1])
+        np.testing.assert_array_equal(restored[..., channel : channel + 1], expected)
+    assert [record.message for record in caplog.records] == [
+        "colour pictures are restored channel by channel: the network is for gray"
+    ]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_gray_on_a_network_for_colour_is_the_mean_of_equal_channels(dtype, caplog):
+    class Uneven(Identity):
+        def decode(self, codes):
+            return codes * np.array([0.5, 0.75, 1.0], np.float32)
+
+    image = RANDOM.integers(0, np.iinfo(dtype).max, (9, 14), dtype)
+    restored = aecore.Restorer(Uneven(channels=3), {}, {})(image)
+    np.testing.assert_allclose(restored, np.rint(0.75 * image), atol=1)
+    np.testing.assert_array_equal(identity(3)(image), image)
+    assert "as if in colour" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "model", [NoiseReducer(), ResolutionEnhancer((6, 5, 4)), ResolutionEnhancer((36, 34, 33))]
+)
+def test_tiles_and_wholes_are_the_same(model):
+    params = random_params(model)
+    image = RANDOM.random((230, 187, model.channels), np.float32)
+    whole = aecore.Restorer(model, params, {}, tile=0)
+    for tile in (64, 100):
+        tiled = aecore.Restorer(model, params, {}, tile=tile)
+        np.testing.assert_allclose(tiled(image), whole(image), atol=1e-5)
+        as_bytes = np.rint(255 * image).astype(np.uint8)
+        difference = tiled(as_bytes).astype(int) - whole(as_bytes)
+        assert np.abs(difference).max() <= 1
+        # As what is seen by each tile must matter, a tile alone is not the same.
+        alone = whole(image[:tile, :tile])
+        assert np.abs(alone - whole(image)[:tile, :tile]).max() > 1e-3
+
+
+def test_large_pictures_are_restored_in_tiles_of_themselves(monkeypatch):
+    monkeypatch.setattr(engine, "_TILE", 64)
+    model = NoiseReducer()
+    params = random_params(model)
+    image = RANDOM.random((300, 200), np.float32)
+    restorer = aecore.Restorer(model, params, {})
+    whole = aecore.Restorer(model, params, {}, tile=0)(image)
+    np.testing.assert_allclose(restorer(image), whole, atol=1e-5)
+    assert max(key[0].shape for key in restorer._engine._compiled) <= (64, 64)
+
+
+def test_a_network_that_sees_everything_is_not_tiled(monkeypatch):
+    class Centered(Identity):
+        def decode(self, codes):
+            return codes - codes.mean(axis=(1, 2), keepdims=True)
+
+    monkeypatch.setattr(engine, "_TILE", 16)
+    image = RANDOM.random((40, 40), np.float32)
+    restored = aecore.Restorer(Centered(channels=1), {}, {})(image)
+    np.testing.assert_allclose(restored, np.clip(image - image.mean(), 0, 1), atol=1e-6)
+    with pytest.raises(ConfigError, match="looks at whole pictures at once"):
+        aecore.Restorer(Centered(channels=1), {}, {}, tile=16)(image)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tile": 8}, "too small for NoiseReducer, which sees 4 and 8 pixels beyond; use at least"),
+        ({"tile": -1}, "tile -1 is not possible"),
+        ({"batch_size": 0}, "batch_size 0 is less than 1"),
+        ({"precision": "float16"}, "precision 'float16' is unknown"),
+    ],
+)
+def test_wrong_settings_are_refused(trained, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        aecore.Restorer.load(trained, **settings)(np.zeros((100, 100), np.uint8))
+
+
+def exhausting(restorer, too_large):
+    """Has a restorer's compiled functions run out of memory for larger shapes."""
+    compile_ = restorer._engine._compile
+
+    def compiled(kind, *args):
+        function = compile_(kind, *args)
+
+        def execute(*args):
+            if max(kind.shape) > too_large:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            return function(*args)
+
+        return execute
+
+    restorer._engine._compile = compiled
+
+
+def test_tiles_are_halved_where_memory_does_not_suffice(trained, caplog):
+    images = [RANDOM.random((900, 40), np.float32), RANDOM.random((30, 20), np.float32)]
+    restorer = aecore.Restorer.load(trained)
+    exhausting(restorer, 300)
+    restored = list(restorer.each(images))
+    whole = aecore.Restorer.load(trained, tile=0)
+    for image, result in zip(images, restored, strict=True):
+        np.testing.assert_allclose(result, whole(image), atol=1e-5)
+    assert [record.message.split("; ")[1] for record in caplog.records] == [
+        "going on with tiles of 128 pixels"
+    ]
+
+
+@pytest.mark.parametrize("tile", [0, "auto", 128])
+def test_where_no_tile_is_small_enough_the_error_says_so(trained, tile):
+    restorer = aecore.Restorer.load(trained, tile=tile)
+    exhausting(restorer, 10)
+    with pytest.raises(ImageError, match="does not suffice for"):
+        restorer(np.zeros((900, 900), np.uint8))
+
+
+def test_images_of_many_sizes_share_shapes():
+    model = NoiseReducer()
+    params = random_params(model)
+    images = [
+        RANDOM.integers(0, 256, (*RANDOM.integers(5, 200, 2), 1), np.uint8) for _ in range(60)
+    ]
+    whole = aecore.Restorer(model, params, {})
+    announced = aecore.Restorer(model, params, {})
+    shape = announced.announce([image.shape[:2] for image in images])
+    images.sort(key=lambda image: shape(image.shape[:2]))
+    for restorer, most in ((announced, 4), (aecore.Restorer(model, params, {}), 7)):
+        restored = list(restorer.each(images))
+        assert len({key[0].shape for key in restorer._engine._compiled}) <= most
+        for image, result in zip(images[::20], restored[::20], strict=True):
+            whole._engine._shapes.clear()
+            difference = whole(image).astype(int) - result
+            assert np.abs(difference).max() <= 1
+
+
+def test_networks_that_pad_otherwise_get_arrays_of_their_own_shape():
+    class Reflecting(Identity):
+        def decode(self, codes):
+            padded = jnp.pad(codes, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="reflect")
+            return (padded[:, 2:, 2:] + padded[:, :-2, :-2]) / 2
+
+    images = [RANDOM.random((4 * count, 8), np.float32) for count in range(2, 9)]
+    restorer = aecore.Restorer(Reflecting(channels=1), {}, {})
+    restorer.announce([image.shape for image in images])
+    for image, restored in zip(images, restorer.each(images), strict=True):
+        padded = np.pad(image, 1, mode="reflect")
+        np.testing.assert_allclose(restored, (padded[2:, 2:] + padded[:-2, :-2]) / 2, atol=1e-6)
+
+
+def test_threads_may_share_a_restorer(trained):
+    restorer = aecore.Restorer.load(trained)
+    images = [RANDOM.integers(0, 256, (8 * (i % 5 + 1), 24), np.uint8) for i in range(40)]
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(restorer, images))
+    fresh = aecore.Restorer.load(trained)
+    for image, restored in zip(images, together, strict=True):
+        assert np.abs(restored.astype(int) - fresh(image)).max() <= 1
+
+
+def test_bfloat16_is_close(trained):
+    image = RANDOM.random((16, 20), np.float32)
+    exact = aecore.Restorer.load(trained)(image)
+    rounded = aecore.Restorer.load(trained, precision="bfloat16")(image)
+    assert 0 < np.abs(exact - rounded).max() < 0.02
+
+
+def test_nothing_is_printed(trained, capfd):
+    restorer = aecore.Restorer.load(trained)
+    restorer(np.zeros((700, 900, 3), np.uint8))
+    restorer.summary()
+    assert capfd.readouterr() == ("", "")
+
+
 def test_runs_without_checkpoints_are_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="has no checkpoints"):
+    with pytest.raises(CheckpointError, match="does not exist; name a run"):
         aecore.restore(np.zeros((8, 8)), tmp_path / "nothing")
 
 

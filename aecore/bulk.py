@@ -1,0 +1,208 @@
+"""Many picture files in, the same files restored out: reading, computing and writing overlap."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from aecore import expectations, images, videos
+from aecore.errors import ImageError
+from aecore.files import Failure, Job
+from aecore.restoration import Restorer
+
+_THREADS = min(8, os.cpu_count() or 1)
+
+_MOST_PIXELS = 2**26
+"""Pixels of pictures that are read ahead, and of those that wait to be written."""
+
+_MOST_FILES = 256
+"""How many files these may be."""
+
+_VIDEO_FRAMES = 16
+"""Frames of a video at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A file that was restored."""
+
+    job: Job
+    notes: tuple[str, ...]
+    """What was changed besides, each a few words."""
+
+
+def restore(
+    jobs: Sequence[Job],
+    restorer: Restorer,
+    *,
+    alpha: Literal["keep", "drop"] = "keep",
+    compare: bool = False,
+) -> Iterator[Done | Failure]:
+    """Restores files; each output appears whole or not at all.
+
+    Args:
+      jobs: what to restore; the order may change so that pictures of one size are batched.
+      restorer: the network.
+      alpha: whether alpha channels are kept as they are, or dropped.
+      compare: whether to write a picture of each input beside its output, too.
+
+    Yields:
+      For each job what became of it, when its output is written.
+
+    Raises:
+      OSError: the disk is full.
+      ImageError: the device's memory doesn't suffice.
+    """
+    pictures = [job for job in jobs if not job.is_video]
+    with (
+        concurrent.futures.ThreadPoolExecutor(_THREADS) as readers,
+        concurrent.futures.ThreadPoolExecutor(_THREADS) as writers,
+    ):
+        try:
+            yield from _restore_pictures(pictures, restorer, readers, writers, alpha, compare)
+            for job in jobs:
+                if job.is_video:
+                    yield _restore_video(job, restorer)
+        finally:
+            # What is being written is finished; nothing new is begun.
+            readers.shutdown(wait=False, cancel_futures=True)
+            writers.shutdown(wait=True, cancel_futures=True)
+
+
+def _restore_pictures(jobs, restorer, readers, writers, alpha, compare):
+    sizes, failures = {}, []
+    for job, size in zip(jobs, readers.map(_size, jobs), strict=True):
+        if isinstance(size, Failure):
+            failures.append(size)
+        else:
+            sizes[job] = size
+    yield from failures
+    shape_of = restorer.announce(sizes.values())
+    order = sorted(sizes, key=lambda job: shape_of(sizes[job]))
+
+    def cost(job):
+        return math.prod(sizes[job])
+
+    def submit(job):
+        return readers.submit(_read, job, alpha, restorer.description)
+
+    read = _ahead(submit, order, cost)
+    under_way = collections.deque()
+    unreadable = collections.deque()
+    writing = collections.deque()
+
+    def frames():
+        for picture in read:
+            if isinstance(picture, Failure):
+                unreadable.append(picture)
+                continue
+            job, content = picture
+            under_way.append((job, content, []))
+            for frame in content.frames:
+                yield frame.values
+
+    def finished(most_pixels):
+        while unreadable:
+            yield unreadable.popleft()
+        while writing and (
+            writing[0][0].done() or sum(pixels for _, pixels in writing) > most_pixels
+        ):
+            yield writing.popleft()[0].result()
+
+    for values in restorer.each(frames()):
+        job, content, restored = under_way[0]
+        restored.append(values)
+        if len(restored) == len(content.frames):
+            under_way.popleft()
+            future = writers.submit(_write, job, content, restored, compare)
+            writing.append((future, cost(job) * len(restored)))
+        yield from finished(_MOST_PIXELS)
+    yield from finished(0)
+
+
+def _ahead(submit: Callable, jobs: Sequence[Job], cost: Callable) -> Iterator[Any]:
+    """The results of submitted jobs, in order, some of which are worked on ahead."""
+    futures, total = collections.deque(), 0
+    remaining = collections.deque(jobs)
+    while remaining or futures:
+        while remaining and (
+            not futures
+            or (total + cost(remaining[0]) <= _MOST_PIXELS and len(futures) < _MOST_FILES)
+        ):
+            job = remaining.popleft()
+            total += cost(job)
+            futures.append((submit(job), cost(job)))
+        future, pixels = futures.popleft()
+        total -= pixels
+        yield future.result()
+
+
+def _failure(job: Job, error: Exception) -> Failure:
+    reason = str(error) if isinstance(error, ImageError) else error.strerror or str(error)
+    for path in (job.source, job.target):
+        reason = reason.removeprefix(str(path)).lstrip(": ")
+    return Failure(job.source, reason)
+
+
+def _size(job: Job) -> tuple[int, int] | Failure:
+    try:
+        return images.read_size(job.source)
+    except (ImageError, OSError) as error:
+        return _failure(job, error)
+
+
+def _read(
+    job: Job, alpha: str, description: Mapping[str, Any]
+) -> tuple[Job, images.Picture] | Failure:
+    try:
+        picture = images.read_picture(job.source)
+    except (ImageError, OSError) as error:
+        return _failure(job, error)
+    unlike = expectations.differences(description, picture.frames[0].values)
+    picture = dataclasses.replace(picture, notes=(*picture.notes, *unlike))
+    if alpha == "drop":
+        frames = tuple(frame.replace(frame.values, None) for frame in picture.frames)
+        picture = dataclasses.replace(picture, frames=frames)
+    return job, picture
+
+
+def _write(
+    job: Job, picture: images.Picture, restored: Sequence[np.ndarray], compare: bool
+) -> Done | Failure:
+    frames = tuple(
+        frame.replace(values, frame.alpha)
+        for frame, values in zip(picture.frames, restored, strict=True)
+    )
+    try:
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+        notes = images.write_picture(dataclasses.replace(picture, frames=frames), job.target)
+        if compare:
+            before = picture.frames[0]
+            both = np.concatenate([before.values, frames[0].values], axis=1)
+            comparison = images.Picture((before.replace(both, None),), "PNG")
+            images.write_picture(comparison, job.comparison)
+    except (ImageError, OSError) as error:
+        if is_disk_full(error):
+            raise
+        return _failure(job, error)
+    return Done(job, (*picture.notes, *notes))
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether there is no room for what is being written."""
+    return isinstance(error, OSError) and error.errno in images.DISK_FULL
+
+
+def _restore_video(job: Job, restorer: Restorer) -> Done | Failure:
+    try:
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+        return Done(job, videos.restore(job.source, job.target, restorer, batch_size=_VIDEO_FRAMES))
+    except (ImageError, OSError) as error:
+        if is_disk_full(error):
+            raise
+        return _failure(job, error)

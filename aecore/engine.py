@@ -1,0 +1,453 @@
+"""A network on one device: images of any size, through few compiled shapes, in batches and tiles.
+
+Images are `(H, W, C)` uint8, uint16 or float32 in [0, 1]. One channel for a network of three means
+gray, which is restored as three equal channels, whose mean is taken.
+"""
+
+import collections
+import functools
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aecore import networks, tiling
+from aecore.errors import ConfigError, ImageError
+from aecore.networks import Network
+from aecore.receptive_field import ReceptiveField
+from aecore.tiling import Size, Window
+
+_log = logging.getLogger(__name__)
+
+_TILE = 512
+"""The largest side that tiles have of themselves."""
+
+_SMALLEST_TILE = 64
+"""Smaller ones are not tried where memory is short."""
+
+_MOST_IMAGES = 64
+"""Images at a time. By then, what a call costs is shared by many."""
+
+_OWN_SHAPES = 2
+"""How many sizes get arrays of their own shape when they come unannounced; others share shapes."""
+
+_SHARED_SHAPES = 4
+"""How many shapes announced sizes share. Two more things may be compiled to find out about a
+network: whether sizes can share shapes, and its receptive field."""
+
+_CPU_MEMORY = 2**30
+"""Bytes that a compiled network may need on a CPU, besides what goes in and comes out."""
+
+_AHEAD = 2
+"""Batches that are computed while the host prepares the next and takes in the last."""
+
+
+class Kind(NamedTuple):
+    """What is compiled anew if it is different."""
+
+    shape: Size
+    """Of the arrays that images are put into."""
+    dtype: np.dtype
+    channels: int
+
+
+class Engine:
+    """Runs a network; keeps what it compiles; safe to use from several threads.
+
+    Args:
+      network: what to run.
+      params: its parameters.
+      tile: `"auto"`, 0 for whole pictures always, or the side of tiles.
+      batch_size: most images at a time; None for as many as are worth it.
+      precision: `"float32"`, `"bfloat16"`, or `"auto"`.
+      device: a JAX device.
+
+    Raises:
+      ConfigError: a setting is out of bounds.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        params: Any,
+        *,
+        tile: Literal["auto"] | int,
+        batch_size: int | None,
+        precision: Literal["auto", "float32", "bfloat16"],
+        device: jax.Device,
+    ):
+        if tile != "auto" and not (isinstance(tile, int) and tile >= 0):
+            raise ConfigError(f"tile {tile!r} is not possible; use auto, 0 for none, or a side")
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size {batch_size} is less than 1")
+        if precision not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"precision {precision!r} is unknown; use float32 or bfloat16")
+        if precision == "auto":
+            precision = "bfloat16" if device.platform == "tpu" else "float32"
+        self.network = network
+        self.device = device
+        self.params = jax.device_put(params, device)
+        self._dtype = jnp.dtype(precision)
+        self._tile_setting = tile
+        self._tile = _TILE if tile == "auto" else tile
+        self._batch_size = batch_size
+        self._most_pixels = _TILE**2
+        self._compiled: dict[Any, Callable] = {}
+        self._shapes: list[Size] = []
+        self._announced: list[Size] = []
+        # What is found out or compiled once is so by one thread, while the others wait.
+        self._lock = threading.RLock()
+
+    def run(self, images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Restores images, of which consecutive ones of one shape are batched.
+
+        Args:
+          images: taken as they are needed, some ahead.
+
+        Yields:
+          The restored images, in order.
+
+        Raises:
+          ImageError: the device's memory doesn't suffice.
+        """
+        return _Run(self)(images)
+
+    def announce(self, sizes: Iterable[Size]) -> Callable[[Size], Size]:
+        """Chooses few shapes for images of known sizes.
+
+        Args:
+          sizes: height and width of each image that will come.
+
+        Returns:
+          From a size, the shape of the array that the image, or its first tile, will be put into.
+        """
+        parts = [window.size for size in sizes for window in self.windows(size)]
+        if len(set(parts)) > _SHARED_SHAPES and self._can_share:
+            self._announced = sorted(set(tiling.shared_shapes(parts, _SHARED_SHAPES).values()))
+        return lambda size: self.shape_for(self.windows(size)[0].size)
+
+    def in_parts(self, method: Literal["encode", "decode"], batch: np.ndarray) -> np.ndarray:
+        """Another function of the network, on `(N, ., ., .)` float32, some at a time."""
+        with self._lock:
+            if method not in self._compiled:
+                self._compiled[method] = jax.jit(self._in_precision(getattr(self.network, method)))
+        most = self._batch_size or _MOST_IMAGES
+        parts = []
+        for start in range(0, len(batch), most):
+            part = batch[start : start + most]
+            count = len(part)
+            if start and count < most:
+                # Filled up, as another size would be compiled anew.
+                part = np.pad(part, [(0, most - count), (0, 0), (0, 0), (0, 0)])
+            part = jax.device_put(part, self.device)
+            parts.append(jax.device_get(self._compiled[method](self.params, part))[:count])
+        return np.concatenate(parts)
+
+    @functools.cached_property
+    def field(self) -> ReceptiveField | None:
+        """The network's receptive field; None if it sees the whole image at once."""
+        with self._lock:
+            return self.network.receptive_field(self.params)
+
+    @functools.cached_property
+    def _can_share(self) -> bool:
+        with self._lock:
+            return networks.fits_within(self.network, self.params)
+
+    # ---- Sizes and shapes
+
+    def windows(self, size: Size) -> list[Window]:
+        """The windows in which an image is restored, in a picture extended to the stride.
+
+        Raises:
+          ConfigError: the setting asks for tiles that the network can't be restored in.
+        """
+        stride = self.network.stride
+        size = tuple(-(-side // stride) * stride for side in size)
+        if self._is_whole(size, self._tile):
+            return tiling.windows(size, size, None, stride)
+        is_auto = self._tile_setting == "auto"
+        if self.field is None:
+            if is_auto:
+                return tiling.windows(size, size, None, stride)
+            raise ConfigError(
+                f"{self.network.name} looks at whole pictures at once, so that it can't restore "
+                "them in tiles; use tile 0"
+            )
+        lowest = tiling.smallest_tile(self.field, stride)
+        if is_auto:
+            tile = tiling.tile_for(size, self._tile, self.field, stride)
+        elif self._tile < lowest:
+            raise ConfigError(
+                f"tiles of {self._tile} pixels are too small for {self.network.name}, which sees "
+                f"{self.field.before} and {self.field.after} pixels beyond; use at least {lowest}"
+            )
+        else:
+            tile = (self._tile // stride * stride,) * 2
+        return tiling.windows(size, tile, self.field, stride)
+
+    def shape_for(self, size: Size) -> Size:
+        """The shape of the array that a window is put into."""
+        with self._lock:
+            announced = tiling.smallest_containing(size, self._announced)
+            if announced is not None or size in self._shapes:
+                return announced or size
+            if len(self._shapes) >= _OWN_SHAPES and self._can_share:
+                # Squares of few sides, so that however many sizes come, shapes stay few.
+                side = 2 ** math.ceil(math.log2(max(*size, 32)))
+                stride = self.network.stride
+                return (-(-side // stride) * stride,) * 2
+            self._shapes.append(size)
+            return size
+
+    def most_images(self, shape: Size) -> int:
+        """How many images of a shape are restored at a time: a power of 2, unless one was set."""
+        if self._batch_size is not None:
+            return self._batch_size
+        return 2 ** int(math.log2(min(_MOST_IMAGES, max(1, self._most_pixels // math.prod(shape)))))
+
+    # ---- Compiling
+
+    def executable(self, kind: Kind, count: int, within: bool) -> Callable:
+        """The compiled `(params, batch) -> batch`, for `count` images.
+
+        Args:
+          kind: of the batch.
+          count: of images.
+          within: whether images are smaller than their arrays; then `(count, 2)` sizes follow.
+
+        Raises:
+          OutOfMemoryError: it would need more memory than it should.
+        """
+        key = (kind, count, within)
+        with self._lock:
+            if key not in self._compiled:
+                self._compiled[key] = self._compile(*key)
+            return self._compiled[key]
+
+    def _compile(self, kind: Kind, count: int, within: bool) -> Callable:
+        apply = self._in_precision(self.network.apply_within if within else self.network.apply)
+        gray_for_colour = kind.channels != self.network.channels
+        is_float = kind.dtype.kind == "f"
+        highest = 1.0 if is_float else float(np.iinfo(kind.dtype).max)
+
+        def restore(params, batch, *sizes):
+            pixels = batch.astype(jnp.float32) / highest
+            if gray_for_colour:
+                pixels = pixels.repeat(self.network.channels, axis=3)
+            restored = apply(params, pixels, *sizes)
+            if gray_for_colour:
+                restored = restored.mean(axis=3, keepdims=True)
+            restored = jnp.clip(restored, 0.0, 1.0)
+            return restored if is_float else jnp.rint(restored * highest).astype(kind.dtype)
+
+        device = jax.sharding.SingleDeviceSharding(self.device)
+        specs = [((count, *kind.shape, kind.channels), kind.dtype)] + [
+            ((count, 2), np.int32)
+        ] * within
+        try:
+            compiled = (
+                jax.jit(restore)
+                .lower(
+                    self.params,
+                    *(jax.ShapeDtypeStruct(*spec, sharding=device) for spec in specs),
+                )
+                .compile()
+            )
+        except jax.errors.JaxRuntimeError as error:
+            raise _as_out_of_memory(error) from error
+        analysis = compiled.memory_analysis()
+        needed = 0 if analysis is None else analysis.temp_size_in_bytes
+        if needed > self._memory and self._tile_setting == "auto" and self._smaller_tile(kind):
+            raise OutOfMemoryError(expected=True)
+        return compiled
+
+    def _in_precision(self, function: Callable) -> Callable:
+        if self._dtype == jnp.float32:
+            return function
+        return networks.in_precision(function, self._dtype)
+
+    @functools.cached_property
+    def _memory(self) -> float:
+        limit = (self.device.memory_stats() or {}).get("bytes_limit")
+        return _CPU_MEMORY if limit is None else limit / 4
+
+    def _smaller_tile(self, kind: Kind) -> int | None:
+        """The tile that is next tried instead of arrays of a kind; None if there is none."""
+        if max(kind.shape) <= _SMALLEST_TILE or self._tile_setting == 0 or self.field is None:
+            return None
+        lowest = max(_SMALLEST_TILE, tiling.smallest_tile(self.field, self.network.stride))
+        tile = self._tile // 2
+        while self._is_whole(kind.shape, tile) and tile // 2 >= lowest:
+            tile //= 2
+        return tile if tile >= lowest else None
+
+    def _is_whole(self, size: Size, tile: int) -> bool:
+        """Whether a picture is restored at once where tiles would have this side."""
+        if self._tile_setting == "auto":
+            return math.prod(size) <= 2 * tile**2
+        return tile == 0 or max(size) <= tile
+
+    def shrink(self, kind: Kind, error: "OutOfMemoryError") -> None:
+        """After the device's memory did not suffice: goes on with smaller tiles.
+
+        Raises:
+          ImageError: there are none.
+        """
+        with self._lock:
+            tile = self._smaller_tile(kind)
+            if tile is None:
+                advice = "use tile auto" if self._tile_setting == 0 else "use another device"
+                raise ImageError(
+                    f"the memory of {self.device} does not suffice for {kind.shape[0]}x"
+                    f"{kind.shape[1]} pixels at a time; {advice}, or a smaller batch size"
+                ) from error
+            self._tile = tile
+            self._most_pixels = self._tile**2
+            self._shapes, self._announced = [], []
+            if not error.expected:
+                _log.warning(
+                    "the memory of %s does not suffice; going on with tiles of %d pixels",
+                    self.device,
+                    self._tile,
+                )
+
+
+class OutOfMemoryError(Exception):
+    """The device's memory does not suffice; `expected` if that is known without having tried."""
+
+    def __init__(self, expected: bool):
+        super().__init__()
+        self.expected = expected
+
+
+def _as_out_of_memory(error: Exception) -> Exception:
+    """The same error, unless it means that memory did not suffice."""
+    return OutOfMemoryError(expected=False) if "RESOURCE_EXHAUSTED" in str(error) else error
+
+
+class _Picture:
+    """An image of which some windows are not restored yet."""
+
+    def __init__(self, array: np.ndarray, windows: list[Window]):
+        self.array = array
+        self.windows = windows
+        self.result = np.empty_like(array)
+        self.missing = len(windows)
+
+
+class _Run:
+    """One pass over images: windows are collected to batches, computed ahead, and put together."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._waiting = collections.deque()
+        self._pictures = collections.deque()
+        self._kind = None
+        self._collected = []
+        self._computing = collections.deque()
+        self._counts = {}
+
+    def __call__(self, images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for image in images:
+            self._waiting.append(image)
+            self._go_on(self._start)
+            yield from self._finished()
+        while self._pictures:
+            self._go_on(self._finish)
+            yield from self._finished()
+
+    def _finished(self) -> Iterator[np.ndarray]:
+        while self._pictures and not self._pictures[0].missing:
+            yield self._pictures.popleft().result
+
+    def _go_on(self, work: Callable[[], None]) -> None:
+        """Does some work; where memory is short, starts what is unfinished anew, in tiles."""
+        while True:
+            try:
+                return work()
+            except OutOfMemoryError as error:
+                self._engine.shrink(self._kind, error)
+                self._waiting.extendleft(picture.array for picture in reversed(self._pictures))
+                self._pictures.clear()
+                self._collected.clear()
+                self._computing.clear()
+                work = self._start
+
+    def _start(self) -> None:
+        while self._waiting:
+            image = self._waiting.popleft()
+            picture = _Picture(image, self._engine.windows(image.shape[:2]))
+            self._pictures.append(picture)
+            for window in picture.windows:
+                kind = Kind(self._engine.shape_for(window.size), image.dtype, image.shape[2])
+                if kind != self._kind:
+                    self._flush()
+                    self._kind = kind
+                self._collected.append((picture, window))
+                if len(self._collected) == self._engine.most_images(kind.shape):
+                    self._flush()
+
+    def _finish(self) -> None:
+        self._flush()
+        while self._computing:
+            self._take_in()
+
+    def _flush(self) -> None:
+        """Starts computing what was collected."""
+        if not self._collected:
+            return
+        kind, pieces = self._kind, self._collected
+        engine = self._engine
+        # A batch that isn't full is filled up, as another size would be compiled anew.
+        count = self._counts.setdefault(
+            kind, _next_power_of_2(len(pieces), engine.most_images(kind.shape))
+        )
+        if count < len(pieces):
+            count = self._counts[kind] = engine.most_images(kind.shape)
+        batch = np.zeros((count, *kind.shape, kind.channels), kind.dtype)
+        sizes = np.full((count, 2), kind.shape, np.int32)
+        for index, (picture, window) in enumerate(pieces):
+            height, width = sizes[index] = window.size
+            batch[index, :height, :width] = _cut(picture.array, window)
+        within = bool((sizes != kind.shape).any())
+        execute = engine.executable(kind, count, within)
+        try:
+            args = jax.device_put((batch, sizes) if within else (batch,), engine.device)
+            self._computing.append((execute(engine.params, *args), pieces))
+        except jax.errors.JaxRuntimeError as error:
+            raise _as_out_of_memory(error) from error
+        self._collected = []
+        while len(self._computing) > _AHEAD:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        """Waits for the oldest batch and puts its windows where they belong."""
+        restored, pieces = self._computing.popleft()
+        try:
+            restored = jax.device_get(restored)
+        except jax.errors.JaxRuntimeError as error:
+            raise _as_out_of_memory(error) from error
+        for part, (picture, (rows, columns, _)) in zip(restored, pieces, strict=False):
+            target = picture.result[rows.first : rows.last, columns.first : columns.last]
+            height, width = target.shape[:2]
+            top, left = rows.first - rows.start, columns.first - columns.start
+            target[:] = part[top : top + height, left : left + width]
+            picture.missing -= 1
+
+
+def _cut(image: np.ndarray, window: Window) -> np.ndarray:
+    """What a window shows; beyond the image's end, its reflection."""
+    (top, *_), (left, *_), (height, width) = window
+    part = image[top : top + height, left : left + width]
+    missing = [(0, height - part.shape[0]), (0, width - part.shape[1]), (0, 0)]
+    return np.pad(part, missing, mode="reflect") if missing[0][1] or missing[1][1] else part
+
+
+def _next_power_of_2(number: int, most: int) -> int:
+    return min(2 ** math.ceil(math.log2(number)), most)

@@ -1,0 +1,105 @@
+"""A trained network as pure functions of its parameters, on `(B, H, W, C)` float32 in [0, 1]."""
+
+import functools
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aecore import receptive_field
+from aecore.receptive_field import ReceptiveField
+
+_CHECKED_BLOCKS = (3, 2)
+"""Height and width, in blocks of the stride, of the image with which masking is checked."""
+
+
+class Network(Protocol):
+    """What a `Restorer` needs, whether the network is a Linen module or comes from a file."""
+
+    name: str
+    """For messages."""
+    channels: int
+    """C."""
+    stride: int
+    """H and W must be multiples of it."""
+
+    def apply(self, params: Any, images: jax.Array) -> jax.Array:
+        """The restored images, of the same shape."""
+
+    def encode(self, params: Any, images: jax.Array) -> jax.Array:
+        """The codes of images."""
+
+    def decode(self, params: Any, codes: jax.Array) -> jax.Array:
+        """The images of codes."""
+
+    def apply_within(self, params: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
+        """As `apply`, where image i fills the first `sizes[i]` rows and columns of its array alone.
+
+        Each comes out as if it had been alone in an array of its own size; the rest of the result
+        means nothing. `sizes` is `(B, 2)` int32, multiples of the stride.
+        """
+
+    def receptive_field(self, params: Any) -> ReceptiveField | None:
+        """How far an output sees; None if over the whole image."""
+
+
+class LinenNetwork:
+    """A Linen module with `encode`, `decode`, `channels` and `stride`, as a `Network`."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.name = type(model).__name__
+        self.channels = model.channels
+        self.stride = model.stride
+
+    def apply(self, params, images):
+        return self.model.apply({"params": params}, images)
+
+    def encode(self, params, images):
+        return self.model.apply({"params": params}, images, method="encode")
+
+    def decode(self, params, codes):
+        return self.model.apply({"params": params}, codes, method="decode")
+
+    def apply_within(self, params, images, sizes):
+        from aecore import models
+
+        return models.apply_within(self.model, params, images, sizes)
+
+    def receptive_field(self, params):
+        return receptive_field.measure(
+            self.apply, params, channels=self.channels, stride=self.stride
+        )
+
+
+def in_precision(apply, dtype: Any):
+    """A function `(params, images) -> images` computed in `dtype`, from and to float32.
+
+    The parameters that go in stay as they are.
+    """
+
+    def cast(tree, dtype):
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+    @functools.wraps(apply)
+    def function(params, images, *args):
+        return apply(cast(params, dtype), images.astype(dtype), *args).astype(jnp.float32)
+
+    return function
+
+
+def fits_within(network: Network, params: Any) -> bool:
+    """Whether `apply_within` does what it says for this network, tried with a random image."""
+    size = tuple(count * network.stride for count in _CHECKED_BLOCKS)
+    images = np.random.default_rng(0).random((1, *size, network.channels), np.float32)
+    larger = np.pad(images, [(0, 0), *[(0, network.stride)] * 2, (0, 0)])
+
+    @jax.jit
+    def difference(params, images, larger):
+        alone = network.apply(params, images)
+        within = network.apply_within(params, larger, jnp.array([size], jnp.int32))
+        return jnp.abs(within[:, : size[0], : size[1]] - alone).max(), jnp.abs(alone).max()
+
+    apart, largest = jax.device_get(difference(params, images, larger))
+    return bool(apart <= 1e-5 * max(1.0, largest))

@@ -1,0 +1,66 @@
+"""Where a trained network comes from: a run directory, an exported file, or aecore itself."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from aecore import exporting
+from aecore.errors import CheckpointError
+
+NAMES: Mapping[str, str] = {}
+"""Weights that ship with aecore, and the SHA-256 of their files."""
+
+_FOLDER = epath.resource_path("aecore") / "weights"
+
+
+def load(source: str | os.PathLike, *, model: Any = None) -> tuple[Any, Any, Mapping[str, Any]]:
+    """Loads a network's parameters, on the default device where they come from a run.
+
+    Args:
+      source: a run directory, local or `gs://`; an exported file; or one of `NAMES`.
+      model: needed if a run's model is not in `aecore.models.REGISTRY`.
+
+    Returns:
+      The model or `aecore.networks.Network`, its parameters, and its description.
+
+    Raises:
+      CheckpointError: there is nothing that can be used, or its model is unknown.
+    """
+    path = epath.Path(source).expanduser()
+    if not path.exists() and str(source) in NAMES:
+        shipped = _FOLDER / f"{source}{exporting.SUFFIX}"
+        return exporting.load(shipped, sha256=NAMES[str(source)])
+    if path.is_file():
+        return exporting.load(path)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{source} does not exist; name a run directory, a file that `aecore export` wrote, "
+            f"or one of {', '.join(NAMES)}"
+        )
+    return _of_run(path, model)
+
+
+def _of_run(run: epath.Path, model: Any) -> tuple[Any, Any, Mapping[str, Any]]:
+    from aecore import checkpoint, config, state
+    from aecore.errors import ConfigError
+
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def build_model(description):
+        try:
+            return config.model_from_json(description) if model is None else model
+        except ConfigError as error:
+            raise CheckpointError(f"{run}: {error}") from error
+
+    def abstract(description):
+        shape = (*description["image_size"], description["channels"])
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+            state.abstract_params(build_model(description), shape),
+        )
+
+    params, description = checkpoint.load(run, abstract)
+    return build_model(description), params, description

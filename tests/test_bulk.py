@@ -1,0 +1,316 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+
+import numpy as np
+import pytest
+from conftest import save_pictures
+from PIL import Image
+
+import aecore
+from aecore import bulk, cli, files, images
+from aecore.errors import ConfigError
+from aecore.models import Autoencoder, register
+
+RANDOM = np.random.default_rng(0)
+
+
+@register
+class Unchanged(Autoencoder):
+    """The identity, in a registered model, with a parameter as checkpoints have some."""
+
+    channels: int = 3
+    stride: int = 2
+
+    def setup(self):
+        self.unused = self.param("unused", lambda key: np.zeros(1, np.float32))
+
+    def encode(self, images):
+        return images
+
+    def decode(self, codes):
+        return codes
+
+
+def save_unchanged(path, channels=3):
+    """Writes an identity as an exported file."""
+    from etils import epath
+
+    from aecore import exporting, networks
+
+    network = networks.LinenNetwork(Unchanged(channels))
+    params = {"unused": np.zeros(1, np.float32)}
+    exporting.save(epath.Path(path), network, params, {})
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    return save_unchanged(tmp_path_factory.mktemp("model") / "unchanged.aecore")
+
+
+def run(capfd, *args):
+    """Exit status, standard output and standard error of `aecore restore`."""
+    with pytest.raises(SystemExit) as exited:
+        cli.run(["restore", *map(str, args)])
+    output = capfd.readouterr()
+    return exited.value.code or 0, output.out, output.err
+
+
+def names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_folders_keep_their_structure(unchanged, tmp_path, capfd):
+    source, out = tmp_path / "in", tmp_path / "out"
+    save_pictures(source, 2)
+    save_pictures(source / "deep" / "er", 2, (21, 18))
+    save_pictures(source / "colour", 1, mode="RGB")
+    (source / ".hidden.png").write_text("text")
+    (source / "notes.txt").write_text("text")
+    args = [source, "-o", out, "-m", unchanged]
+    assert run(capfd, *args)[::2] == (0, "")
+    assert names(out) == ["0.png", "1.png"]
+    assert run(capfd, *args, "--recursive", "--if-exists", "skip")[::2] == (0, "")
+    assert names(out) == [
+        "0.png",
+        "1.png",
+        "colour/0.png",
+        "deep/er/0.png",
+        "deep/er/1.png",
+    ]
+    for name in names(out):
+        np.testing.assert_array_equal(Image.open(out / name), Image.open(source / name))
+
+
+def test_patterns_keep_structure_below_their_fixed_part(unchanged, tmp_path, capfd):
+    for name in ("a", "b"):
+        save_pictures(tmp_path / "in" / name, 2)
+    out = tmp_path / "out"
+    pattern = tmp_path / "in" / "*" / "0.png"
+    assert run(capfd, pattern, "-o", out, "-m", unchanged)[0] == 0
+    assert names(out) == ["a/0.png", "b/0.png"]
+
+
+def test_names_endings_and_comparisons(unchanged, tmp_path, capfd):
+    save_pictures(tmp_path / "in", 1, mode="RGB")
+    out = tmp_path / "out"
+    args = [tmp_path / "in", "-o", out, "-m", unchanged, "--suffix", "_new", "--ext", "tiff"]
+    status, output, _ = run(capfd, *args, "--dry-run")
+    assert status == 0
+    assert output == f"{tmp_path}/in/0.png -> {out}/0_new.tiff\n"
+    assert not out.exists()
+    report = tmp_path / "report.json"
+    assert run(capfd, *args, "--compare", "--report", report)[0] == 0
+    assert names(out) == ["0_new.tiff", "0_new_compare.png"]
+    source = np.asarray(Image.open(tmp_path / "in" / "0.png"))
+    both = np.concatenate([source, source], axis=1)
+    np.testing.assert_array_equal(Image.open(out / "0_new_compare.png"), both)
+    assert json.loads(report.read_text())["files"] == [
+        {
+            "source": f"{tmp_path}/in/0.png",
+            "target": f"{out}/0_new.tiff",
+            "status": "restored",
+            "notes": [],
+        }
+    ]
+
+
+def test_an_input_is_overwritten_only_if_it_is_named(unchanged, tmp_path, capfd):
+    save_pictures(tmp_path, 2)
+    picture = tmp_path / "0.png"
+    overwrite = ["-m", unchanged, "--if-exists", "overwrite"]
+    assert run(capfd, tmp_path, "-o", tmp_path, *overwrite)[0] == 2
+    assert run(capfd, tmp_path / "1.png", "-o", picture, "-m", unchanged)[0] == 2
+    before = picture.stat().st_mtime_ns
+    assert run(capfd, picture, "-o", picture, *overwrite)[0] == 0
+    assert picture.stat().st_mtime_ns != before
+
+
+def test_alpha_may_be_dropped(unchanged, tmp_path, capfd):
+    pixels = RANDOM.integers(0, 256, (6, 7, 4), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for alpha, kept in (("keep", pixels), ("drop", pixels[..., :3])):
+        out = tmp_path / f"{alpha}.png"
+        status, *_ = run(capfd, tmp_path / "a.png", "-o", out, "-m", unchanged, "--alpha", alpha)
+        assert status == 0
+        np.testing.assert_array_equal(Image.open(out), kept)
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that says it is 60,000 pixels high and wide."""
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+
+    head = (60_000).to_bytes(4) * 2 + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"0" * 99))
+
+
+def break_files(folder):
+    """Makes twelve of a folder's pictures unreadable, each in another way."""
+    whole = (folder / "0.png").read_bytes()
+    damage = {
+        "empty.png": b"",
+        "text.png": b"This is a text.",
+        "truncated.png": whole[: len(whole) // 2],
+        "header.png": whole[:20],
+        "flipped.png": whole[:60] + bytes([whole[60] ^ 255]) + whole[61:],
+        "zeros.jpg": bytes(1000),
+        "bomb.png": bomb(),
+        "truncated.gif": b"GIF89a\x10\x00\x10\x00",
+        "riff.webp": b"RIFF\x00\x01\x00\x00WEBPVP8 ",
+    }
+    for name, data in damage.items():
+        (folder / name).write_bytes(data)
+    (folder / "folder.jpg").mkdir()
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "gone.png").symlink_to(folder / "nothing.png")
+    return {*damage, "folder.jpg", "loop.png", "gone.png"}
+
+
+@pytest.mark.parametrize("as_files", [False, True])
+def test_bad_files_are_named_and_the_others_restored(unchanged, tmp_path, capfd, as_files):
+    source, out = tmp_path / "in", tmp_path / "out"
+    save_pictures(source, 188)
+    broken = break_files(source)
+    inputs = sorted(source.iterdir()) if as_files else [source]
+    status, output, errors = run(capfd, *inputs, "-o", out, "-m", unchanged)
+    assert status == 1
+    assert names(out) == sorted(f"{index}.png" for index in range(188))
+    lines = errors.splitlines()
+    assert {line.split(": ")[0] for line in lines} == {str(source / name) for name in broken}
+    assert len(lines) == len(broken) == 12
+    assert "188 restored, 12 failed, 0 skipped" in output
+
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    skipping = run(capfd, *inputs, "-o", out, "-m", unchanged, "--if-exists", "skip")
+    assert skipping[0] == 1
+    assert sorted(skipping[2].splitlines()) == sorted(lines)
+    assert "0 restored, 12 failed, 188 skipped" in skipping[1]
+    assert times == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+
+
+def test_stopping_at_the_first_failure(unchanged, tmp_path, capfd):
+    (tmp_path / "bad.png").write_text("text")
+    args = [tmp_path / "bad.png", tmp_path / "worse.png", "-o", tmp_path / "out"]
+    status, _, errors = run(capfd, *args, "-m", unchanged, "--on-error", "stop")
+    assert status == 1
+    assert len(errors.splitlines()) == 1
+
+
+def test_a_full_disk_stops_and_leaves_nothing_half_written(unchanged, tmp_path, capfd, monkeypatch):
+    save_pictures(tmp_path / "in", 20)
+    write = images.write_picture
+    written = []
+
+    def full(picture, path, *args):
+        if len(written) == 5:
+            raise OSError(28, os.strerror(28), str(path))
+        written.append(path)
+        return write(picture, path, *args)
+
+    monkeypatch.setattr(images, "write_picture", full)
+    status, _, errors = run(capfd, tmp_path / "in", "-o", tmp_path / "out", "-m", unchanged)
+    assert status == 1
+    assert errors.count("\n") == 1
+    assert "No space left on device" in errors
+    assert len(names(tmp_path / "out")) <= 6
+
+
+def test_what_a_picture_is_unlike_is_said_once(trained, tmp_path, capfd):
+    save_pictures(tmp_path / "in", 5, (100, 90), mode="RGB")
+    status, output, errors = run(capfd, tmp_path / "in", "-o", tmp_path / "out", "-m", trained)
+    assert (status, errors) == (0, "")
+    notes = [line for line in output.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 3
+    assert "channel by channel" in output
+    assert "much larger than the 16x16 pixels" in output
+    assert "less noise or fine detail" in output
+
+
+def test_an_interruption_leaves_what_was_finished(unchanged, tmp_path):
+    save_pictures(tmp_path / "in", 400, (300, 300), mode="RGB")
+    code = "from aecore import cli; cli.run()"
+    command = [sys.executable, "-c", code, "restore", tmp_path / "in"]
+    process = subprocess.Popen(
+        [*map(str, command), "-o", str(tmp_path / "out"), "-m", unchanged],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "out").exists() or len(list((tmp_path / "out").iterdir())) < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.startswith("interrupted: ")
+    assert "of 400 files are done; the same command with --if-exists skip goes on" in errors
+    written = names(tmp_path / "out")
+    assert 3 <= len(written) < 400
+    for name in written:
+        np.testing.assert_array_equal(
+            Image.open(tmp_path / "out" / name), Image.open(tmp_path / "in" / name)
+        )
+
+
+def test_pictures_of_many_sizes_compile_few_shapes(trained, tmp_path):
+    for index in range(80):
+        size = tuple(RANDOM.integers(4, 120, 2))
+        save_pictures(tmp_path / str(index), 1, size)
+    jobs, _ = files.find(
+        [str(tmp_path)], str(tmp_path / "out"), recursive=True, suffix="", extension="auto"
+    )
+    assert len(jobs) == 80
+    restorer = aecore.Restorer.load(trained)
+    assert all(isinstance(done, bulk.Done) for done in bulk.restore(jobs, restorer))
+    assert len(restorer._engine._compiled) <= 4
+
+
+def test_collisions_are_found_before_anything_is_done(tmp_path):
+    for ending in ("png", "jpg"):
+        Image.new("L", (4, 4)).save(tmp_path / f"a.{ending}")
+    jobs, _ = files.find(
+        [str(tmp_path)], str(tmp_path / "out"), recursive=False, suffix="", extension="png"
+    )
+    with pytest.raises(ConfigError, match="would both become"):
+        files.check(jobs, comparing=False, overwrite=True)
+
+
+def test_animations_and_pages_come_back_whole(unchanged, tmp_path, capfd):
+    frames = [Image.fromarray(RANDOM.integers(0, 256, (9, 8, 3), np.uint8)) for _ in range(4)]
+    source = tmp_path / "in"
+    source.mkdir()
+    frames[0].save(
+        source / "a.png", save_all=True, append_images=frames[1:], duration=[40, 60, 80, 100]
+    )
+    frames[0].save(source / "a.tif", save_all=True, append_images=frames[1:])
+    assert run(capfd, source, "-o", tmp_path / "out", "-m", unchanged)[::2] == (0, "")
+    for name in ("a.png", "a.tif"):
+        with Image.open(tmp_path / "out" / name) as restored:
+            assert restored.n_frames == 4
+            for index, frame in enumerate(frames):
+                restored.seek(index)
+                np.testing.assert_array_equal(restored.convert("RGB"), frame)
+                assert restored.info.get("duration", 40 + 20 * index) == 40 + 20 * index
+
+
+def test_videos_are_restored_too(unchanged, tmp_path, capfd):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", 10)
+        stream.width, stream.height = 32, 24
+        for index in range(20):
+            array = np.full((24, 32, 3), 12 * index, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, "rgb24")))
+        container.mux(stream.encode())
+    args = [tmp_path / "a.mp4", "-o", tmp_path / "b.mp4", "-m", unchanged]
+    assert run(capfd, *args)[::2] == (0, "")
+    with av.open(str(tmp_path / "b.mp4")) as container:
+        restored = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(restored) == 20
+    assert np.abs(restored[10].mean() - 120) < 3

@@ -203,9 +203,11 @@ def load(
             candidates.sort(key=lambda step: (step != best, -step))
         for step in candidates:
             description = descriptions[step]
-            abstract = abstract_params(description)
             try:
+                abstract = abstract_params(description)
                 params = _restore(manager, step, description, {"params": abstract})["params"]
+            except CheckpointError:
+                raise
             except Exception as error:  # As above.
                 _log.warning("%s; not used", _damage(directory / str(step), error))
                 continue
@@ -221,6 +223,9 @@ def _read_description(manager: ocp.CheckpointManager, step: int) -> Description:
     description = manager.restore(step, args=args).description
     if not (description.keys() >= _REQUIRED and isinstance(description["history"], list)):
         raise ValueError("its description is incomplete")
+    for count in (*description["image_size"], description["channels"]):
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"its images have {count!r} pixels or channels")
     return description
 
 
@@ -235,12 +240,39 @@ def _items(state: TrainState) -> dict[str, Any]:
 def _restore(
     manager: ocp.CheckpointManager, step: int, description: Description, abstract: dict[str, Any]
 ) -> Mapping[str, Any]:
+    for name, tree in abstract.items():
+        _check_shapes(epath.Path(manager.directory) / str(step) / name, tree)
     args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
     items = manager.restore(step, args=ocp.args.Composite(**args))
     for name in abstract:
         if _checksum(items[name]) != description["checksums"][name]:
             raise ValueError(f"the checksum of {name} is wrong")
     return items
+
+
+def _check_shapes(folder: epath.Path, abstract: Any) -> None:
+    """Refuses arrays of other names and shapes, which orbax would fit to what is asked for."""
+
+    def shapes(tree):
+        return {
+            tuple(_key_name(key) for key in path): tuple(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+    expected, found = (
+        shapes(abstract),
+        shapes(ocp.StandardCheckpointHandler().metadata(folder).tree),
+    )
+    for path in sorted(expected.keys() | found.keys()):
+        if expected.get(path) != found.get(path):
+            raise ValueError(
+                f"{'/'.join(path)} has shape {found.get(path)}, expected is {expected.get(path)}"
+            )
+
+
+def _key_name(key: Any) -> str:
+    """Of a step in a tree's path; orbax keeps attributes and indices as names."""
+    return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
 
 
 def _damage(folder: epath.Path, error: Exception) -> str:

@@ -70,7 +70,7 @@ def save(
             name: {"dtype": str(array.dtype), "shape": array.shape}
             for name, array in arrays.items()
         },
-        "description": description,
+        "description": _without_places(description),
     }
     if with_functions:
         members |= {f"functions/{name}": data for name, data in _exported(network, params).items()}
@@ -84,6 +84,14 @@ def save(
                 archive.writestr(zipfile.ZipInfo(name), data)
 
     _write(path, write)
+
+
+def _without_places(description: Mapping[str, Any]) -> dict[str, Any]:
+    """A description without what only means something, and tells something, where it was made."""
+    described = {key: value for key, value in description.items() if key != "checksums"}
+    if "data" in described:
+        described["data"] = {**described["data"], "data_dir": None}
+    return described | ({"run_dir": None} if "run_dir" in described else {})
 
 
 def _write(path: Any, write: Callable[[BinaryIO], Any]) -> None:
@@ -135,7 +143,7 @@ def export_onnx(path: Any, network: Network, params: Any, description: Mapping[s
         functools.partial(network.apply, params),
         channels=network.channels,
         stride=network.stride,
-        metadata={"aecore": json.dumps(description)},
+        metadata={"aecore": json.dumps(_without_places(description))},
     )
     _write(path, lambda file: file.write(graph.SerializeToString()))
 

@@ -10,10 +10,12 @@ from etils import epath
 from aecore import exporting
 from aecore.errors import CheckpointError
 
-NAMES: Mapping[str, str] = {}
+NAMES: Mapping[str, str] = {
+    "fashion-mnist-denoise": "d9bde09ac9599da285bf5ff9ad6a85170a00abd4e6fe22b57907f82df5756217",
+}
 """Weights that ship with aecore, and the SHA-256 of their files."""
 
-_FOLDER = epath.resource_path("aecore") / "weights"
+_FOLDER = epath.resource_path("aecore") / "pretrained"
 
 
 def load(source: str | os.PathLike, *, model: Any = None) -> tuple[Any, Any, Mapping[str, Any]]:

@@ -1,6 +1,10 @@
-"""The recipes' training steps in aecore, Keras and PyTorch: same networks, batch and machine.
+"""The recipes' networks in aecore, Keras and PyTorch: same batch, same machine, in turns.
 
     python experiments/compare_peers.py --task denoise --batch-size 256
+    python experiments/compare_peers.py --task denoise --measure restore
+
+measure training steps, and restoring many images: `Restorer` on bytes and on floats beside Keras's
+`predict` on floats.
 
 Images are made in memory beforehand; no pipeline takes part but that of Keras's `fit`. Each library
 takes steps for some seconds, in turns, several times; the medians are printed, with the lowest and
@@ -63,13 +67,10 @@ def aecore_step(task: str, images: np.ndarray, precision: str) -> Step:
     return take
 
 
-def keras_step(task: str, images: np.ndarray, precision: str, *, fit: bool) -> Step:
-    """Keras on TensorFlow: the function that `fit` makes and calls, or a `tf.function` by hand."""
+def keras_network(task: str):
+    """The network in Keras."""
     import keras
-    import tensorflow as tf
 
-    if precision == "bfloat16":
-        keras.mixed_precision.set_global_policy("mixed_bfloat16")
     conv = dict(kernel_size=3, padding="same", activation="relu")
     layers = keras.layers
     if task == "denoise":
@@ -92,7 +93,17 @@ def keras_step(task: str, images: np.ndarray, precision: str, *, fit: bool) -> S
             layers.Conv2D(256, **conv),
             layers.Conv2D(3, 3, padding="same", dtype="float32"),
         ]
-    model = keras.Sequential([keras.Input(images.shape[1:]), *network])
+    return keras.Sequential([keras.Input((None, None, SHAPES[task][2])), *network])
+
+
+def keras_step(task: str, images: np.ndarray, precision: str, *, fit: bool) -> Step:
+    """Keras on TensorFlow: the function that `fit` makes and calls, or a `tf.function` by hand."""
+    import keras
+    import tensorflow as tf
+
+    if precision == "bfloat16":
+        keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    model = keras_network(task)
     model.compile(optimizer=keras.optimizers.Adam(1e-3), loss="mse")
     original = tf.constant(images.astype(np.float32) / 255)
 
@@ -175,8 +186,31 @@ def torch_step(task: str, images: np.ndarray, precision: str, *, channels_last: 
     return step
 
 
+def aecore_restore(task: str, images: np.ndarray, dtype: str) -> Step:
+    """`Restorer` on all images."""
+    import jax
+
+    import aecore
+    from aecore.models import NoiseReducer, ResolutionEnhancer
+
+    model = NoiseReducer() if task == "denoise" else ResolutionEnhancer()
+    params = model.init(jax.random.key(0), np.zeros((1, *SHAPES[task]), np.float32))["params"]
+    restorer = aecore.Restorer(model, params, {})
+    if dtype == "float32":
+        images = images.astype(np.float32) / 255
+    return lambda: restorer(images)[0, 0, 0, 0]
+
+
+def keras_restore(task: str, images: np.ndarray, batch_size: int) -> Step:
+    """Keras's `predict` on all images."""
+    model = keras_network(task)
+    floats = images.astype(np.float32) / 255
+    return lambda: model.predict(floats, batch_size=batch_size, verbose=0)[0, 0, 0, 0]
+
+
 def main(
     task: Literal["denoise", "enhance"] = "denoise",
+    measure: Literal["train", "restore"] = "train",
     batch_size: int = 256,
     precision: Literal["float32", "bfloat16"] = "float32",
     seconds: float = 4.0,
@@ -187,39 +221,50 @@ def main(
 
     Args:
         task: The recipe.
-        batch_size: Images a step.
+        measure: Training steps, or restoring many images.
+        batch_size: Images a step; of those restored, Keras's batch.
         precision: What the networks compute in.
         seconds: How long each measurement lasts.
         repeats: Measurements of each library.
         without: Libraries to leave out: keras, torch.
     """
-    images = np.random.default_rng(0).integers(0, 256, (batch_size, *SHAPES[task]), np.uint8)
+    count = batch_size
+    if measure == "restore":
+        count = max(batch_size, 8192 if task == "denoise" else 64)
+    images = np.random.default_rng(0).integers(0, 256, (count, *SHAPES[task]), np.uint8)
+    args = (task, images, precision)
     makers = {
-        "aecore": aecore_step,
-        "Keras, fit": lambda *args: keras_step(*args, fit=True),
-        "Keras, tf.function": lambda *args: keras_step(*args, fit=False),
-        "PyTorch": lambda *args: torch_step(*args, channels_last=False),
-        "PyTorch, channels last": lambda *args: torch_step(*args, channels_last=True),
+        "aecore": lambda: aecore_step(*args),
+        "Keras, fit": lambda: keras_step(*args, fit=True),
+        "Keras, tf.function": lambda: keras_step(*args, fit=False),
+        "PyTorch": lambda: torch_step(*args, channels_last=False),
+        "PyTorch, channels last": lambda: torch_step(*args, channels_last=True),
     }
+    if measure == "restore":
+        makers = {
+            "aecore": lambda: aecore_restore(task, images, "uint8"),
+            "aecore, floats": lambda: aecore_restore(task, images, "float32"),
+            "Keras, predict": lambda: keras_restore(task, images, batch_size),
+        }
     steps = {}
     for name, make in makers.items():
         if name.split(",")[0].lower().replace("py", "") in without:
             continue
         try:
-            steps[name] = make(task, images, precision)
+            steps[name] = make()
         except ImportError as error:
             print(f"{name} does not take part: {error}")
     speeds = {name: [] for name in steps}
     for name in itertools.chain.from_iterable([*steps] for _ in range(repeats + 1)):
         float(steps[name]())
-        start, count, loss = time.perf_counter(), 0, 0.0
+        start, done, result = time.perf_counter(), 0, 0.0
         while time.perf_counter() - start < seconds:
-            for _ in range(4 if task == "denoise" else 1):
-                loss = steps[name]()
-                count += batch_size
-            float(loss)
-        speeds[name].append(count / (time.perf_counter() - start))
-    print(f"{task}, batch {batch_size}, {precision}, {repeats} times {seconds:g} s each")
+            for _ in range(4 if (task, measure) == ("denoise", "train") else 1):
+                result = steps[name]()
+                done += count
+            float(result)
+        speeds[name].append(done / (time.perf_counter() - start))
+    print(f"{task}, {measure}, batch {batch_size}, {precision}, {repeats} times {seconds:g} s each")
     reference = statistics.median(speeds["aecore"][1:])
     for name, values in speeds.items():
         measured = values[1:]  # The first one warms up.

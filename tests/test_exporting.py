@@ -1,0 +1,330 @@
+"""Exported files, and hostile ones; and hostile run directories."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from jax import export
+
+import aecore
+from aecore import exporting, networks, weights
+from aecore.errors import CheckpointError
+from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer
+
+RANDOM = np.random.default_rng(0)
+
+
+def random_restorer(model):
+    images = np.zeros((1, 8 * model.stride, 8 * model.stride, model.channels), np.float32)
+    params = model.init(jax.random.key(0), images)["params"]
+    random = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda leaf: leaf + random.normal(0, 0.1, leaf.shape).astype(np.float32), params
+    )
+    return aecore.Restorer(model, params, {})
+
+
+def save(restorer, path, **options):
+    exporting.save(
+        epath.Path(path), restorer.network, restorer.params, restorer.description, **options
+    )
+    return path
+
+
+@pytest.mark.parametrize("model", [NoiseReducer(), ResolutionEnhancer((36, 34, 33))])
+def test_an_exported_network_is_the_network(model, tmp_path):
+    restorer = random_restorer(model)
+    exported = aecore.Restorer.load(save(restorer, tmp_path / "net.aecore"))
+    assert exported.receptive_field == restorer.receptive_field
+    for shape in ((4, 4), (2, 21, 34, model.channels)):
+        images = RANDOM.random(shape, np.float32)
+        np.testing.assert_allclose(exported(images), restorer(images), atol=1e-5)
+    codes = restorer.encode(images)
+    np.testing.assert_allclose(exported.encode(images), codes, atol=1e-5)
+    np.testing.assert_allclose(exported.decode(codes), restorer.decode(codes), atol=1e-5)
+
+
+def test_an_exported_network_shares_shapes(tmp_path):
+    restorer = random_restorer(NoiseReducer())
+    exported = aecore.Restorer.load(save(restorer, tmp_path / "net.aecore"))
+    images = [RANDOM.random((side, 40 - side, 1), np.float32) for side in range(8, 32, 4)]
+    exported.announce([image.shape[:2] for image in images])
+    for ours, theirs in zip(exported.each(images), restorer.each(images), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert any(within for _, _, within in exported._engine._compiled)
+
+
+def test_it_is_lowered_for_every_platform(tmp_path):
+    path = save(random_restorer(NoiseReducer()), tmp_path / "net.aecore")
+    with zipfile.ZipFile(path) as archive:
+        for name in ("apply", "apply_within", "encode", "decode"):
+            exported = export.deserialize(bytearray(archive.read(f"functions/{name}")))
+            assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
+
+
+def test_a_run_is_exported_whole_and_needs_neither_flax_nor_orbax(trained, tmp_path):
+    restorer = aecore.Restorer.load(trained)
+    for name, options in (("a.aecore", {}), ("b.aecore", {"with_functions": False})):
+        save(restorer, tmp_path / name, **options)
+    image = RANDOM.random((16, 20), np.float32)
+    expected = restorer(image)
+    np.save(tmp_path / "image.npy", image)
+    hidden = "import sys; sys.modules['flax'] = sys.modules['orbax'] = None; "
+    code = (
+        "import aecore, numpy as np; from pathlib import Path; "
+        f"folder = Path({str(tmp_path)!r}); restorer = aecore.Restorer.load(folder / 'a.aecore'); "
+        "np.save(folder / 'restored.npy', restorer(np.load(folder / 'image.npy'))); "
+        "print(restorer.summary())"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", hidden + code], check=True, capture_output=True, text=True
+    ).stdout
+    np.testing.assert_allclose(np.load(tmp_path / "restored.npy"), expected, atol=1e-5)
+    assert "3,217 parameters" in output
+    alone = aecore.Restorer.load(tmp_path / "b.aecore")
+    assert isinstance(alone.model, NoiseReducer)
+    assert alone.description["model"] == restorer.description["model"]
+    assert alone.description["metrics"] == restorer.description["metrics"]
+    for path in (tmp_path / "a.aecore", tmp_path / "b.aecore"):
+        assert str(trained.parent).encode() not in path.read_bytes()
+    np.testing.assert_array_equal(alone(image), expected)
+
+
+def test_parameters_may_have_16_bits(tmp_path):
+    restorer = random_restorer(NoiseReducer())
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), restorer.params)
+    path = epath.Path(tmp_path / "half.aecore")
+    exporting.save(path, restorer.network, params, {}, with_functions=True)
+    image = RANDOM.random((16, 20), np.float32)
+    restored = aecore.Restorer.load(path)(image)
+    np.testing.assert_allclose(restored, restorer(image), atol=0.02)
+
+
+def rewritten(path, change):
+    """A copy of an exported file with its members changed, and consistent checksums."""
+    import hashlib
+
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    head = json.loads(members.pop("description.json"))
+    change(head, members)
+    checked = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+    head["sha256"] = checked | head.pop("keep", {})
+    target = path.with_name("changed.aecore")
+    with zipfile.ZipFile(target, "w") as archive:
+        archive.writestr("description.json", json.dumps(head))
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return target
+
+
+def other_shape(head, members):
+    head["params"]["output/bias"]["shape"] = [2]
+
+
+def other_kernel(head, members):
+    head["params"]["output/kernel"]["shape"] = [3, 3, 1, 16]
+
+
+def enormous(head, members):
+    head["params"]["output/bias"]["shape"] = [2**31, 2**31]
+
+
+def path_outside(head, members):
+    head["params"]["../../outside"] = head["params"].pop("output/bias")
+
+
+def pickled(head, members):
+    head["params"]["output/bias"]["dtype"] = "object"
+
+
+def no_stride(head, members):
+    head["network"]["stride"] = 0
+
+
+def callback(head, members):
+    def function(params, images):
+        outside = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+        return jax.pure_callback(lambda array: array, outside, images)
+
+    # Serialising refuses Python callbacks; a foreign call stands for what it can't know.
+    def foreign(params, images):
+        return jax.ffi.ffi_call("run_me", jax.ShapeDtypeStruct(images.shape, images.dtype))(images)
+
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+        random_restorer(NoiseReducer()).params,
+    )
+    images = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+    check = export.DisabledSafetyCheck.custom_call("run_me")
+    exported = export.export(jax.jit(foreign), disabled_checks=[check])(params, images)
+    members["functions/apply"] = bytes(exported.serialize())
+
+
+def nonsense_function(head, members):
+    members["functions/apply"] = b"nonsense"
+
+
+def no_functions_unknown_model(head, members):
+    for name in [name for name in members if name.startswith("functions/")]:
+        del members[name]
+    head["description"] = {"model": {"type": "os.system", "command": "true"}}
+
+
+def no_functions_other_shape(head, members):
+    for name in [name for name in members if name.startswith("functions/")]:
+        del members[name]
+    head["description"] = {"model": {"type": "NoiseReducer", "features": [4, 4], "channels": 1}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_shape,
+        other_kernel,
+        enormous,
+        path_outside,
+        pickled,
+        no_stride,
+        callback,
+        nonsense_function,
+        no_functions_unknown_model,
+        no_functions_other_shape,
+    ],
+)
+def test_hostile_files_are_refused_in_one_line(change, tmp_path):
+    path = save(random_restorer(NoiseReducer()), tmp_path / "net.aecore")
+    assert aecore.Restorer.load(rewritten(path, lambda head, members: None))
+    hostile = rewritten(path, change)
+    with pytest.raises(CheckpointError) as raised:
+        aecore.Restorer.load(hostile)
+    assert str(raised.value).startswith(str(hostile))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
+def test_damaged_files_are_refused(damage, tmp_path):
+    path = save(random_restorer(NoiseReducer()), tmp_path / "net.aecore")
+    data = bytearray(path.read_bytes())
+    if damage == "truncated":
+        data = data[: len(data) // 2]
+    elif damage == "flipped":
+        data[data.index(b"params/output/kernel") + 40] ^= 1
+    else:
+        data = {"empty": b"", "text": b"text"}[damage]
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="no exported network, or damaged"):
+        aecore.Restorer.load(path)
+
+
+def edit_description(edit):
+    """Changes the description of each of a run's checkpoints."""
+
+    def change(run):
+        for path in run.glob("checkpoints/*/description/metadata"):
+            description = json.loads(path.read_text())
+            edit(description)
+            path.write_text(json.dumps(description))
+
+    return change
+
+
+def name_model(description):
+    description["model"] = {"type": "subprocess.Popen", "args": "true"}
+
+
+def model_of_other_shape(description):
+    description["model"]["features"] = [32, 8]
+
+
+def model_of_enormous_shape(description):
+    description["model"]["features"] = [2**40, 2**40]
+
+
+def model_with_unknown_field(description):
+    description["model"]["__class__"] = "os"
+
+
+def image_size_of_strings(description):
+    description["image_size"] = ["../../etc", "passwd"]
+
+
+def model_that_is_a_list(description):
+    description["model"] = ["NoiseReducer"]
+
+
+def truncate_arrays(run):
+    for path in run.glob("checkpoints/*/params/**/*"):
+        if path.is_file() and path.stat().st_size > 100:
+            path.write_bytes(path.read_bytes()[:50])
+
+
+def remove_arrays(run):
+    for path in run.glob("checkpoints/*/params"):
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        edit_description(name_model),
+        edit_description(model_of_other_shape),
+        edit_description(model_of_enormous_shape),
+        edit_description(model_with_unknown_field),
+        edit_description(image_size_of_strings),
+        edit_description(model_that_is_a_list),
+        truncate_arrays,
+        remove_arrays,
+    ],
+)
+def test_hostile_runs_are_refused_in_one_line(change, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    change(run)
+    with pytest.raises(CheckpointError) as raised:
+        aecore.Restorer.load(run)
+    assert str(run) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+class Reversing(Autoencoder):
+    """A network that is not registered."""
+
+    channels: int = 1
+    stride: int = 1
+
+    def encode(self, images):
+        return images
+
+    def decode(self, codes):
+        return 1 - codes
+
+
+def test_networks_of_ones_own_can_be_exported(tmp_path):
+    restorer = aecore.Restorer(Reversing(), {}, {})
+    assert networks.fits_within(restorer.network, {})
+    path = save(restorer, tmp_path / "own.aecore")
+    image = RANDOM.random((5, 7), np.float32)
+    np.testing.assert_allclose(aecore.Restorer.load(path)(image), 1 - image, atol=1e-6)
+
+
+def test_the_shipped_weights_are_those_that_were_trained():
+    for name in weights.NAMES:
+        restorer = aecore.Restorer.load(name)
+        assert restorer.description["metrics"]["mse"] < 0.0142
+        noisy = np.clip(0.5 + RANDOM.normal(0, 0.4, (28, 28)), 0, 1)
+        assert restorer(noisy).std() < noisy.std() / 2
+
+
+def test_shipped_weights_that_were_changed_are_refused(monkeypatch):
+    name = next(iter(weights.NAMES))
+    monkeypatch.setattr(weights, "NAMES", {name: "0" * 64})
+    with pytest.raises(CheckpointError, match="its SHA-256 is not"):
+        aecore.Restorer.load(name)

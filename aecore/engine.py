@@ -24,14 +24,18 @@ from aecore.tiling import Size, Window
 
 _log = logging.getLogger(__name__)
 
-_TILE = 512
-"""The largest side that tiles have of themselves."""
+_TILE = {"cpu": 256}
+_OTHER_TILE = 512
+"""The largest side that tiles have of themselves; on CPUs, caches should hold most of one."""
 
 _SMALLEST_TILE = 64
 """Smaller ones are not tried where memory is short."""
 
 _MOST_IMAGES = 64
 """Images at a time. By then, what a call costs is shared by many."""
+
+_MOST_PIXELS = 2
+"""And their pixels, as a multiple of those of a tile."""
 
 _OWN_SHAPES = 2
 """How many sizes get arrays of their own shape when they come unannounced; others share shapes."""
@@ -94,9 +98,10 @@ class Engine:
         self.params = jax.device_put(params, device)
         self._dtype = jnp.dtype(precision)
         self._tile_setting = tile
-        self._tile = _TILE if tile == "auto" else tile
+        default = _TILE.get(device.platform, _OTHER_TILE)
+        self._tile = default if tile == "auto" else tile
         self._batch_size = batch_size
-        self._most_pixels = _TILE**2
+        self._most_pixels = _MOST_PIXELS * default**2
         self._compiled: dict[Any, Callable] = {}
         self._shapes: list[Size] = []
         self._announced: list[Size] = []
@@ -308,7 +313,7 @@ class Engine:
                     f"{kind.shape[1]} pixels at a time; {advice}, or a smaller batch size"
                 ) from error
             self._tile = tile
-            self._most_pixels = self._tile**2
+            self._most_pixels = _MOST_PIXELS * self._tile**2
             self._shapes, self._announced = [], []
             if not error.expected:
                 _log.warning(

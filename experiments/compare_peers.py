@@ -212,6 +212,7 @@ def main(
     task: Literal["denoise", "enhance"] = "denoise",
     measure: Literal["train", "restore"] = "train",
     batch_size: int = 256,
+    side: int | None = None,
     precision: Literal["float32", "bfloat16"] = "float32",
     seconds: float = 4.0,
     repeats: int = 7,
@@ -223,6 +224,7 @@ def main(
         task: The recipe.
         measure: Training steps, or restoring many images.
         batch_size: Images a step; of those restored, Keras's batch.
+        side: Of the images; the recipe's by default.
         precision: What the networks compute in.
         seconds: How long each measurement lasts.
         repeats: Measurements of each library.
@@ -230,8 +232,10 @@ def main(
     """
     count = batch_size
     if measure == "restore":
-        count = max(batch_size, 8192 if task == "denoise" else 64)
-    images = np.random.default_rng(0).integers(0, 256, (count, *SHAPES[task]), np.uint8)
+        count = max(batch_size, 2048 if task == "denoise" else 64)
+    side = side or SHAPES[task][0]
+    shape = (count, side, side, SHAPES[task][2])
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     args = (task, images, precision)
     makers = {
         "aecore": lambda: aecore_step(*args),
@@ -264,7 +268,9 @@ def main(
                 done += count
             float(result)
         speeds[name].append(done / (time.perf_counter() - start))
-    print(f"{task}, {measure}, batch {batch_size}, {precision}, {repeats} times {seconds:g} s each")
+    print(
+        f"{task}, {measure}, {side}x{side}, batch {batch_size}, {precision}, {repeats} times {seconds:g} s each"
+    )
     reference = statistics.median(speeds["aecore"][1:])
     for name, values in speeds.items():
         measured = values[1:]  # The first one warms up.

@@ -187,7 +187,7 @@ def test_tiles_and_wholes_are_the_same(model):
 
 
 def test_large_pictures_are_restored_in_tiles_of_themselves(monkeypatch):
-    monkeypatch.setattr(engine, "_TILE", 64)
+    monkeypatch.setitem(engine._TILE, "cpu", 64)
     model = NoiseReducer()
     params = random_params(model)
     image = RANDOM.random((300, 200), np.float32)
@@ -202,7 +202,7 @@ def test_a_network_that_sees_everything_is_not_tiled(monkeypatch):
         def decode(self, codes):
             return codes - codes.mean(axis=(1, 2), keepdims=True)
 
-    monkeypatch.setattr(engine, "_TILE", 16)
+    monkeypatch.setitem(engine._TILE, "cpu", 16)
     image = RANDOM.random((40, 40), np.float32)
     restored = aecore.Restorer(Centered(channels=1), {}, {})(image)
     np.testing.assert_allclose(restored, np.clip(image - image.mean(), 0, 1), atol=1e-6)

@@ -269,7 +269,8 @@ def main(
             float(result)
         speeds[name].append(done / (time.perf_counter() - start))
     print(
-        f"{task}, {measure}, {side}x{side}, batch {batch_size}, {precision}, {repeats} times {seconds:g} s each"
+        f"{task}, {measure}, {side}x{side}, batch {batch_size}, {precision}, "
+        f"{repeats} times {seconds:g} s each"
     )
     reference = statistics.median(speeds["aecore"][1:])
     for name, values in speeds.items():

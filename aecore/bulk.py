@@ -13,6 +13,7 @@ import numpy as np
 from aecore import expectations, images, videos
 from aecore.errors import ImageError
 from aecore.files import Failure, Job
+from aecore.frames import Picture
 from aecore.restoration import Restorer
 
 _THREADS = min(8, os.cpu_count() or 1)
@@ -156,9 +157,7 @@ def _size(job: Job) -> tuple[int, int] | Failure:
         return _failure(job, error)
 
 
-def _read(
-    job: Job, alpha: str, description: Mapping[str, Any]
-) -> tuple[Job, images.Picture] | Failure:
+def _read(job: Job, alpha: str, description: Mapping[str, Any]) -> tuple[Job, Picture] | Failure:
     try:
         picture = images.read_picture(job.source)
     except (ImageError, OSError) as error:
@@ -172,7 +171,7 @@ def _read(
 
 
 def _write(
-    job: Job, picture: images.Picture, restored: Sequence[np.ndarray], compare: bool
+    job: Job, picture: Picture, restored: Sequence[np.ndarray], compare: bool
 ) -> Done | Failure:
     frames = tuple(
         frame.replace(values, frame.alpha)
@@ -184,7 +183,7 @@ def _write(
         if compare:
             before = picture.frames[0]
             both = np.concatenate([before.values, frames[0].values], axis=1)
-            comparison = images.Picture((before.replace(both, None),), "PNG")
+            comparison = Picture((before.replace(both, None),), "PNG")
             images.write_picture(comparison, job.comparison)
     except (ImageError, OSError) as error:
         if is_disk_full(error):

@@ -250,6 +250,7 @@ class Pmap(DataParallel):
                 (state, value), self.mesh, PartitionSpec()
             )
 
+        with_global_state.lower = compiled.lower
         return with_global_state
 
 

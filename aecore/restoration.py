@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from aecore import images, networks
+from aecore import frames, images, networks
 from aecore.engine import Engine
 from aecore.errors import ImageError
 from aecore.receptive_field import ReceptiveField
@@ -102,7 +102,7 @@ class Restorer:
         frame = self._frame(image)
         if frame is not None:
             restored = self(frame.values)
-            return images.to_pillow(frame.replace(restored, frame.alpha))
+            return frames.to_pillow(frame.replace(restored, frame.alpha))
         array = np.asarray(image)
         if array.ndim == 4:
             _check(array)
@@ -183,13 +183,13 @@ class Restorer:
 
         return summaries.summarize(self.network, self.params, self.description)
 
-    def _frame(self, image: Any) -> "images.Frame | None":
+    def _frame(self, image: Any) -> frames.Frame | None:
         """A picture or path as a frame; None for an array."""
         if isinstance(image, (str, os.PathLike)):
             return images.read_picture(epath.Path(image)).frames[0]
         if not images.is_picture(image):
             return None
-        frame, notes = images.from_pillow(image)
+        frame, notes = frames.from_pillow(image)
         for note in notes:
             self._say(note)
         return frame

@@ -21,9 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
-from aecore import images
+from aecore import encoders, frames, images
 from aecore.errors import ImageError
-from aecore.images import Frame, Picture, read_picture, write_picture
+from aecore.frames import Frame, Picture, from_pillow, to_pillow
+from aecore.images import read_picture, write_picture
 
 RANDOM = np.random.default_rng(0)
 SIZE = (23, 31)
@@ -110,7 +111,7 @@ def test_what_a_format_cannot_hold_is_told(tmp_path, mode, ending):
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "1", "I;16"])
 @pytest.mark.parametrize("ending", [".png", ".tif"])
 def test_files_of_pillow(tmp_path, mode, ending):
-    image = images.to_pillow(random_frame(mode))
+    image = to_pillow(random_frame(mode))
     source, target = tmp_path / f"source{ending}", tmp_path / f"target{ending}"
     image.save(source)
     rewrite(source, target)
@@ -175,7 +176,7 @@ def test_deep_gray_with_alpha_as_opencv_reads_it(tmp_path):
 @pytest.mark.parametrize("mode", ["LA;16", "RGB;16", "RGBA;16"])
 def test_interlaced_deep_png(tmp_path, mode):
     frame = random_frame(mode)
-    samples = images._samples(frame).astype(">u2")
+    samples = frames.interleaved(frame).astype(">u2")
     starts = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2)]
     rows = b""
     for top, left, down, right in [*starts, (1, 0, 2, 1)]:
@@ -183,7 +184,7 @@ def test_interlaced_deep_png(tmp_path, mode):
     color = {"LA;16": 4, "RGB;16": 2, "RGBA;16": 6}[mode]
     header = struct.pack(">IIBBBBB", *SIZE[::-1], 16, color, 0, 0, 1)
     chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
-    content = b"".join(images._chunk(*chunk) for chunk in chunks)
+    content = b"".join(encoders.png_chunk(*chunk) for chunk in chunks)
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
     assert_same_frame(frame, read_picture(tmp_path / "a.png").frames[0])
 
@@ -284,7 +285,7 @@ def test_few_colours_are_exact_in_a_gif(tmp_path, colors, hidden):
 
 def test_many_colours_are_chosen_for_a_gif(tmp_path):
     image = smooth("RGB", (64, 64))
-    frame, _ = images.from_pillow(image)
+    frame, _ = from_pillow(image)
     write_picture(Picture((frame,), ""), tmp_path / "a.gif")
     found = read_picture(tmp_path / "a.gif").frames[0]
     assert np.abs(found.values.astype(int) - frame.values).mean() < 6
@@ -292,7 +293,7 @@ def test_many_colours_are_chosen_for_a_gif(tmp_path):
 
 @pytest.mark.parametrize(("mode", "transparent"), [("L", 40), ("RGB", (1, 2, 3)), ("1", 1)])
 def test_a_transparent_colour_becomes_alpha(tmp_path, mode, transparent):
-    image = images.to_pillow(random_frame(mode))
+    image = to_pillow(random_frame(mode))
     if mode != "1":
         image.paste(transparent, (3, 3, 9, 9))
     image.save(tmp_path / "source.png", transparency=transparent)
@@ -321,7 +322,7 @@ def test_a_transparent_colour_of_16_bits(tmp_path, mode):
     write_picture(Picture((frame,), ""), tmp_path / "a.png")
     content = (tmp_path / "a.png").read_bytes()
     count = 1 if mode == "I;16" else 3
-    transparent = images._chunk(b"tRNS", (1234).to_bytes(2, "big") * count)
+    transparent = encoders.png_chunk(b"tRNS", (1234).to_bytes(2, "big") * count)
     (tmp_path / "a.png").write_bytes(content[:33] + transparent + content[33:])
     _, again, _ = rewrite(tmp_path / "a.png", tmp_path / "b.png")
     found = again.frames[0]
@@ -355,7 +356,7 @@ def test_other_colour_spaces_become_rgb(tmp_path, mode):
         image = ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
     else:
         image = image.convert(mode)
-    frame, notes = images.from_pillow(image)
+    frame, notes = from_pillow(image)
     assert notes == (f"{mode} became RGB",)
     assert frame.values.shape == (*SIZE, 3)
     if mode != "HSV":
@@ -377,12 +378,12 @@ def test_unknown_ranges_are_refused(tmp_path, mode):
     with pytest.raises(ImageError, match=rf"a\.tif.*{mode} has no known range"):
         read_picture(tmp_path / "a.tif")
     with pytest.raises(ImageError, match="no known range"):
-        images.from_pillow(image)
+        from_pillow(image)
 
 
 def test_values_of_mode_1_are_rounded_at_half():
     frame = Frame(np.array([[0, 127, 128, 255]], np.uint8), mode="1")
-    image = images.to_pillow(frame)
+    image = to_pillow(frame)
     assert image.mode == "1"
     np.testing.assert_array_equal(np.asarray(image), [[False, False, True, True]])
 
@@ -390,14 +391,14 @@ def test_values_of_mode_1_are_rounded_at_half():
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "I;16"])
 def test_pillow_and_back(mode):
     frame = random_frame(mode)
-    again, notes = images.from_pillow(images.to_pillow(frame))
+    again, notes = from_pillow(to_pillow(frame))
     assert notes == ()
     assert_same_frame(frame, again)
 
 
 def test_pillow_has_no_deep_colour():
     with pytest.raises(ImageError, match="RGB;16"):
-        images.to_pillow(random_frame("RGB;16"))
+        to_pillow(random_frame("RGB;16"))
 
 
 def test_frames_that_contradict_themselves_are_refused(tmp_path):
@@ -526,7 +527,7 @@ def test_orientations_of_deep_colour(tmp_path, orientation, ending):
         )
     else:
         write_picture(Picture((frame,), ""), source)
-        exif = images._chunk(b"eXIf", exif_of_a_camera(orientation).tobytes()[6:])
+        exif = encoders.png_chunk(b"eXIf", exif_of_a_camera(orientation).tobytes()[6:])
         content = source.read_bytes()
         source.write_bytes(content[:33] + exif + content[33:])
     small = Image.fromarray((frame.values >> 8).astype(np.uint8))
@@ -549,7 +550,7 @@ def test_an_orientation_in_xmp_is_applied_once(tmp_path):
 def test_exif_after_the_pixels_of_a_png(tmp_path):
     smooth().save(tmp_path / "a.png")
     content = (tmp_path / "a.png").read_bytes()
-    exif = images._chunk(b"eXIf", exif_of_a_camera(6).tobytes()[6:])
+    exif = encoders.png_chunk(b"eXIf", exif_of_a_camera(6).tobytes()[6:])
     (tmp_path / "a.png").write_bytes(content[:-12] + exif + content[-12:])
     assert images.read_size(tmp_path / "a.png") == SIZE[::-1]
     assert read_picture(tmp_path / "a.png").frames[0].values.shape[:2] == SIZE[::-1]
@@ -627,7 +628,7 @@ DURATIONS = [100, 50, 70, 200, 30, 1000]
 @pytest.mark.parametrize("target_ending", [".gif", ".png", ".webp"])
 @pytest.mark.parametrize("loop", [0, 3])
 def test_animations(tmp_path, mode, ending, target_ending, loop):
-    frames = [images.from_pillow(frame)[0] for frame in moving(mode=mode)]
+    frames = [from_pillow(frame)[0] for frame in moving(mode=mode)]
     frames = [
         Frame(frame.values, frame.alpha, frame.mode, {"duration": duration})
         for frame, duration in zip(frames, DURATIONS, strict=True)
@@ -740,7 +741,7 @@ def test_pages_of_pillow_compressed_in_many_ways(tmp_path):
         picture, again, notes = rewrite(source, tmp_path / "b.tif")
         assert picture.notes == notes == ()
         for page, one, other in zip(pages, picture.frames, again.frames, strict=True):
-            assert_same_frame(images.from_pillow(page)[0], one)
+            assert_same_frame(from_pillow(page)[0], one)
             assert_same_frame(one, other)
 
 
@@ -808,7 +809,7 @@ def unreadable(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     header = bytearray(content)
     header[16:24] = (100_000).to_bytes(4, "big") * 2
-    crc = images._chunk(b"IHDR", bytes(header[16:29]))
+    crc = encoders.png_chunk(b"IHDR", bytes(header[16:29]))
     (tmp_path / "bomb.png").write_bytes(content[:8] + crc + content[33:])
     ifd = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"II")
     ifd[256], ifd[257], ifd[258], ifd[262], ifd[273] = 2**31, 2**31, 8, 1, 0

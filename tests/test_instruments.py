@@ -97,22 +97,25 @@ def test_largest_batch_is_found_by_search():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("form", ["jit", "pmap"])
 @pytest.mark.parametrize(
-    ("model", "degradation", "shape"),
+    ("model", "degradation", "shape", "topology"),
     [
-        (NoiseReducer(), GaussianNoise(0.4), (28, 28, 1)),
-        (ResolutionEnhancer(), Pixelate(0.4), (80, 80, 3)),
+        (NoiseReducer(), GaussianNoise(0.4), (28, 28, 1), "v5e:2x2"),
+        (ResolutionEnhancer(), Pixelate(0.4), (80, 80, 3), "v5e:2x2"),
+        # Of four hosts, for which pmap makes another function.
+        (NoiseReducer((4,)), GaussianNoise(0.4), (28, 28, 1), "v5e:4x4"),
     ],
-    ids=["denoise", "enhance"],
+    ids=["denoise", "enhance", "hosts"],
 )
-def test_the_step_compiles_for_tpus(model, degradation, shape, form):
+def test_the_step_compiles_for_tpus(model, degradation, shape, topology, form):
     experiment = aecore.Experiment(
         name="tpu",
         model=model,
         degradation=degradation,
         training=aecore.Training(batch_size=16, parallel=form, degrade_on="device"),
     )
-    compiled = planning.compile_step(experiment, shape, planning.devices_of("v5e:2x2"))
-    assert "all-reduce" in planning._collectives(compiled.as_text(), 4)
+    devices = planning.devices_of(topology)
+    compiled = planning.compile_step(experiment, shape, devices)
+    assert "all-reduce" in planning._collectives(compiled.as_text(), len(devices))
     assert planning._memory(compiled)["total"] < 2**30
 
 

@@ -1,6 +1,7 @@
 """Convolutional autoencoders that restore degraded images, in JAX."""
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
     from aecore.training import train
 
 __version__ = "0.1.0"
+
+# Without a handler of the program's own, nothing is printed.
+logging.getLogger("aecore").addHandler(logging.NullHandler())
 
 # Names are resolved at first use, so that `import aecore` costs nothing and each program
 # imports only what it needs of JAX, orbax and TensorFlow.

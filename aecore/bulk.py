@@ -3,14 +3,13 @@
 import collections
 import concurrent.futures
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from aecore import expectations, images, videos
+from aecore import expectations, images, tiling, videos
 from aecore.errors import ImageError
 from aecore.files import Failure, Job
 from aecore.frames import Picture
@@ -76,23 +75,21 @@ def restore(
 
 
 def _restore_pictures(jobs, restorer, readers, writers, alpha, compare):
-    sizes, failures = {}, []
-    for job, size in zip(jobs, readers.map(_size, jobs), strict=True):
-        if isinstance(size, Failure):
-            failures.append(size)
+    sizes, pixels = {}, {}
+    for job, extent in zip(jobs, readers.map(_extent, jobs), strict=True):
+        if isinstance(extent, Failure):
+            yield extent
         else:
-            sizes[job] = size
-    yield from failures
-    shape_of = restorer.announce(sizes.values())
-    order = sorted(sizes, key=lambda job: shape_of(sizes[job]))
-
-    def cost(job):
-        return math.prod(sizes[job])
+            sizes[job], pixels[job] = extent
+    shapes = restorer.shared_shapes(sizes.values())
+    order = sorted(
+        sizes, key=lambda job: tiling.smallest_containing(sizes[job], shapes) or sizes[job]
+    )
 
     def submit(job):
         return readers.submit(_read, job, alpha, restorer.description)
 
-    read = _ahead(submit, order, cost)
+    read = _ahead(submit, order, pixels)
     under_way = collections.deque()
     unreadable = collections.deque()
     writing = collections.deque()
@@ -111,48 +108,50 @@ def _restore_pictures(jobs, restorer, readers, writers, alpha, compare):
         while unreadable:
             yield unreadable.popleft()
         while writing and (
-            writing[0][0].done() or sum(pixels for _, pixels in writing) > most_pixels
+            writing[0][0].done() or sum(waiting for _, waiting in writing) > most_pixels
         ):
             yield writing.popleft()[0].result()
 
-    for values in restorer.each(frames()):
+    for values in restorer.each(frames(), shapes):
         job, content, restored = under_way[0]
         restored.append(values)
         if len(restored) == len(content.frames):
             under_way.popleft()
             future = writers.submit(_write, job, content, restored, compare)
-            writing.append((future, cost(job) * len(restored)))
+            writing.append((future, pixels[job]))
         yield from finished(_MOST_PIXELS)
     yield from finished(0)
 
 
-def _ahead(submit: Callable, jobs: Sequence[Job], cost: Callable) -> Iterator[Any]:
+def _ahead(submit: Callable, jobs: Sequence[Job], pixels: Mapping[Job, int]) -> Iterator[Any]:
     """The results of submitted jobs, in order, some of which are worked on ahead."""
     futures, total = collections.deque(), 0
     remaining = collections.deque(jobs)
     while remaining or futures:
         while remaining and (
             not futures
-            or (total + cost(remaining[0]) <= _MOST_PIXELS and len(futures) < _MOST_FILES)
+            or (total + pixels[remaining[0]] <= _MOST_PIXELS and len(futures) < _MOST_FILES)
         ):
             job = remaining.popleft()
-            total += cost(job)
-            futures.append((submit(job), cost(job)))
-        future, pixels = futures.popleft()
-        total -= pixels
+            total += pixels[job]
+            futures.append((submit(job), job))
+        future, job = futures.popleft()
+        total -= pixels[job]
         yield future.result()
 
 
 def _failure(job: Job, error: Exception) -> Failure:
-    reason = str(error) if isinstance(error, ImageError) else error.strerror or str(error)
-    for path in (job.source, job.target):
-        reason = reason.removeprefix(str(path)).lstrip(": ")
-    return Failure(job.source, reason)
+    if isinstance(error, ImageError):
+        # Messages of several lines become one.
+        source = " ".join(str(job.source).split())
+        return Failure(job.source, str(error).removeprefix(source).lstrip(": "))
+    where = error.filename or job.target
+    return Failure(job.source, f"{where}: {error.strerror or error}")
 
 
-def _size(job: Job) -> tuple[int, int] | Failure:
+def _extent(job: Job) -> tuple[tuple[int, int], int] | Failure:
     try:
-        return images.read_size(job.source)
+        return images.read_extent(job.source)
     except (ImageError, OSError) as error:
         return _failure(job, error)
 

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from aecore import descriptions
 from aecore.errors import CheckpointError
 from aecore.state import TrainState
 
@@ -24,7 +25,6 @@ _log = logging.getLogger(__name__)
 Description = Mapping[str, Any]
 
 _REPLACED = ".replaced"
-_REQUIRED = frozenset({"step", "history", "metrics", "checksums", "image_size", "channels"})
 
 
 def best_step(steps: Iterable[int], description: Description) -> int | None:
@@ -221,11 +221,7 @@ def load(
 def _read_description(manager: ocp.CheckpointManager, step: int) -> Description:
     args = ocp.args.Composite(description=ocp.args.JsonRestore())
     description = manager.restore(step, args=args).description
-    if not (description.keys() >= _REQUIRED and isinstance(description["history"], list)):
-        raise ValueError("its description is incomplete")
-    for count in (*description["image_size"], description["channels"]):
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(f"its images have {count!r} pixels or channels")
+    descriptions.check(description, descriptions.REQUIRED)
     return description
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union
@@ -98,7 +99,12 @@ class Restore:
             suffix=self.suffix,
             extension=self.ext,
         )
-        files.check(jobs, comparing=self.compare, overwrite=self.if_exists == "overwrite")
+        files.check(
+            jobs,
+            comparing=self.compare,
+            overwrite=self.if_exists == "overwrite",
+            report=self.report,
+        )
         jobs, skipped = self._without_existing(jobs)
         if self.dry_run:
             for job in jobs:
@@ -107,17 +113,20 @@ class Restore:
                 print(failure, file=sys.stderr)
             return 1 if failures else 0
         images.silence_pillow()
+        # A process that is told to end finishes what it writes, too.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with _notes_on_stdout():
             restorer = self._restorer()
             results = bulk.restore(jobs, restorer, alpha=self.alpha, compare=self.compare)
-            outcomes = self._collect(itertools.chain(failures, results), len(failures) + len(jobs))
+            with contextlib.closing(results):
+                outcomes = self._collect(itertools.chain(failures, results), skipped, len(jobs))
             counts = collections.Counter(type(outcome).__name__ for outcome in outcomes)
         print(
             f"{counts['Done']:,} restored, {counts['Failure']:,} failed, {len(skipped):,} skipped"
         )
         return 1 if counts["Failure"] else 0
 
-    def _collect(self, results: Iterator[Any], total: int) -> list[Any]:
+    def _collect(self, results: Iterator[Any], skipped: Sequence[Any], total: int) -> list[Any]:
         """Reports results as they come."""
         from aecore.files import Failure
 
@@ -143,7 +152,7 @@ class Restore:
             ) from None
         finally:
             if self.report is not None:
-                _write_report(epath.Path(self.report), outcomes)
+                _write_report(epath.Path(self.report).expanduser(), outcomes, skipped)
         return outcomes
 
     def _restorer(self) -> Any:
@@ -170,7 +179,9 @@ class Restore:
         return restorer
 
     def _without_existing(self, jobs: list[Any]) -> tuple[list[Any], list[Any]]:
-        existing = [job for job in jobs if job.target.exists()]
+        existing = [
+            job for job in jobs if job.target.exists() or (self.compare and job.comparison.exists())
+        ]
         if existing and self.if_exists == "fail":
             others = f", and {len(existing) - 1} others do" if len(existing) > 1 else ""
             raise ConfigError(
@@ -188,9 +199,10 @@ class Export:
     """A run directory, an exported file, or the name of weights that ship with aecore."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """The file to write."""
-    format: Literal["stablehlo", "onnx", "weights"] = "stablehlo"
+    format: Literal["auto", "stablehlo", "onnx", "weights"] = "auto"
     """stablehlo: what aecore.Restorer.load reads anywhere; onnx: for onnxruntime and others;
-    weights: parameters alone, for models that aecore knows."""
+    weights: parameters alone, for models that aecore knows; auto: onnx if the file ends in .onnx,
+    else stablehlo."""
 
     def run(self) -> int:
         from aecore import exporting
@@ -202,10 +214,10 @@ class Export:
             raise ConfigError(f"{path} is a folder; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         content = (restorer.network, restorer.params, restorer.description)
-        if self.format == "onnx":
+        if self.format == "onnx" or (self.format == "auto" and path.suffix.lower() == ".onnx"):
             exporting.export_onnx(path, *content)
         else:
-            exporting.save(path, *content, with_functions=self.format == "stablehlo")
+            exporting.save(path, *content, with_functions=self.format != "weights")
         print(f"{path}: {path.stat().length:,} bytes")
         return 0
 
@@ -271,6 +283,8 @@ class Plan:
         if self.topology not in ("cpu", "gpu"):
             # Compiling for a slice needs no device of this machine, which libtpu may wait for.
             jax.config.update("jax_platforms", "cpu")
+            # Programs for devices that are not there can be written to the cache, not read.
+            jax.config.update("jax_enable_compilation_cache", False)
         experiment = _experiment(self.experiment, flags)
         report = planning.plan(experiment, _image_shape(experiment), self.topology)
         return _show(report, planning.table, self.json)
@@ -300,8 +314,9 @@ class Bench:
         return _show(report, benchmarking.table, self.json)
 
 
-def _write_report(path: Any, outcomes: Sequence[Any]) -> None:
+def _write_report(path: Any, outcomes: Sequence[Any], skipped: Sequence[Any]) -> None:
     from aecore.files import Failure
+    from aecore.storage import write_whole
 
     entries = [
         {"source": str(outcome.source), "status": "failed", "reason": outcome.reason}
@@ -314,7 +329,11 @@ def _write_report(path: Any, outcomes: Sequence[Any]) -> None:
         }
         for outcome in outcomes
     ]
-    path.write_text(json.dumps({"files": entries}, indent=2) + "\n")
+    entries += [
+        {"source": str(job.source), "target": str(job.target), "status": "skipped"}
+        for job in skipped
+    ]
+    write_whole(path, (json.dumps({"files": entries}, indent=2) + "\n").encode())
 
 
 @contextlib.contextmanager
@@ -397,8 +416,8 @@ def _exit_status() -> Iterator[None]:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     # Orbax and TFDS report through absl what a user can't act on.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    _keep_compiled_programs()
     try:
+        _keep_compiled_programs()
         yield
     except AecoreError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -420,7 +439,14 @@ def _keep_compiled_programs() -> None:
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
-        cache = os.environ.get("XDG_CACHE_HOME") or epath.Path("~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(epath.Path(cache) / "aecore" / "jax"))
+        home = os.environ.get("XDG_CACHE_HOME") or epath.Path("~/.cache").expanduser()
+        cache = epath.Path(home) / "aecore" / "jax"
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return
+        if not os.access(cache, os.W_OK):
+            return
+        jax.config.update("jax_compilation_cache_dir", str(cache))
         # Small networks compile in less time than JAX thinks worth keeping.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

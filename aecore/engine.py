@@ -9,7 +9,7 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -30,6 +30,8 @@ _OTHER_TILE = 512
 
 _SMALLEST_TILE = 64
 """Smaller ones are not tried where memory is short."""
+
+_SMALLEST_SQUARE = 32
 
 _MOST_IMAGES = 64
 """Images at a time. By then, what a call costs is shared by many."""
@@ -87,8 +89,8 @@ class Engine:
     ):
         if tile != "auto" and not (isinstance(tile, int) and tile >= 0):
             raise ConfigError(f"tile {tile!r} is not possible; use auto, 0 for none, or a side")
-        if batch_size is not None and batch_size < 1:
-            raise ConfigError(f"batch_size {batch_size} is less than 1")
+        if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
+            raise ConfigError(f"batch_size {batch_size!r} is not possible; use 1 or more, or None")
         if precision not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"precision {precision!r} is unknown; use float32 or bfloat16")
         if precision == "auto":
@@ -102,17 +104,19 @@ class Engine:
         self._tile = default if tile == "auto" else tile
         self._batch_size = batch_size
         self._most_pixels = _MOST_PIXELS * default**2
-        self._compiled: dict[Any, Callable] = {}
+        self._known: dict[Any, Any] = {}
         self._shapes: list[Size] = []
-        self._announced: list[Size] = []
-        # What is found out or compiled once is so by one thread, while the others wait.
         self._lock = threading.RLock()
 
-    def run(self, images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    def run(
+        self, images: Iterable[np.ndarray], shapes: Sequence[Size] = ()
+    ) -> Iterator[np.ndarray]:
         """Restores images, of which consecutive ones of one shape are batched.
 
         Args:
-          images: taken as they are needed, some ahead.
+          images: taken as they are needed, some ahead. If taking one fails, those before it are
+            restored first.
+          shapes: what `shared_shapes` gave for the images' sizes.
 
         Yields:
           The restored images, in order.
@@ -120,28 +124,32 @@ class Engine:
         Raises:
           ImageError: the device's memory doesn't suffice.
         """
-        return _Run(self)(images)
+        return _Run(self, shapes)(images)
 
-    def announce(self, sizes: Iterable[Size]) -> Callable[[Size], Size]:
-        """Chooses few shapes for images of known sizes.
+    def shared_shapes(self, sizes: Iterable[Size]) -> list[Size]:
+        """Few shapes of arrays into which images of these sizes, or their tiles, can be put."""
+        parts = [window.size for size in sizes for window in self.windows(size)]
+        if len(set(parts)) > _SHARED_SHAPES and not self._can_share:
+            return []
+        return sorted(set(tiling.shared_shapes(parts, _SHARED_SHAPES).values()))
+
+    def in_parts(
+        self, method: Literal["encode", "decode"], batch: np.ndarray, shape: Size
+    ) -> np.ndarray:
+        """Another function of the network, on `(N, ., ., .)` float32, some at a time.
 
         Args:
-          sizes: height and width of each image that will come.
+          method: which.
+          batch: what it takes.
+          shape: height and width of the images.
 
-        Returns:
-          From a size, the shape of the array that the image, or its first tile, will be put into.
+        Raises:
+          ImageError: the device's memory doesn't suffice.
         """
-        parts = [window.size for size in sizes for window in self.windows(size)]
-        if len(set(parts)) > _SHARED_SHAPES and self._can_share:
-            self._announced = sorted(set(tiling.shared_shapes(parts, _SHARED_SHAPES).values()))
-        return lambda size: self.shape_for(self.windows(size)[0].size)
-
-    def in_parts(self, method: Literal["encode", "decode"], batch: np.ndarray) -> np.ndarray:
-        """Another function of the network, on `(N, ., ., .)` float32, some at a time."""
-        with self._lock:
-            if method not in self._compiled:
-                self._compiled[method] = jax.jit(self._in_precision(getattr(self.network, method)))
-        most = self._batch_size or _MOST_IMAGES
+        function = self._once(
+            method, lambda: jax.jit(self._in_precision(getattr(self.network, method)))
+        )
+        most = self.most_images(shape)
         parts = []
         for start in range(0, len(batch), most):
             part = batch[start : start + most]
@@ -149,20 +157,30 @@ class Engine:
             if start and count < most:
                 # Filled up, as another size would be compiled anew.
                 part = np.pad(part, [(0, most - count), (0, 0), (0, 0), (0, 0)])
-            part = jax.device_put(part, self.device)
-            parts.append(jax.device_get(self._compiled[method](self.params, part))[:count])
+            try:
+                part = jax.device_put(part, self.device)
+                parts.append(jax.device_get(function(self.params, part))[:count])
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise self._memory_error(shape, "use smaller images") from error
+                raise
         return np.concatenate(parts)
 
-    @functools.cached_property
+    @property
     def field(self) -> ReceptiveField | None:
         """The network's receptive field; None if it sees the whole image at once."""
-        with self._lock:
-            return self.network.receptive_field(self.params)
+        return self._once("field", lambda: self.network.receptive_field(self.params))
 
-    @functools.cached_property
+    @property
     def _can_share(self) -> bool:
+        return self._once("can share", lambda: networks.fits_within(self.network, self.params))
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What is found out or compiled once: by one thread, while the others wait."""
         with self._lock:
-            return networks.fits_within(self.network, self.params)
+            if key not in self._known:
+                self._known[key] = make()
+            return self._known[key]
 
     # ---- Sizes and shapes
 
@@ -197,18 +215,19 @@ class Engine:
         return tiling.windows(size, tile, self.field, stride)
 
     def shape_for(self, size: Size) -> Size:
-        """The shape of the array that a window is put into."""
+        """The shape of the array that a window of an unannounced size is put into."""
         with self._lock:
-            announced = tiling.smallest_containing(size, self._announced)
-            if announced is not None or size in self._shapes:
-                return announced or size
-            if len(self._shapes) >= _OWN_SHAPES and self._can_share:
-                # Squares of few sides, so that however many sizes come, shapes stay few.
-                side = 2 ** math.ceil(math.log2(max(*size, 32)))
-                stride = self.network.stride
-                return (-(-side // stride) * stride,) * 2
-            self._shapes.append(size)
-            return size
+            if size in self._shapes:
+                return size
+            if len(self._shapes) < _OWN_SHAPES or not self._can_share:
+                self._shapes.append(size)
+                return size
+        # However many sizes come, their shapes stay few: squares, unless these are large.
+        sides = [2 ** math.ceil(math.log2(side)) for side in size]
+        square = max(*sides, _SMALLEST_SQUARE)
+        shape = (square, square) if square <= _OTHER_TILE else tuple(sides)
+        stride = self.network.stride
+        return tuple(-(-side // stride) * stride for side in shape)
 
     def most_images(self, shape: Size) -> int:
         """How many images of a shape are restored at a time: a power of 2, unless one was set."""
@@ -230,10 +249,7 @@ class Engine:
           OutOfMemoryError: it would need more memory than it should.
         """
         key = (kind, count, within)
-        with self._lock:
-            if key not in self._compiled:
-                self._compiled[key] = self._compile(*key)
-            return self._compiled[key]
+        return self._once(key, lambda: self._compile(*key))
 
     def _compile(self, kind: Kind, count: int, within: bool) -> Callable:
         apply = self._in_precision(self.network.apply_within if within else self.network.apply)
@@ -265,11 +281,11 @@ class Engine:
                 .compile()
             )
         except jax.errors.JaxRuntimeError as error:
-            raise _as_out_of_memory(error) from error
+            raise _as_out_of_memory(error, kind) from error
         analysis = compiled.memory_analysis()
         needed = 0 if analysis is None else analysis.temp_size_in_bytes
         if needed > self._memory and self._tile_setting == "auto" and self._smaller_tile(kind):
-            raise OutOfMemoryError(expected=True)
+            raise OutOfMemoryError(kind, expected=True)
         return compiled
 
     def _in_precision(self, function: Callable) -> Callable:
@@ -298,23 +314,31 @@ class Engine:
             return math.prod(size) <= 2 * tile**2
         return tile == 0 or max(size) <= tile
 
-    def shrink(self, kind: Kind, error: "OutOfMemoryError") -> None:
+    @property
+    def tile(self) -> int:
+        """The side of tiles, as far as they have been made smaller."""
+        return self._tile
+
+    def shrink(self, tile: int, error: "OutOfMemoryError") -> None:
         """After the device's memory did not suffice: goes on with smaller tiles.
+
+        Args:
+          tile: what `tile` was then. If another thread has made them smaller, this does nothing.
+          error: what happened.
 
         Raises:
           ImageError: there are none.
         """
         with self._lock:
-            tile = self._smaller_tile(kind)
+            if self._tile != tile:
+                return
+            tile = self._smaller_tile(error.kind)
             if tile is None:
                 advice = "use tile auto" if self._tile_setting == 0 else "use another device"
-                raise ImageError(
-                    f"the memory of {self.device} does not suffice for {kind.shape[0]}x"
-                    f"{kind.shape[1]} pixels at a time; {advice}, or a smaller batch size"
-                ) from error
+                raise self._memory_error(error.kind.shape, advice) from error
             self._tile = tile
             self._most_pixels = _MOST_PIXELS * self._tile**2
-            self._shapes, self._announced = [], []
+            self._shapes = []
             if not error.expected:
                 _log.warning(
                     "the memory of %s does not suffice; going on with tiles of %d pixels",
@@ -322,18 +346,28 @@ class Engine:
                     self._tile,
                 )
 
+    def _memory_error(self, shape: Size, advice: str) -> ImageError:
+        return ImageError(
+            f"the memory of {self.device} does not suffice for {shape[0]}x{shape[1]} pixels at a "
+            f"time; {advice}, or a smaller batch size"
+        )
+
 
 class OutOfMemoryError(Exception):
-    """The device's memory does not suffice; `expected` if that is known without having tried."""
+    """The device's memory does not suffice for a batch of a kind.
 
-    def __init__(self, expected: bool):
+    `expected` if that is known without having tried.
+    """
+
+    def __init__(self, kind: Kind, expected: bool):
         super().__init__()
+        self.kind = kind
         self.expected = expected
 
 
-def _as_out_of_memory(error: Exception) -> Exception:
+def _as_out_of_memory(error: Exception, kind: Kind) -> Exception:
     """The same error, unless it means that memory did not suffice."""
-    return OutOfMemoryError(expected=False) if "RESOURCE_EXHAUSTED" in str(error) else error
+    return OutOfMemoryError(kind, False) if "RESOURCE_EXHAUSTED" in str(error) else error
 
 
 class _Picture:
@@ -349,8 +383,10 @@ class _Picture:
 class _Run:
     """One pass over images: windows are collected to batches, computed ahead, and put together."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, shapes: Sequence[Size]):
         self._engine = engine
+        self._shapes = shapes
+        self._tile = engine.tile
         self._waiting = collections.deque()
         self._pictures = collections.deque()
         self._kind = None
@@ -359,13 +395,29 @@ class _Run:
         self._counts = {}
 
     def __call__(self, images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        for image in images:
-            self._waiting.append(image)
+        try:
+            yield from self._restore(iter(images))
+        finally:
+            # A program that ends while something is computed may crash.
+            for restored, *_ in self._computing:
+                jax.block_until_ready(restored)
+
+    def _restore(self, images: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        failure = None
+        while failure is None:
+            try:
+                self._waiting.append(next(images))
+            except StopIteration:
+                break
+            except Exception as error:  # Of whoever gives the images.
+                failure = error
             self._go_on(self._start)
             yield from self._finished()
         while self._pictures:
             self._go_on(self._finish)
             yield from self._finished()
+        if failure is not None:
+            raise failure
 
     def _finished(self) -> Iterator[np.ndarray]:
         while self._pictures and not self._pictures[0].missing:
@@ -377,7 +429,10 @@ class _Run:
             try:
                 return work()
             except OutOfMemoryError as error:
-                self._engine.shrink(self._kind, error)
+                self._engine.shrink(self._tile, error)
+                # They were chosen for larger tiles.
+                self._tile, self._shapes = self._engine.tile, ()
+                self._counts.clear()
                 self._waiting.extendleft(picture.array for picture in reversed(self._pictures))
                 self._pictures.clear()
                 self._collected.clear()
@@ -390,7 +445,9 @@ class _Run:
             picture = _Picture(image, self._engine.windows(image.shape[:2]))
             self._pictures.append(picture)
             for window in picture.windows:
-                kind = Kind(self._engine.shape_for(window.size), image.dtype, image.shape[2])
+                shape = tiling.smallest_containing(window.size, self._shapes)
+                shape = shape or self._engine.shape_for(window.size)
+                kind = Kind(shape, image.dtype, image.shape[2])
                 if kind != self._kind:
                     self._flush()
                     self._kind = kind
@@ -424,20 +481,21 @@ class _Run:
         execute = engine.executable(kind, count, within)
         try:
             args = jax.device_put((batch, sizes) if within else (batch,), engine.device)
-            self._computing.append((execute(engine.params, *args), pieces))
+            self._computing.append((execute(engine.params, *args), pieces, kind))
         except jax.errors.JaxRuntimeError as error:
-            raise _as_out_of_memory(error) from error
+            raise _as_out_of_memory(error, kind) from error
         self._collected = []
         while len(self._computing) > _AHEAD:
             self._take_in()
 
     def _take_in(self) -> None:
         """Waits for the oldest batch and puts its windows where they belong."""
-        restored, pieces = self._computing.popleft()
+        restored, pieces, kind = self._computing[0]
         try:
             restored = jax.device_get(restored)
         except jax.errors.JaxRuntimeError as error:
-            raise _as_out_of_memory(error) from error
+            raise _as_out_of_memory(error, kind) from error
+        self._computing.popleft()
         for part, (picture, (rows, columns, _)) in zip(restored, pieces, strict=False):
             target = picture.result[rows.first : rows.last, columns.first : columns.last]
             height, width = target.shape[:2]

@@ -152,7 +152,7 @@ def evaluate(
     parallel = DataParallel()
     batch_size = batch_size or experiment.training.batch_size
     evaluator = Evaluator(
-        steps.of_model(restorer.model),
+        restorer.network.apply,
         experiment.degradation,
         parallel,
         batch_size,

@@ -10,21 +10,24 @@ out of itself is refused.
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
-import os
+import re
 import zipfile
-from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from aecore import descriptions
 from aecore.errors import CheckpointError
 from aecore.networks import Network
 from aecore.receptive_field import ReceptiveField
+from aecore.storage import write_whole
 
 SUFFIX = ".aecore"
 """The usual ending of such files."""
@@ -34,8 +37,10 @@ _PLATFORMS = ("cpu", "cuda", "tpu")
 _FUNCTIONS = ("apply", "apply_within", "encode", "decode")
 _DTYPES = {"float32": np.dtype("<f4"), "bfloat16": jnp.dtype(jnp.bfloat16)}
 _MOST_BYTES = 2**32
-# Shape assertions of the exporter itself, which do nothing but fail.
-_CALLS_ALLOWED = frozenset({"shape_assertion", "Sharding", "SPMDFullToShardShape"})
+# A check of the exporter's own, which does nothing but fail.
+_CALLS_ALLOWED = frozenset({"shape_assertion"})
+# Operations that reach out of a program.
+_EFFECTS = re.compile(r"stablehlo\.(infeed|outfeed|send|recv|create_token|after_all)\b")
 
 
 def save(
@@ -77,13 +82,12 @@ def save(
     head["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
     members = {"description.json": json.dumps(head, indent=1).encode(), **members}
 
-    def write(file):
-        with zipfile.ZipFile(file, "w") as archive:
-            for name, data in members.items():
-                # With a fixed time, so that equal networks give equal files.
-                archive.writestr(zipfile.ZipInfo(name), data)
-
-    _write(path, write)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in members.items():
+            # With a fixed time, so that equal networks give equal files.
+            archive.writestr(zipfile.ZipInfo(name), data)
+    write_whole(path, file.getvalue())
 
 
 def _without_places(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,16 +96,6 @@ def _without_places(description: Mapping[str, Any]) -> dict[str, Any]:
     if "data" in described:
         described["data"] = {**described["data"], "data_dir": None}
     return described | ({"run_dir": None} if "run_dir" in described else {})
-
-
-def _write(path: Any, write: Callable[[BinaryIO], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _exported(network: Network, params: Any) -> dict[str, bytes]:
@@ -145,7 +139,7 @@ def export_onnx(path: Any, network: Network, params: Any, description: Mapping[s
         stride=network.stride,
         metadata={"aecore": json.dumps(_without_places(description))},
     )
-    _write(path, lambda file: file.write(graph.SerializeToString()))
+    write_whole(path, graph.SerializeToString())
 
 
 class ExportedNetwork:
@@ -153,7 +147,9 @@ class ExportedNetwork:
 
     def __init__(self, head: Mapping[str, Any], functions: Mapping[str, bytes]):
         described = head["network"]
-        self.name = str(described["name"])
+        self.name = described["name"]
+        if not self.name.isidentifier():
+            raise ValueError(f"{self.name!r} is no name of a network")
         self.channels = _count(described["channels"])
         self.stride = _count(described["stride"])
         field = described["receptive_field"]
@@ -176,8 +172,9 @@ def _deserialize(name: str, data: bytes) -> export.Exported:
         for line in module.splitlines()
         if "custom_call" in line
     }
-    if calls - _CALLS_ALLOWED:
-        raise ValueError(f"{name} calls {', '.join(sorted(calls - _CALLS_ALLOWED))}")
+    reaching_out = sorted((calls - _CALLS_ALLOWED) | set(_EFFECTS.findall(module)))
+    if reaching_out:
+        raise ValueError(f"{name} calls {', '.join(reaching_out)}")
     return exported
 
 
@@ -234,6 +231,7 @@ def _load(path, sha256):
         }
     params = _unflatten(arrays)
     description = head["description"]
+    descriptions.check(description)
     if functions:
         network = ExportedNetwork(head, functions)
         _check_params(network, params)

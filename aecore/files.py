@@ -41,7 +41,9 @@ class Failure(NamedTuple):
     reason: str
 
     def __str__(self):
-        return f"{self.source}: {self.reason}"
+        # In one line, whatever the file's name is.
+        text = f"{self.source}: {self.reason}"
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def find(
@@ -51,42 +53,62 @@ def find(
 
     Args:
       inputs: files; folders; patterns such as `pictures/*.png`.
-      output: a file, if there is one input that is a file; else a folder, in which folders keep
-        their structure.
+      output: a file, if the inputs name one file; else a folder, in which folders keep their
+        structure, and in which no inputs are looked for.
       recursive: whether folders within folders are searched.
       suffix: appended to the stems of files in the output folder.
-      extension: the ending of outputs, without its dot; or `auto` for the inputs' own.
+      extension: the ending of pictures in it, without the dot; or `auto` for the inputs' own.
 
     Returns:
       Jobs, and what was named but can't be a job.
 
     Raises:
-      ConfigError: nothing was named; or outputs would collide with each other or with inputs.
+      ConfigError: nothing was named, or the output can't be one.
     """
     if not inputs:
         raise ConfigError("no input; name pictures or folders of pictures")
+    if not output:
+        raise ConfigError("no output; name a file or a folder")
+    if {"/", os.sep} & set(suffix):
+        raise ConfigError(f"suffix {suffix!r} is no part of a file's name")
     folder = epath.Path(output).expanduser()
     found, failures = [], []
     for name in inputs:
-        for item in _expand(name, recursive):
+        for item in _expand(name, recursive, _resolved(folder)):
             (failures if isinstance(item, Failure) else found).append(item)
-    is_one_file = len(inputs) == 1 and len(found) == 1 and found[0][0].name == found[0][1]
-    if is_one_file and folder.suffix and not folder.is_dir() and not _is_pattern(inputs[0]):
-        return [Job(found[0][0], folder)], failures
-    jobs = []
+    is_file = len(inputs) == 1 and len(found) == 1 and not epath.Path(inputs[0]).is_dir()
+    if is_file and folder.suffix and not folder.is_dir():
+        job = Job(found[0][0], folder)
+        ending = folder.suffix.lower()
+        if not (ending in videos.SUFFIXES if job.is_video else _is_written(ending)):
+            raise ConfigError(
+                f"{folder}: {'videos' if job.is_video else 'pictures'} can't be written with the "
+                f"ending {folder.suffix!r}; use {'.mp4 or .mkv' if job.is_video else '.png'}"
+            )
+        return [job], failures
+    jobs = {}
     for source, relative in found:
-        ending = source.suffix if extension == "auto" else f".{extension}"
-        if ending.lower() not in videos.SUFFIXES and not _is_written(ending):
+        job = Job(source, folder / relative)
+        ending = source.suffix if extension == "auto" or job.is_video else f".{extension}"
+        if not job.is_video and not _is_written(ending):
             ending = _FALLBACK
-        target = folder / relative
-        jobs.append(Job(source, target.with_name(f"{source.stem}{suffix}{ending}")))
-    return jobs, failures
+        target = job.target.with_name(f"{source.stem}{suffix}{ending}")
+        jobs.setdefault((_resolved(source), target), Job(source, target))
+    # Outputs of an earlier run, beside their inputs, are no inputs.
+    outputs = {_resolved(job.target) for job in jobs.values()} if suffix else set()
+    return [job for job in jobs.values() if _resolved(job.source) not in outputs], failures
 
 
-def check(jobs: Sequence[Job], *, comparing: bool, overwrite: bool) -> None:
-    """Refuses outputs that would collide with each other or with inputs.
+def check(jobs: Sequence[Job], *, comparing: bool, overwrite: bool, report: str | None) -> None:
+    """Refuses outputs that would collide with each other or with inputs, or can't be files.
 
     An input may be overwritten if that was asked for by naming it as the one output.
+
+    Args:
+      jobs: what `find` gave.
+      comparing: whether comparisons are written.
+      overwrite: whether outputs may exist.
+      report: a file that is written besides.
 
     Raises:
       ConfigError: there are such.
@@ -106,14 +128,27 @@ def check(jobs: Sequence[Job], *, comparing: bool, overwrite: bool) -> None:
                 raise ConfigError(
                     f"{sources[resolved]} would be overwritten; choose another output or a --suffix"
                 )
+            if target.exists() and not os.path.isfile(target):  # noqa: PTH113
+                raise ConfigError(f"{target} is there already, and no regular file")
+            in_the_way = next((p for p in target.parents if p.exists()), None)
+            if in_the_way is not None and not in_the_way.is_dir():
+                raise ConfigError(f"{in_the_way} is no folder; choose another output")
+    if report is not None:
+        path = epath.Path(report).expanduser()
+        if _resolved(path) in named or _resolved(path) in sources:
+            raise ConfigError(f"{path} is a picture too; choose another file for the report")
+        if path.is_dir() or not path.parent.is_dir():
+            raise ConfigError(f"{path} can't be written: it is a folder, or its folder is missing")
 
 
-def _expand(name: str, recursive: bool) -> Iterator[tuple[epath.Path, str] | Failure]:
+def _expand(
+    name: str, recursive: bool, excluded: str
+) -> Iterator[tuple[epath.Path, str] | Failure]:
     """Files that an input names, each with its path within the output folder."""
     path = epath.Path(name).expanduser()
     if path.is_dir():
-        yield from _in_folder(path, "", recursive)
-    elif _is_pattern(name) and not os.path.lexists(path):
+        yield from _in_folder(path, "", recursive, excluded)
+    elif glob.has_magic(name) and not os.path.lexists(path):
         matches = sorted(glob.glob(os.fspath(path), recursive=True))  # noqa: PTH207
         if not matches:
             yield Failure(path, "matches no file")
@@ -123,24 +158,30 @@ def _expand(name: str, recursive: bool) -> Iterator[tuple[epath.Path, str] | Fai
             if not match.is_dir():
                 yield match, within
             elif _looks_like_picture(match):
-                yield from _in_folder(match, within, recursive)
+                yield Failure(match, "is a folder")
     else:
         yield path, path.name
 
 
 def _in_folder(
-    folder: epath.Path, within: str, recursive: bool
+    folder: epath.Path, within: str, recursive: bool, excluded: str
 ) -> Iterator[tuple[epath.Path, str] | Failure]:
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        yield Failure(folder, f"can't be read: {error.strerror}")
+        return
     found = False
-    for path in sorted(folder.iterdir()):
+    for path in paths:
         relative = os.path.join(within, path.name)  # noqa: PTH118
         if path.name.startswith("."):
             continue
         if path.is_dir() and not os.path.islink(path):  # noqa: PTH114
-            if recursive or _looks_like_picture(path):
-                for item in _in_folder(path, relative, recursive):
-                    found = True
-                    yield item
+            if recursive and _resolved(path) != excluded:
+                found = True
+                yield from _in_folder(path, relative, recursive, excluded)
+            elif _looks_like_picture(path):
+                yield Failure(path, "is a folder; with --recursive, it is searched too")
         elif _looks_like_picture(path):
             found = True
             yield path, relative
@@ -155,10 +196,6 @@ def _looks_like_picture(path: epath.Path) -> bool:
 
 def _is_written(ending: str) -> bool:
     return Image.registered_extensions().get(ending.lower()) in Image.SAVE
-
-
-def _is_pattern(name: str) -> bool:
-    return glob.has_magic(name)
 
 
 def _fixed_part(path: epath.Path) -> epath.Path:

@@ -15,7 +15,6 @@ import re
 import stat
 import struct
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -33,6 +32,7 @@ from PIL import (
 from aecore.encoders import FORMATS, STRUCTURAL_TAGS, encode
 from aecore.errors import ImageError
 from aecore.frames import KINDS, Frame, Picture, from_pillow
+from aecore.storage import write_whole
 
 SUFFIXES = frozenset(
     {".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png"}
@@ -119,12 +119,7 @@ def read_shape(path: Any) -> tuple[int, int, int]:
       ImageError: as for `read`, as far as the file's header tells.
     """
     with _open(path) as image:
-        height, width = image.height, image.width
-        # Pillow's TIFF reader has swapped them itself.
-        if image.format != "TIFF" and _orientation(image) >= 5:
-            height, width = width, height
-        gray = image.mode in _GRAY_MODES or _rawmode(image) == "LA;16B"
-        return height, width, 1 if gray else 3
+        return _upright_shape(image)
 
 
 def read_size(path: Any) -> tuple[int, int]:
@@ -134,6 +129,26 @@ def read_size(path: Any) -> tuple[int, int]:
       ImageError: as for `read_shape`.
     """
     return read_shape(path)[:2]
+
+
+def read_extent(path: Any) -> tuple[tuple[int, int], int]:
+    """As `read_size`, and the number of pixels of all frames.
+
+    Raises:
+      ImageError: as for `read_shape`.
+    """
+    with _open(path) as image:
+        height, width, _ = _upright_shape(image)
+        return (height, width), _pixels(image, *_frame_range(image))
+
+
+def _upright_shape(image: Image.Image) -> tuple[int, int, int]:
+    height, width = image.height, image.width
+    # Pillow's TIFF reader has swapped them itself.
+    if image.format != "TIFF" and _orientation(image) >= 5:
+        height, width = width, height
+    gray = image.mode in _GRAY_MODES or _rawmode(image) == "LA;16B"
+    return height, width, 1 if gray else 3
 
 
 def _orientation(image: Image.Image) -> int:
@@ -606,16 +621,8 @@ def save(image: Image.Image, path: Any) -> None:
 
 
 def _write(path: Any, data: bytes) -> None:
-    """Writes a file by way of a temporary one beside it."""
-    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-            temporary.replace(path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        write_whole(path, data)
     except Exception as error:  # Of a remote file system, any.
         if getattr(error, "errno", None) in DISK_FULL:
             raise OSError(error.errno, error.strerror, str(path)) from error

@@ -101,5 +101,6 @@ def fits_within(network: Network, params: Any) -> bool:
         within = network.apply_within(params, larger, jnp.array([size], jnp.int32))
         return jnp.abs(within[:, : size[0], : size[1]] - alone).max(), jnp.abs(alone).max()
 
-    apart, largest = jax.device_get(difference(params, images, larger))
+    with jax.default_matmul_precision("highest"):
+        apart, largest = jax.device_get(difference(params, images, larger))
     return bool(apart <= 1e-5 * max(1.0, largest))

@@ -37,6 +37,8 @@ def devices_of(topology: str) -> list[Any]:
 
     # Without it, libtpu asks Google Cloud's metadata server, and waits where there is none.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Compiling takes no TPU from a program that uses one, or that compiles too.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # Of many types, as libtpu is missing or refuses the name.
@@ -250,11 +252,11 @@ def table(plan: Mapping[str, Any]) -> str:
         f"{plan['precision']}",
         f"batch {plan['batch_size']:,}: {plan['images_per_device']:,} images a device",
         "",
-        f"{'per device':24}" + "".join(f"{form:>16}" for form in plan["forms"]),
+        f"{'per device':24}" + "".join(f"{form:>20}" for form in plan["forms"]),
     ]
 
     def row(name, value):
-        lines.append(f"{name:24}" + "".join(f"{value(f):>16}" for f in plan["forms"].values()))
+        lines.append(f"{name:24}" + "".join(f"{value(f):>20}" for f in plan["forms"].values()))
 
     for name in ("arguments", "temporaries", "code", "total"):
         row(f"memory, {name}", lambda f, name=name: f"{f['memory'][name] / 2**20:,.1f} MiB")

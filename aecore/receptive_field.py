@@ -107,7 +107,8 @@ _CHANGE = 1e3
 
 def _in_growing_images(apply: Apply, params: Any, stride: int, look: Callable) -> Any:
     """What `look` finds in images large enough; it returns None where they are too small."""
-    with jax.enable_x64(True):
+    # Where there is a CPU, as 64 bits are slow elsewhere, or not to be had.
+    with jax.enable_x64(True), jax.default_device(_cpu()):
         weights, apply = _positive(params), jax.jit(apply)
         size = -(-max(32, 8 * stride) // stride) * stride
         while size <= _LARGEST:
@@ -116,6 +117,13 @@ def _in_growing_images(apply: Apply, params: Any, stride: int, look: Callable) -
                 return found
             size *= 2
     return None
+
+
+def _cpu() -> jax.Device | None:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def _image(size: int, channels: int) -> np.ndarray:

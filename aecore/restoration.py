@@ -3,7 +3,7 @@
 import collections
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,6 +17,10 @@ from aecore.receptive_field import ReceptiveField
 from aecore.tiling import Size
 
 _log = logging.getLogger(__name__)
+
+
+_ROUNDING = 1e-5
+"""How far floats may lie outside [0, 1]."""
 
 
 class Restorer:
@@ -103,49 +107,52 @@ class Restorer:
         if frame is not None:
             restored = self(frame.values)
             return frames.to_pillow(frame.replace(restored, frame.alpha))
-        array = np.asarray(image)
+        array = _checked(image)
         if array.ndim == 4:
-            _check(array)
             return np.stack(list(self.each(array)))
         return next(self.each([array]))
 
-    def each(self, arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    def each(
+        self, arrays: Iterable[np.ndarray], shapes: Sequence[Size] = ()
+    ) -> Iterator[np.ndarray]:
         """Restores images of different sizes; consecutive ones that share a shape are batched.
 
         Args:
           arrays: `(H, W)` or `(H, W, C)`, as for calling; taken as they are needed, some ahead.
+          shapes: what `shared_shapes` gave for their sizes, where these are known. Images are
+            batched best in the order of the smallest shape that contains them.
 
         Yields:
           The restored images, in order.
 
         Raises:
-          ImageError: as for calling.
+          ImageError: as for calling; the images before the one in question are yielded first.
         """
         under_way = collections.deque()
 
         def adapted():
-            for array in arrays:
+            for array in map(_to_array, arrays):
                 parts = self._adapt(array)
                 under_way.append((array, len(parts)))
                 yield from parts
 
-        restored = self._engine.run(adapted())
+        restored = self._engine.run(adapted(), shapes)
         for first in restored:
             array, count = under_way.popleft()
             parts = [first, *(next(restored) for _ in range(count - 1))]
             result = parts[0] if count == 1 else np.concatenate(parts, axis=2)
             yield result.reshape(array.shape).astype(array.dtype, copy=False)
 
-    def announce(self, sizes: Iterable[Size]) -> Callable[[Size], Size]:
-        """Prepares for images of known sizes, so that few shapes are compiled for all of them.
+    def shared_shapes(self, sizes: Iterable[Size]) -> list[Size]:
+        """Few shapes, of which each image, or each of its tiles, fits into one.
 
         Args:
           sizes: height and width of each image that will come.
 
         Returns:
-          From a size, a shape. `each` batches best if images of equal shapes follow each other.
+          Heights and widths; none if the network needs arrays of the images' own sizes.
         """
-        return self._engine.announce(sizes)
+        return self._engine.shared_shapes(sizes)
 
     def encode(self, image: Any) -> np.ndarray:
         """The codes `(N, h, w, K)` float32 of images, which are given as for calling.
@@ -154,8 +161,7 @@ class Restorer:
         number of channels must be the network's.
         """
         frame = self._frame(image)
-        array = np.asarray(image) if frame is None else frame.values
-        _check(array)
+        array = _checked(image if frame is None else frame.values)
         batch = _to_float(array)
         batch = batch[..., None] if batch.ndim == 2 else batch
         batch = batch[None] if batch.ndim == 3 else batch
@@ -163,14 +169,28 @@ class Restorer:
             raise self._channels_error(array, batch.shape[3])
         sides = [(0, -size % self.network.stride) for size in batch.shape[1:3]]
         batch = np.pad(batch, [(0, 0), *sides, (0, 0)], mode="reflect")
-        return self._engine.in_parts("encode", batch)
+        return self._engine.in_parts("encode", batch, batch.shape[1:3])
 
     def decode(self, codes: Any) -> np.ndarray:
         """The images `(N, H, W, C)` of codes `(N, h, w, K)`, float32 clipped to [0, 1]."""
-        codes = np.asarray(codes, np.float32)
-        if codes.ndim != 4 or codes.size == 0:
-            raise ImageError(f"an array of shape {codes.shape} holds no codes; use (N, h, w, K)")
-        return np.clip(self._engine.in_parts("decode", codes), 0, 1)
+        codes = _to_array(codes)
+        if codes.ndim != 4 or codes.size == 0 or codes.dtype.kind != "f":
+            raise ImageError(
+                f"a {codes.dtype} array of shape {codes.shape} holds no codes; use floats "
+                "(N, h, w, K), as encode gives them"
+            )
+        features = self._code_features()
+        if codes.shape[3] != features:
+            raise ImageError(
+                f"the codes have {codes.shape[3]} features, those of {self.network.name} {features}"
+            )
+        shape = tuple(side * self.network.stride for side in codes.shape[1:3])
+        return np.clip(self._engine.in_parts("decode", codes.astype(np.float32), shape), 0, 1)
+
+    def _code_features(self) -> int:
+        side = 8 * self.network.stride
+        image = jax.ShapeDtypeStruct((1, side, side, self.network.channels), np.float32)
+        return jax.eval_shape(self.network.encode, self.params, image).shape[3]
 
     @property
     def receptive_field(self) -> ReceptiveField | None:
@@ -186,17 +206,21 @@ class Restorer:
     def _frame(self, image: Any) -> frames.Frame | None:
         """A picture or path as a frame; None for an array."""
         if isinstance(image, (str, os.PathLike)):
-            return images.read_picture(epath.Path(image)).frames[0]
-        if not images.is_picture(image):
+            picture = images.read_picture(epath.Path(image))
+            frame, notes = picture.frames[0], picture.notes
+        elif images.is_picture(image):
+            frame, notes = frames.from_pillow(image)
+        else:
             return None
-        frame, notes = frames.from_pillow(image)
         for note in notes:
             self._say(note)
         return frame
 
     def _adapt(self, array: np.ndarray) -> list[np.ndarray]:
         """An image as those `(H, W, C)` ones that the engine takes."""
-        _check(array)
+        array = _checked(array)
+        if array.ndim == 4:
+            raise ImageError(f"an array of shape {array.shape} is several images, not one")
         channels = array.shape[2] if array.ndim == 3 else 1
         image = array.reshape(*array.shape[:2], channels)
         if image.dtype.kind == "f":
@@ -225,14 +249,24 @@ class Restorer:
             _log.warning("%s", note)
 
 
-def _check(array: np.ndarray) -> None:
-    """Refuses what is not one image or several."""
+def _to_array(value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise ImageError(f"not an array: {error}") from error
+
+
+def _checked(image: Any) -> np.ndarray:
+    """An array; refuses what is not one image or several."""
+    array = _to_array(image)
     if array.ndim not in (2, 3, 4) or array.size == 0:
         raise ImageError(
             f"an array of shape {array.shape} is no image; use (H, W), (H, W, C), (N, H, W, C)"
         )
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype not in (np.uint8, np.uint16) and array.dtype.kind != "f":
         raise ImageError(f"dtype {array.dtype} is not supported; use uint8, uint16 or float")
+    return array
 
 
 def _to_float(array: np.ndarray) -> np.ndarray:
@@ -241,12 +275,12 @@ def _to_float(array: np.ndarray) -> np.ndarray:
         return array.astype(np.float32) / np.iinfo(array.dtype).max
     if np.isnan(array).any():
         raise ImageError("the image has values that are NaN; replace them")
-    if not (array.min() >= 0 and array.max() <= 1):
+    if not (array.min() >= -_ROUNDING and array.max() <= 1 + _ROUNDING):
         raise ImageError(
             f"float images must lie in [0, 1], these in [{array.min():g}, {array.max():g}]; "
             "scale or clip them, or pass uint8"
         )
-    return array.astype(np.float32)
+    return np.clip(array, 0, 1).astype(np.float32)
 
 
 def restore(image: Any, run: str | os.PathLike, *, model: Any = None) -> Any:

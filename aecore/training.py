@@ -37,6 +37,7 @@ from aecore.data import Dataset
 from aecore.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError
 from aecore.parallel import DataParallel, join_processes
 from aecore.restoration import Restorer
+from aecore.storage import write_whole
 
 # A run may go on with other values of these: they say how long, where, how often and on what, but
 # not what is learned.
@@ -557,10 +558,7 @@ def _refuse_differences(
 
 
 def _write_json(path: epath.Path, value: Any) -> None:
-    """Writes a file that appears whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    temporary.replace(path)
+    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _json_line(values: Mapping[str, Any]) -> str:

@@ -31,6 +31,8 @@ def load(source: str | os.PathLike, *, model: Any = None) -> tuple[Any, Any, Map
     Raises:
       CheckpointError: there is nothing that can be used, or its model is unknown.
     """
+    if not isinstance(source, (str, os.PathLike)) or not str(source):
+        raise CheckpointError(f"{source!r} names no run directory, exported file, or weights")
     path = epath.Path(source).expanduser()
     if not path.exists() and str(source) in NAMES:
         shipped = _FOLDER / f"{source}{exporting.SUFFIX}"

@@ -268,7 +268,7 @@ def test_pictures_of_many_sizes_compile_few_shapes(trained, tmp_path):
     assert len(jobs) == 80
     restorer = aecore.Restorer.load(trained)
     assert all(isinstance(done, bulk.Done) for done in bulk.restore(jobs, restorer))
-    assert len(restorer._engine._compiled) <= 4
+    assert len([key for key in restorer._engine._known if isinstance(key, tuple)]) <= 4
 
 
 def test_collisions_are_found_before_anything_is_done(tmp_path):
@@ -278,7 +278,55 @@ def test_collisions_are_found_before_anything_is_done(tmp_path):
         [str(tmp_path)], str(tmp_path / "out"), recursive=False, suffix="", extension="png"
     )
     with pytest.raises(ConfigError, match="would both become"):
-        files.check(jobs, comparing=False, overwrite=True)
+        files.check(jobs, comparing=False, overwrite=True, report=None)
+
+
+def test_an_output_folder_within_the_input_is_no_input(unchanged, tmp_path, capfd):
+    save_pictures(tmp_path / "in", 2)
+    out = tmp_path / "in" / "out"
+    args = [tmp_path / "in", "-o", out, "-m", unchanged, "--recursive", "--if-exists", "overwrite"]
+    for _ in range(2):
+        status, output, errors = run(capfd, *args)
+        assert (status, errors) == (0, "")
+        assert "2 restored" in output
+    suffixed = [tmp_path / "in", "-o", tmp_path / "in", "-m", unchanged, "--suffix", "_new"]
+    for _ in range(2):
+        status, output, errors = run(capfd, *suffixed, "--if-exists", "overwrite")
+        assert (status, errors) == (0, "")
+        assert "2 restored" in output
+
+
+def test_an_input_named_twice_is_restored_once(unchanged, tmp_path, capfd):
+    save_pictures(tmp_path / "in", 2)
+    source = tmp_path / "in" / "0.png"
+    twice = [source, tmp_path / "in" / ".." / "in" / "0.png", tmp_path / "in" / "*0.png"]
+    status, output, _ = run(capfd, *twice, "-o", tmp_path / "out", "-m", unchanged)
+    assert status == 0
+    assert "1 restored" in output
+    # A pattern that matches one file, or a file named like a pattern, is one file.
+    status, *_ = run(capfd, tmp_path / "in" / "0*", "-o", tmp_path / "b.png", "-m", unchanged)
+    assert status == 0
+    assert (tmp_path / "b.png").is_file()
+
+
+def test_what_is_no_regular_file_is_not_replaced(unchanged, tmp_path, capfd):
+    save_pictures(tmp_path / "in", 1)
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    args = [tmp_path / "in" / "0.png", "-o", pipe, "-m", unchanged, "--if-exists", "overwrite"]
+    status, _, errors = run(capfd, *args)
+    assert status == 2
+    assert "no regular file" in errors
+    assert pipe.is_fifo()
+
+
+def test_names_of_files_stay_in_one_line(unchanged, tmp_path, capfd):
+    source = tmp_path / "a\nb.png"
+    source.write_text("text")
+    status, _, errors = run(capfd, source, "-o", tmp_path / "out", "-m", unchanged)
+    assert status == 1
+    assert errors.count("\n") == 1
+    assert "a\\nb.png: is not a picture" in errors
 
 
 def test_animations_and_pages_come_back_whole(unchanged, tmp_path, capfd):

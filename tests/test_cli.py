@@ -46,17 +46,41 @@ def test_evaluate_prints_the_scores(trained, capsys):
             ["restore", "{pictures}", "-o", "{pictures}", "-m", "{trained}"],
             "would be overwritten",
         ),
+        (["restore", "{pictures}/0.png", "-o", "", "-m", "{trained}"], "no output"),
+        (
+            ["restore", "{pictures}", "-o", "{tmp}/o", "-m", "{trained}", "--suffix", "/../x"],
+            "is no part of a file's name",
+        ),
+        (
+            ["restore", "{pictures}/0.png", "-o", "{tmp}/o.xyz", "-m", "{trained}"],
+            "can't be written with the ending '.xyz'; use .png",
+        ),
+        (["restore", "{pictures}", "-o", "/dev/null/x", "-m", "{trained}"], "/dev/null is no fold"),
         (
             [
                 "restore",
                 "{pictures}/0.png",
-                "{pictures}/../{folder}/0.png",
                 "-o",
-                "{tmp}/o",
+                "{tmp}/o.png",
                 "-m",
                 "{trained}",
+                "--report",
+                "{pictures}/0.png",
             ],
-            "would both become",
+            "is a picture too; choose another file for the report",
+        ),
+        (
+            [
+                "restore",
+                "{pictures}/0.png",
+                "-o",
+                "{tmp}/o.png",
+                "-m",
+                "{trained}",
+                "--report",
+                "{tmp}/none/report.json",
+            ],
+            "its folder is missing",
         ),
         (
             ["restore", "{pictures}/0.png", "-o", "{pictures}/1.png", "-m", "{trained}"],
@@ -73,10 +97,7 @@ def test_evaluate_prints_the_scores(trained, capsys):
     ],
 )
 def test_wrong_usage_gets_one_line_and_status_2(trained, pictures, tmp_path, capsys, args, message):
-    words = [
-        a.format(tmp=tmp_path, trained=trained, pictures=pictures, folder=pictures.name)
-        for a in args
-    ]
+    words = [a.format(tmp=tmp_path, trained=trained, pictures=pictures) for a in args]
     status, _, errors = run(capsys, cli.run, *words)
     assert status == 2
     assert message in errors

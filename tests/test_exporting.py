@@ -55,10 +55,10 @@ def test_an_exported_network_shares_shapes(tmp_path):
     restorer = random_restorer(NoiseReducer())
     exported = aecore.Restorer.load(save(restorer, tmp_path / "net.aecore"))
     images = [RANDOM.random((side, 40 - side, 1), np.float32) for side in range(8, 32, 4)]
-    exported.announce([image.shape[:2] for image in images])
-    for ours, theirs in zip(exported.each(images), restorer.each(images), strict=True):
+    shapes = exported.shared_shapes([image.shape[:2] for image in images])
+    for ours, theirs in zip(exported.each(images, shapes), restorer.each(images), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    assert any(within for _, _, within in exported._engine._compiled)
+    assert any(key[2] for key in exported._engine._known if isinstance(key, tuple))
 
 
 def test_it_is_lowered_for_every_platform(tmp_path):
@@ -168,6 +168,22 @@ def callback(head, members):
     members["functions/apply"] = bytes(exported.serialize())
 
 
+def description_of_strings(head, members):
+    head["description"] = {"image_size": "abc"}
+
+
+def scores_of_lists(head, members):
+    head["description"] = {"metrics": [1]}
+
+
+def noise_of_words(head, members):
+    head["description"] = {"inputs": {"noise": ["a", "b"]}}
+
+
+def name_with_escapes(head, members):
+    head["network"]["name"] = "\x1b[31m"
+
+
 def nonsense_function(head, members):
     members["functions/apply"] = b"nonsense"
 
@@ -194,6 +210,10 @@ def no_functions_other_shape(head, members):
         pickled,
         no_stride,
         callback,
+        description_of_strings,
+        scores_of_lists,
+        noise_of_words,
+        name_with_escapes,
         nonsense_function,
         no_functions_unknown_model,
         no_functions_other_shape,
@@ -260,6 +280,10 @@ def model_that_is_a_list(description):
     description["model"] = ["NoiseReducer"]
 
 
+def history_of_numbers(description):
+    description["history"] = [1]
+
+
 def truncate_arrays(run):
     for path in run.glob("checkpoints/*/params/**/*"):
         if path.is_file() and path.stat().st_size > 100:
@@ -280,6 +304,7 @@ def remove_arrays(run):
         edit_description(model_with_unknown_field),
         edit_description(image_size_of_strings),
         edit_description(model_that_is_a_list),
+        edit_description(history_of_numbers),
         truncate_arrays,
         remove_arrays,
     ],

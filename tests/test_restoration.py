@@ -44,6 +44,10 @@ def random_params(model):
     )
 
 
+def compiled_shapes(restorer):
+    return {key[0].shape for key in restorer._engine._known if isinstance(key, tuple)}
+
+
 def identity(channels):
     return aecore.Restorer(Identity(channels=channels), {}, {})
 
@@ -59,6 +63,8 @@ def test_arrays_come_back_as_they_went_in(shape, channels, dtype):
     image = image.astype(dtype)
     restored = identity(channels)(image)
     assert restored.dtype == dtype
+    swapped = image.astype(image.dtype.newbyteorder())
+    np.testing.assert_allclose(identity(channels)(swapped), image, atol=1e-7)
     np.testing.assert_allclose(restored, image, atol=1e-7 if dtype == np.float64 else 0)
 
 
@@ -194,7 +200,7 @@ def test_large_pictures_are_restored_in_tiles_of_themselves(monkeypatch):
     restorer = aecore.Restorer(model, params, {})
     whole = aecore.Restorer(model, params, {}, tile=0)(image)
     np.testing.assert_allclose(restorer(image), whole, atol=1e-5)
-    assert max(key[0].shape for key in restorer._engine._compiled) <= (64, 64)
+    assert max(compiled_shapes(restorer)) <= (64, 64)
 
 
 def test_a_network_that_sees_everything_is_not_tiled(monkeypatch):
@@ -215,7 +221,7 @@ def test_a_network_that_sees_everything_is_not_tiled(monkeypatch):
     [
         ({"tile": 8}, "too small for NoiseReducer, which sees 4 and 8 pixels beyond; use at least"),
         ({"tile": -1}, "tile -1 is not possible"),
-        ({"batch_size": 0}, "batch_size 0 is less than 1"),
+        ({"batch_size": 0}, "batch_size 0 is not possible"),
         ({"precision": "float16"}, "precision 'float16' is unknown"),
     ],
 )
@@ -269,12 +275,12 @@ def test_images_of_many_sizes_share_shapes():
         RANDOM.integers(0, 256, (*RANDOM.integers(5, 200, 2), 1), np.uint8) for _ in range(60)
     ]
     whole = aecore.Restorer(model, params, {})
-    announced = aecore.Restorer(model, params, {})
-    shape = announced.announce([image.shape[:2] for image in images])
-    images.sort(key=lambda image: shape(image.shape[:2]))
-    for restorer, most in ((announced, 4), (aecore.Restorer(model, params, {}), 7)):
-        restored = list(restorer.each(images))
-        assert len({key[0].shape for key in restorer._engine._compiled}) <= most
+    restorer = aecore.Restorer(model, params, {})
+    shared = restorer.shared_shapes([image.shape[:2] for image in images])
+    for shapes, most in ((shared, 4), ((), 7)):
+        restorer = aecore.Restorer(model, params, {})
+        restored = list(restorer.each(images, shapes))
+        assert len(compiled_shapes(restorer)) <= most
         for image, result in zip(images[::20], restored[::20], strict=True):
             whole._engine._shapes.clear()
             difference = whole(image).astype(int) - result
@@ -289,10 +295,54 @@ def test_networks_that_pad_otherwise_get_arrays_of_their_own_shape():
 
     images = [RANDOM.random((4 * count, 8), np.float32) for count in range(2, 9)]
     restorer = aecore.Restorer(Reflecting(channels=1), {}, {})
-    restorer.announce([image.shape for image in images])
-    for image, restored in zip(images, restorer.each(images), strict=True):
+    shapes = restorer.shared_shapes([image.shape for image in images])
+    assert shapes == []
+    for image, restored in zip(images, restorer.each(images, shapes), strict=True):
         padded = np.pad(image, 1, mode="reflect")
         np.testing.assert_allclose(restored, (padded[2:, 2:] + padded[:-2, :-2]) / 2, atol=1e-6)
+
+
+def test_long_and_thin_images_do_not_get_large_arrays(trained):
+    restorer = aecore.Restorer.load(trained)
+    for shape in ((28, 28), (32, 32), (4, 30000), (5, 20000), (300, 200)):
+        restorer(np.zeros(shape, np.uint8))
+    assert all(height * width <= 2**18 for height, width in compiled_shapes(restorer))
+
+
+def test_images_before_one_that_does_not_fit_are_restored(trained):
+    restored = aecore.Restorer.load(trained).each([np.zeros((8, 8)), np.zeros((8, 8)), np.ones(3)])
+    assert next(restored).shape == next(restored).shape == (8, 8)
+    with pytest.raises(ImageError, match=r"shape \(3,\) is no image"):
+        next(restored)
+
+
+def test_memory_that_runs_out_late_is_blamed_on_the_batch_that_needed_it(trained, monkeypatch):
+    restorer = aecore.Restorer.load(trained)
+    images = [RANDOM.random((400, 300), np.float32)] * 2 + [RANDOM.random((28, 28), np.float32)]
+    expected = [restorer(image) for image in images]
+    device_get = jax.device_get
+
+    def get(array):
+        if getattr(array, "ndim", 0) == 4 and array.shape[1] > 200:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return device_get(array)
+
+    monkeypatch.setattr(jax, "device_get", get)
+    for result, image in zip(aecore.Restorer.load(trained).each(images), expected, strict=True):
+        np.testing.assert_allclose(result, image, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (np.zeros((1, 4, 4, 99), np.float32), "99 features, those of NoiseReducer 8"),
+        ("text", "holds no codes"),
+        ([[1.0], [1.0, 2.0]], "not an array"),
+    ],
+)
+def test_codes_that_do_not_fit_are_refused(trained, codes, message):
+    with pytest.raises(ImageError, match=message):
+        aecore.Restorer.load(trained).decode(codes)
 
 
 def test_threads_may_share_a_restorer(trained):

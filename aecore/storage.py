@@ -1,0 +1,30 @@
+"""Files that appear whole or not at all."""
+
+import contextlib
+import errno
+import os
+import threading
+from typing import Any
+
+
+def write_whole(path: Any, data: bytes) -> None:
+    """Writes a file by way of a temporary one beside it, of which nothing is left in any case.
+
+    Args:
+      path: an `epath.Path` or a `pathlib.Path`.
+      data: what to write.
+
+    Raises:
+      OSError: the file can't be written, or what has its name is no regular file, such as a
+        device; of remote file systems, what they raise.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
+        raise FileExistsError(errno.EEXIST, "it is there already, and no regular file", str(path))
+    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -11,7 +11,8 @@ yet. What was run, on 2 CPU cores and 10,358 images of 4,566 people:
     python experiments/lfw_enhance.py --data.data-dir DIR --training.steps 30
         --training.batch-size 8 --training.log-every 3 --data.validation-fraction 0.02
 
-30 steps took 137 s, 2.1 images/s; the loss fell from 0.64 (mean of the first three steps) to 0.023.
+30 steps took 68 s with evaluation, 5.9 images/s; the loss fell from 0.64 (mean of the first three
+steps) to 0.023.
 The pixelated images of the 1,036 that the default split holds out score an MSE of 0.00529
 (22.76 dB; the mean of each image's PSNR is 23.16 dB) and an SSIM of 0.799.
 """

@@ -1,5 +1,6 @@
 """The `aecore` command."""
 
+import os
 import sys
 
 
@@ -7,10 +8,22 @@ def main() -> None:
     """Runs the command; Ctrl-C while Python still imports it ends it in one line, too."""
     try:
         from aecore import cli
+
+        cli.run()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    cli.run()
+        _end_at_once(130)
+    except SystemExit as ended:
+        if ended.code == 130:
+            _end_at_once(130)
+        raise
+
+
+def _end_at_once(status: int) -> None:
+    """Ends the process without Python's clearing up, which may crash while a device computes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -395,15 +395,7 @@ class _Run:
         self._counts = {}
 
     def __call__(self, images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        try:
-            yield from self._restore(iter(images))
-        finally:
-            # A program that ends while something is computed may crash.
-            for restored, *_ in self._computing:
-                jax.block_until_ready(restored)
-
-    def _restore(self, images: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        failure = None
+        images, failure = iter(images), None
         while failure is None:
             try:
                 self._waiting.append(next(images))

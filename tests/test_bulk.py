@@ -235,8 +235,7 @@ def test_what_a_picture_is_unlike_is_said_once(trained, tmp_path, capfd):
 
 def test_an_interruption_leaves_what_was_finished(unchanged, tmp_path):
     save_pictures(tmp_path / "in", 400, (300, 300), mode="RGB")
-    code = "from aecore import cli; cli.run()"
-    command = [sys.executable, "-c", code, "restore", tmp_path / "in"]
+    command = [sys.executable, "-m", "aecore", "restore", tmp_path / "in"]
     process = subprocess.Popen(
         [*map(str, command), "-o", str(tmp_path / "out"), "-m", unchanged],
         stderr=subprocess.PIPE,

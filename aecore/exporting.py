@@ -65,6 +65,7 @@ def save(
     field = network.receptive_field(params)
     head = {
         "format": _FORMAT,
+        "jax": jax.__version__,
         "network": {
             "name": network.name,
             "channels": network.channels,
@@ -157,7 +158,13 @@ class ExportedNetwork:
             before=_count(field["before"], 0), after=_count(field["after"], 0)
         )
         for name in _FUNCTIONS:
-            setattr(self, name, _deserialize(name, functions[name]).call)
+            try:
+                exported = _deserialize(name, functions[name])
+            except jax.errors.JaxRuntimeError as error:
+                raise ValueError(
+                    f"JAX {jax.__version__} can't read what JAX {head.get('jax')!s:.20} wrote"
+                ) from error
+            setattr(self, name, exported.call)
 
     def receptive_field(self, params):
         del params

@@ -6,6 +6,7 @@ import sys
 import time
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from conftest import save_pictures
@@ -139,6 +140,53 @@ def test_alpha_may_be_dropped(unchanged, tmp_path, capfd):
         status, *_ = run(capfd, tmp_path / "a.png", "-o", out, "-m", unchanged, "--alpha", alpha)
         assert status == 0
         np.testing.assert_array_equal(Image.open(out), kept)
+
+
+def pictures_of_all_modes(folder):
+    """One picture of each mode and depth that files have."""
+
+    def noise(*shape, dtype=np.uint8):
+        return RANDOM.integers(0, np.iinfo(dtype).max + 1, (9, 14, *shape), dtype)
+
+    folder.mkdir()
+    for mode, shape in (("L", ()), ("LA", (2,)), ("RGB", (3,)), ("RGBA", (4,))):
+        Image.fromarray(noise(*shape)).save(folder / f"{mode}.png")
+    Image.fromarray(noise(3)).quantize(20).save(folder / "P.png")
+    Image.fromarray(noise(3)).quantize(20).save(folder / "P-transparent.png", transparency=3)
+    Image.fromarray(noise()).convert("1").save(folder / "1.png")
+    Image.fromarray(noise(3)).convert("CMYK").save(folder / "CMYK.tif")
+    for ending in ("png", "tif"):
+        Image.fromarray(noise(dtype=np.uint16)).save(folder / f"I16-{ending}.{ending}")
+        cv2.imwrite(str(folder / f"RGB16-{ending}.{ending}"), noise(3, dtype=np.uint16))
+    cv2.imwrite(str(folder / "RGBA16.png"), noise(4, dtype=np.uint16))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_identity_changes_no_pixel_of_any_mode(tmp_path, capfd, channels):
+    model = save_unchanged(tmp_path / "unchanged.aecore", channels)
+    source, out = tmp_path / "in", tmp_path / "out"
+    pictures_of_all_modes(source)
+    status, output, errors = run(capfd, source, "-o", out, "-m", model)
+    assert (status, errors) == (0, "")
+    assert "CMYK became RGB" in output
+    assert names(out) == names(source)
+    for name in names(source):
+        before, after = (images.read_picture(folder / name).frames[0] for folder in (source, out))
+        assert after.mode == before.mode
+        np.testing.assert_array_equal(after.values, before.values)
+        if before.alpha is not None:
+            np.testing.assert_array_equal(after.alpha, before.alpha)
+    kept = {"L.png": "L", "LA.png": "LA", "1.png": "1", "I16-png.png": "I;16", "RGBA.png": "RGBA"}
+    for name, mode in kept.items():
+        with Image.open(source / name) as before, Image.open(out / name) as after:
+            assert after.mode == before.mode == mode
+            np.testing.assert_array_equal(after, before)
+    for name in ("RGB16-png.png", "RGB16-tif.tif", "RGBA16.png"):
+        before, after = (
+            cv2.imread(str(folder / name), cv2.IMREAD_UNCHANGED) for folder in (source, out)
+        )
+        assert after.dtype == np.uint16
+        np.testing.assert_array_equal(after, before)
 
 
 def bomb() -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 from aecore import expectations, images, tiling, videos
 from aecore.errors import ImageError
 from aecore.files import Failure, Job
-from aecore.frames import Picture
+from aecore.images import Picture
 from aecore.restoration import Restorer
 
 _THREADS = min(8, os.cpu_count() or 1)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from etils import epath
-from PIL import Image
 
 from aecore import images, videos
 from aecore.errors import ConfigError
@@ -15,7 +14,7 @@ COMPARISON = "_compare.png"
 """What is appended to an output's stem to name the comparison with its input."""
 
 _FALLBACK = ".png"
-"""For pictures in formats that Pillow reads but doesn't write."""
+"""For pictures in formats that are read but not written."""
 
 
 class Job(NamedTuple):
@@ -80,7 +79,7 @@ def find(
     if is_file and folder.suffix and not folder.is_dir():
         job = Job(found[0][0], folder)
         ending = folder.suffix.lower()
-        if not (ending in videos.SUFFIXES if job.is_video else _is_written(ending)):
+        if not (ending in videos.SUFFIXES if job.is_video else images.can_write(ending)):
             raise ConfigError(
                 f"{folder}: {'videos' if job.is_video else 'pictures'} can't be written with the "
                 f"ending {folder.suffix!r}; use {'.mp4 or .mkv' if job.is_video else '.png'}"
@@ -90,7 +89,7 @@ def find(
     for source, relative in found:
         job = Job(source, folder / relative)
         ending = source.suffix if extension == "auto" or job.is_video else f".{extension}"
-        if not job.is_video and not _is_written(ending):
+        if not job.is_video and not images.can_write(ending):
             ending = _FALLBACK
         target = job.target.with_name(f"{source.stem}{suffix}{ending}")
         jobs.setdefault((_resolved(source), target), Job(source, target))
@@ -192,10 +191,6 @@ def _in_folder(
 
 def _looks_like_picture(path: epath.Path) -> bool:
     return path.suffix.lower() in images.SUFFIXES | videos.SUFFIXES
-
-
-def _is_written(ending: str) -> bool:
-    return Image.registered_extensions().get(ending.lower()) in Image.SAVE
 
 
 def _fixed_part(path: epath.Path) -> epath.Path:

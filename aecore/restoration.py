@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from aecore import frames, images, networks
+from aecore import images, networks
 from aecore.engine import Engine
 from aecore.errors import ImageError
 from aecore.receptive_field import ReceptiveField
@@ -106,7 +106,7 @@ class Restorer:
         frame = self._frame(image)
         if frame is not None:
             restored = self(frame.values)
-            return frames.to_pillow(frame.replace(restored, frame.alpha))
+            return images.to_pillow(frame.replace(restored, frame.alpha))
         array = _checked(image)
         if array.ndim == 4:
             return np.stack(list(self.each(array)))
@@ -203,13 +203,13 @@ class Restorer:
 
         return summaries.summarize(self.network, self.params, self.description)
 
-    def _frame(self, image: Any) -> frames.Frame | None:
+    def _frame(self, image: Any) -> images.Frame | None:
         """A picture or path as a frame; None for an array."""
         if isinstance(image, (str, os.PathLike)):
             picture = images.read_picture(epath.Path(image))
             frame, notes = picture.frames[0], picture.notes
         elif images.is_picture(image):
-            frame, notes = frames.from_pillow(image)
+            frame, notes = images.from_pillow(image)
         else:
             return None
         for note in notes:

@@ -19,7 +19,9 @@ def write_whole(path: Any, data: bytes) -> None:
         device; of remote file systems, what they raise.
     """
     if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
-        raise FileExistsError(errno.EEXIST, "it is there already, and no regular file", str(path))
+        raise FileExistsError(
+            errno.EEXIST, "there is a directory, device or pipe of that name", str(path)
+        )
     temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as file:

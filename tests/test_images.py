@@ -21,10 +21,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
-from aecore import encoders, frames, images
+from aecore import images
 from aecore.errors import ImageError
-from aecore.frames import Frame, Picture, from_pillow, to_pillow
-from aecore.images import read_picture, write_picture
+from aecore.images import (
+    Frame,
+    Picture,
+    encoders,
+    frames,
+    from_pillow,
+    read_picture,
+    to_pillow,
+    write_picture,
+)
 
 RANDOM = np.random.default_rng(0)
 SIZE = (23, 31)

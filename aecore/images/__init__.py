@@ -29,9 +29,9 @@ from PIL import (
     UnidentifiedImageError,
 )
 
-from aecore.encoders import FORMATS, STRUCTURAL_TAGS, encode
 from aecore.errors import ImageError
-from aecore.frames import KINDS, Frame, Picture, from_pillow
+from aecore.images.encoders import FORMATS, STRUCTURAL_TAGS, encode
+from aecore.images.frames import KINDS, Frame, Picture, from_pillow, to_pillow
 from aecore.storage import write_whole
 
 SUFFIXES = frozenset(
@@ -42,6 +42,31 @@ SUFFIXES = frozenset(
 
 PIXEL_LIMIT = 2**30
 """Pixels that all frames of a picture may have together; a hostile file can claim any number."""
+
+__all__ = [
+    "DISK_FULL",
+    "PIXEL_LIMIT",
+    "SUFFIXES",
+    "Frame",
+    "Picture",
+    "at_working_size",
+    "can_write",
+    "find",
+    "from_array",
+    "from_float",
+    "from_pillow",
+    "is_picture",
+    "read",
+    "read_extent",
+    "read_picture",
+    "read_shape",
+    "read_size",
+    "save",
+    "silence_pillow",
+    "to_pillow",
+    "walk",
+    "write_picture",
+]
 
 _GRAY_MODES = ("1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L")
 
@@ -93,6 +118,11 @@ def walk(folder: Any) -> list[Any]:
 def find(folder: Any) -> list[Any]:
     """Of the files under a folder (an `epath.Path`), those whose ending is a picture's."""
     return [path for path in walk(folder) if path.suffix.lower() in SUFFIXES]
+
+
+def can_write(suffix: str) -> bool:
+    """Whether pictures can be written with an ending, such as `.png`."""
+    return Image.registered_extensions().get(suffix.lower()) in FORMATS
 
 
 def is_picture(value: Any) -> bool:

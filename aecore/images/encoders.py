@@ -23,7 +23,7 @@ from PIL import (
 )
 
 from aecore.errors import ImageError
-from aecore.frames import (
+from aecore.images.frames import (
     KINDS,
     MODES,
     Frame,

@@ -10,7 +10,8 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union
 
 import tyro
@@ -113,13 +114,12 @@ class Restore:
                 print(failure, file=sys.stderr)
             return 1 if failures else 0
         images.silence_pillow()
-        # A process that is told to end finishes what it writes, too.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with _notes_on_stdout():
+        with _notes_on_stdout(), _interruptible() as is_interrupted:
             restorer = self._restorer()
             results = bulk.restore(jobs, restorer, alpha=self.alpha, compare=self.compare)
             with contextlib.closing(results):
-                outcomes = self._collect(itertools.chain(failures, results), skipped, len(jobs))
+                watched = _until(is_interrupted, itertools.chain(failures, results))
+                outcomes = self._collect(watched, skipped, len(failures) + len(jobs))
             counts = collections.Counter(type(outcome).__name__ for outcome in outcomes)
         print(
             f"{counts['Done']:,} restored, {counts['Failure']:,} failed, {len(skipped):,} skipped"
@@ -334,6 +334,36 @@ def _write_report(path: Any, outcomes: Sequence[Any], skipped: Sequence[Any]) ->
         for job in skipped
     ]
     write_whole(path, (json.dumps({"files": entries}, indent=2) + "\n").encode())
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Has Ctrl-C and SIGTERM raise KeyboardInterrupt; yields whether one came.
+
+    The exception alone would not do: where it is raised within a callback, it is lost.
+    """
+    came = threading.Event()
+
+    def interrupt(*_):
+        came.set()
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
+    try:
+        yield came.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _until(is_interrupted: Callable[[], bool], results: Iterable[Any]) -> Iterator[Any]:
+    for result in results:
+        if is_interrupted():
+            raise KeyboardInterrupt
+        yield result
 
 
 @contextlib.contextmanager

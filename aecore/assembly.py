@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aecore import parallel, state, steps
+from aecore import networks, parallel, state, steps
 from aecore.config import Experiment, Training
 from aecore.errors import ConfigError
 from aecore.parallel import DataParallel
@@ -70,7 +70,7 @@ def assemble(
         steps.train_step,
         apply=apply
         if training.precision == "float32"
-        else steps.in_precision(apply, jnp.dtype(training.precision)),
+        else networks.in_precision(apply, jnp.dtype(training.precision)),
         optimizer=optimizer,
         seed=training.seed,
         parts=_parts(experiment, image_shape, share, parallel.platform),

@@ -131,7 +131,7 @@ class Engine:
         parts = [window.size for size in sizes for window in self.windows(size)]
         if len(set(parts)) > _SHARED_SHAPES and not self._can_share:
             return []
-        return sorted(set(tiling.shared_shapes(parts, _SHARED_SHAPES).values()))
+        return tiling.shared_shapes(parts, _SHARED_SHAPES)
 
     def in_parts(
         self, method: Literal["encode", "decode"], batch: np.ndarray, shape: Size
@@ -268,18 +268,12 @@ class Engine:
             return restored if is_float else jnp.rint(restored * highest).astype(kind.dtype)
 
         device = jax.sharding.SingleDeviceSharding(self.device)
-        specs = [((count, *kind.shape, kind.channels), kind.dtype)] + [
-            ((count, 2), np.int32)
-        ] * within
+        specs = [((count, *kind.shape, kind.channels), kind.dtype)]
+        if within:
+            specs.append(((count, 2), np.int32))
+        args = [jax.ShapeDtypeStruct(*spec, sharding=device) for spec in specs]
         try:
-            compiled = (
-                jax.jit(restore)
-                .lower(
-                    self.params,
-                    *(jax.ShapeDtypeStruct(*spec, sharding=device) for spec in specs),
-                )
-                .compile()
-            )
+            compiled = jax.jit(restore).lower(self.params, *args).compile()
         except jax.errors.JaxRuntimeError as error:
             raise _as_out_of_memory(error, kind) from error
         analysis = compiled.memory_analysis()

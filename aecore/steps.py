@@ -108,17 +108,6 @@ def degrading(degradation: Degradation) -> Prepare:
     return prepare
 
 
-def in_precision(apply: Apply, dtype: Any) -> Apply:
-    """The network computed in `dtype`, from and to float32. Parameters stay as they are."""
-
-    def cast(tree, dtype):
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
-
-    return lambda params, images: apply(cast(params, dtype), images.astype(dtype)).astype(
-        jnp.float32
-    )
-
-
 def eval_step(
     params: Any, images: jax.Array, keys: jax.Array, *, apply: Apply, prepare: Prepare
 ) -> dict[str, jax.Array]:

@@ -83,8 +83,8 @@ def tile_for(size: Size, tile: int, field: ReceptiveField, stride: int) -> Size:
     return side(size[0]), side(size[1])
 
 
-def shared_shapes(sizes: Iterable[Size], most: int) -> Mapping[Size, Size]:
-    """For each size the shape of the array to put it into, so that there are few shapes.
+def shared_shapes(sizes: Iterable[Size], most: int) -> list[Size]:
+    """Few shapes of arrays, so that each size fits into one.
 
     Pairs of shapes that waste the least area are merged until few enough are left.
 
@@ -94,7 +94,7 @@ def shared_shapes(sizes: Iterable[Size], most: int) -> Mapping[Size, Size]:
     """
     counts = collections.Counter(sizes)
     if len(counts) <= most:
-        return {size: size for size in counts}
+        return sorted(counts)
     shapes = _coarse(counts)
     sides = np.array(list(shapes), np.float64)
     numbers = np.array(list(shapes.values()), np.float64)
@@ -106,8 +106,7 @@ def shared_shapes(sizes: Iterable[Size], most: int) -> Mapping[Size, Size]:
         i, j = np.unravel_index(waste.argmin(), waste.shape)
         sides[i], numbers[i] = merged[i, j], numbers[i] + numbers[j]
         sides, numbers = np.delete(sides, j, axis=0), np.delete(numbers, j)
-    chosen = [(int(height), int(width)) for height, width in sides]
-    return {size: smallest_containing(size, chosen) for size in counts}
+    return sorted({(int(height), int(width)) for height, width in sides})
 
 
 def smallest_containing(size: Size, shapes: Iterable[Size]) -> Size | None:
@@ -118,18 +117,16 @@ def smallest_containing(size: Size, shapes: Iterable[Size]) -> Size | None:
 
 def _coarse(counts: Mapping[Size, int]) -> collections.Counter:
     """Sizes rounded up to powers of a factor, which grows until few enough are distinct."""
-    tallest, widest = max(size[0] for size in counts), max(size[1] for size in counts)
     shapes, factor = collections.Counter(counts), 1.0
     while len(shapes) > _MOST_MERGED:
         factor += 0.02
-        exponents = [[math.ceil(math.log(side, factor)) for side in size] for size in counts]
+        keys = [tuple(math.ceil(math.log(side, factor)) for side in size) for size in counts]
         # Of those that are rounded alike, the largest sides are enough.
         largest = {}
-        for size, key in zip(counts, map(tuple, exponents), strict=True):
+        for size, key in zip(counts, keys, strict=True):
             before = largest.get(key, (0, 0))
             largest[key] = (max(before[0], size[0]), max(before[1], size[1]))
         shapes = collections.Counter()
-        for size, key in zip(counts, map(tuple, exponents), strict=True):
+        for size, key in zip(counts, keys, strict=True):
             shapes[largest[key]] += counts[size]
-    assert all(height <= tallest and width <= widest for height, width in shapes)
     return shapes

@@ -60,7 +60,6 @@ __all__ = [
     "read_extent",
     "read_picture",
     "read_shape",
-    "read_size",
     "save",
     "silence_pillow",
     "to_pillow",
@@ -152,17 +151,8 @@ def read_shape(path: Any) -> tuple[int, int, int]:
         return _upright_shape(image)
 
 
-def read_size(path: Any) -> tuple[int, int]:
-    """Height and width of an upright picture, decoding no pixels.
-
-    Raises:
-      ImageError: as for `read_shape`.
-    """
-    return read_shape(path)[:2]
-
-
 def read_extent(path: Any) -> tuple[tuple[int, int], int]:
-    """As `read_size`, and the number of pixels of all frames.
+    """Height and width of an upright picture, and the pixels of all frames, decoding none.
 
     Raises:
       ImageError: as for `read_shape`.

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aecore import networks, parallel, state, steps
-from aecore.config import Experiment, Training
+from aecore import losses, networks, parallel, state, steps
+from aecore.config import Experiment, Optimizer, Training
 from aecore.errors import ConfigError
 from aecore.parallel import DataParallel
 
@@ -47,7 +47,10 @@ def devices(training: Training) -> DataParallel:
 
 
 def assemble(
-    experiment: Experiment, image_shape: tuple[int, int, int], parallel: DataParallel
+    experiment: Experiment,
+    image_shape: tuple[int, int, int],
+    parallel: DataParallel,
+    last_step: int,
 ) -> Assembly:
     """Puts an experiment together.
 
@@ -55,15 +58,22 @@ def assemble(
       experiment: what to train.
       image_shape: height, width and channels.
       parallel: the devices.
+      last_step: at which training will end, for a learning rate that falls until then.
 
     Raises:
       ConfigError: a device's share of a batch can't be divided as `accumulation` says.
     """
     training = experiment.training
     apply = steps.of_model(experiment.model)
-    optimizer = optax.adam(experiment.optimizer.learning_rate)
+    settings = experiment.optimizer
+    transformation = optimizer(settings, last_step)
     create = functools.partial(
-        state.create, experiment.model, optimizer, image_shape, training.seed
+        state.create,
+        experiment.model,
+        transformation,
+        image_shape,
+        training.seed,
+        ema=settings.ema is not None,
     )
     share = training.batch_size // parallel.device_count
     train_step = functools.partial(
@@ -71,11 +81,39 @@ def assemble(
         apply=apply
         if training.precision == "float32"
         else networks.in_precision(apply, jnp.dtype(training.precision)),
-        optimizer=optimizer,
+        optimizer=transformation,
         seed=training.seed,
+        loss=losses.LOSSES[training.loss],
+        ema=settings.ema,
         parts=_parts(experiment, image_shape, share, parallel.platform),
     )
     return Assembly(apply, create, train_step)
+
+
+def optimizer(settings: Optimizer, last_step: int) -> optax.GradientTransformation:
+    """What turns gradients into updates, in a training that ends at `last_step`."""
+    rate = settings.learning_rate
+    warmup = settings.warmup_steps
+    if settings.schedule == "cosine" and last_step > warmup:
+        rate = optax.cosine_decay_schedule(rate, last_step - warmup)
+    if warmup:
+        # Step n takes (n + 1) / (warmup + 1) of the rate: the first one already moves.
+        rise = optax.linear_schedule(
+            settings.learning_rate / (warmup + 1), settings.learning_rate, warmup
+        )
+        then = rate if callable(rate) else optax.constant_schedule(rate)
+        rate = optax.join_schedules([rise, then], [warmup])
+    if settings.weight_decay:
+
+        def kernels(params):
+            return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+        adam = optax.adamw(rate, weight_decay=settings.weight_decay, mask=kernels)
+    else:
+        adam = optax.adam(rate)
+    if settings.clip_norm is None:
+        return adam
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adam)
 
 
 def _parts(

@@ -106,7 +106,11 @@ def _pipelines(experiment: Experiment, array: np.ndarray) -> dict[str, Callable[
         name: functools.partial(
             work,
             data.training_batches(
-                array, degradation, batch_size=training.batch_size, seed=training.seed
+                array,
+                degradation,
+                batch_size=training.batch_size,
+                seed=training.seed,
+                flip=training.flip and degradation is not None,
             ),
         )
         for name, degradation in (
@@ -153,7 +157,7 @@ def _one_batch(experiment: Experiment, image_shape: tuple[int, int, int]) -> Cal
     """Training on one batch, again and again; it compiles when it is first called."""
     training = experiment.training
     devices = assembly.devices(training)
-    parts = assembly.assemble(experiment, image_shape, devices)
+    parts = assembly.assemble(experiment, image_shape, devices, last_step=1)
     step = devices.compile_train_step(functools.partial(parts.train_step, prepare=steps.pairs))
     random = np.random.default_rng(0)
     share = devices.share(training.batch_size)
@@ -216,7 +220,7 @@ def _loop(
 ) -> Callable[[float], int]:
     training = experiment.training
     devices = assembly.devices(training)
-    parts = assembly.assemble(experiment, array.shape[1:], devices)
+    parts = assembly.assemble(experiment, array.shape[1:], devices, training.last_step(len(array)))
     feed = feeds.create(array, experiment.degradation, training, devices, parts.train_step)
     state = devices.compile_create(parts.create)()
     step = 0
@@ -242,7 +246,7 @@ def _loop(
 def _restoring(experiment: Experiment, array: np.ndarray) -> dict[str, Callable[[float], int]]:
     """`Restorer` on uint8 images, one at a time and many."""
     devices = assembly.devices(experiment.training)
-    parts = assembly.assemble(experiment, array.shape[1:], devices)
+    parts = assembly.assemble(experiment, array.shape[1:], devices, last_step=1)
     restorer = Restorer(experiment.model, jax.jit(parts.create)().params, {})
 
     def work(images: np.ndarray, seconds: float) -> int:

@@ -1,8 +1,9 @@
 """Checkpoints of a run: parameters, optimizer state, and a JSON description of what they are.
 
-The only module that imports orbax. A checkpoint is a folder `STEP/` with the items `params`,
-`optimizer` (its state, and the step) and `description`. Orbax commits it whole or not at all;
-checksums in the description tell bytes that changed afterwards, which the array format doesn't.
+The only module that imports orbax. A checkpoint is a folder `STEP/` with the items `params`, `ema`
+(their average, if one is kept), `optimizer` (its state, and the step) and `description`. Orbax
+commits it whole or not at all; checksums in the description tell bytes that changed afterwards,
+which the array format doesn't.
 """
 
 import logging
@@ -138,7 +139,8 @@ class Checkpoints:
             _on_first_process(lambda: self._set_aside(damaged))
             self._manager.reload()
             self._policy.description = description
-            return TrainState(params=items["params"], **items["optimizer"]), description
+            state = TrainState(params=items["params"], ema=items.get("ema"), **items["optimizer"])
+            return state, description
         if damaged:
             raise CheckpointError(
                 f"none of the checkpoints in {self._directory} can be restored; they are damaged, "
@@ -178,7 +180,7 @@ def load(
       abstract_params: from a description, the shapes, dtypes and shardings of the parameters.
 
     Returns:
-      Parameters and description.
+      Parameters, averaged ones if the run kept an average, and description.
 
     Raises:
       CheckpointError: the run has no checkpoint, or none that is whole.
@@ -205,7 +207,9 @@ def load(
             description = descriptions[step]
             try:
                 abstract = abstract_params(description)
-                params = _restore(manager, step, description, {"params": abstract})["params"]
+                # The checksums name the items that there are.
+                name = "ema" if "ema" in description["checksums"] else "params"
+                params = _restore(manager, step, description, {name: abstract})[name]
             except CheckpointError:
                 raise
             except Exception as error:  # As above.
@@ -226,11 +230,12 @@ def _read_description(manager: ocp.CheckpointManager, step: int) -> Description:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """A state's parts; using a network takes the first one alone."""
-    return {
+    """A state's parts; using a network takes the parameters, or their average, alone."""
+    items = {
         "params": state.params,
         "optimizer": {"step": state.step, "opt_state": state.opt_state},
     }
+    return items if state.ema is None else items | {"ema": state.ema}
 
 
 def _restore(

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from aecore import degradations, models
+from aecore import degradations, losses, models
 from aecore.degradations import Degradation
 from aecore.errors import ConfigError
 from aecore.metrics import SSIM_WINDOW
@@ -70,15 +70,47 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """Adam (Kingma and Ba, 2015)."""
+    """Adam (Kingma and Ba, 2015), or AdamW (Loshchilov and Hutter, 2019)."""
 
     learning_rate: float = 1e-3
-    """Step size, above 0."""
+    """Step size, above 0; the highest one where a schedule changes it."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: the learning rate falls along half a cosine, to 0 at the last step."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate first rises, linearly from 0."""
+    weight_decay: float = 0.0
+    """Above 0: AdamW, which shrinks the kernels, not biases and scales, by this times the learning
+    rate at each step."""
+    clip_norm: float | None = None
+    """Largest norm of all gradients together, to which larger ones are scaled; None: any."""
+    ema: float | None = None
+    """Decay, below 1, of an exponential moving average of the parameters, which is then what is
+    evaluated and restored from; None: none is kept."""
 
     def __post_init__(self):
         _require(
             0 < self.learning_rate < float("inf"),
             f"optimizer.learning_rate {self.learning_rate} is not a positive number",
+        )
+        _require(
+            self.schedule in ("constant", "cosine"),
+            f"optimizer.schedule {self.schedule!r} is unknown; use constant or cosine",
+        )
+        _require(
+            isinstance(self.warmup_steps, int) and self.warmup_steps >= 0,
+            f"optimizer.warmup_steps {self.warmup_steps} is not a number of steps; use 0 or more",
+        )
+        _require(
+            0 <= self.weight_decay < float("inf"),
+            f"optimizer.weight_decay {self.weight_decay} is out of bounds; use 0 or more",
+        )
+        _require(
+            self.clip_norm is None or 0 < self.clip_norm < float("inf"),
+            f"optimizer.clip_norm {self.clip_norm} is not a positive number; use one, or None",
+        )
+        _require(
+            self.ema is None or 0 < self.ema < 1,
+            f"optimizer.ema {self.ema} is not between 0 and 1; use one such as 0.999, or None",
         )
 
 
@@ -98,6 +130,10 @@ class Training:
     """By how much the validation loss must fall to count as better."""
     seed: int = 0
     """Seed of the weights, of the images' order and of the noise."""
+    loss: Literal["mse", "mae", "charbonnier", "ms_ssim_l1"] = "mse"
+    """What is made small; see aecore.losses. Which checkpoint is best is told by MSE always."""
+    flip: bool = False
+    """Mirror each training image left to right with probability 1/2."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; there is one at each epoch's end besides."""
     keep: int = 3
@@ -122,12 +158,18 @@ class Training:
     """Train with other processes: auto (TPU pods, Slurm, Open MPI, Kubernetes), or
     HOST:PORT,COUNT,INDEX: the first process's address, how many there are, which this one is."""
 
+    def last_step(self, images: int) -> int:
+        """The step after which training ends, of so many training images."""
+        last = self.epochs * (images // self.batch_size)
+        return last if self.steps is None else min(last, self.steps)
+
     def __post_init__(self):
         for name in ("batch_size", "epochs", "checkpoint_every", "keep", "log_every"):
             value = getattr(self, name)
             _require(isinstance(value, int), f"training.{name} {value} is not a whole number")
             _require(value >= 1, f"training.{name} {value} is less than 1; use 1 or more")
         for name, choices in (
+            ("loss", tuple(losses.LOSSES)),
             ("feed", ("stream", "resident")),
             ("degrade_on", ("host", "device")),
             ("precision", ("float32", "bfloat16")),

@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from aecore import images
+from aecore import augmentations, images
 from aecore.config import Data
 from aecore.degradations import Degradation
 from aecore.errors import DataError, ImageError
@@ -414,6 +414,7 @@ def training_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    flip: bool = False,
     share: slice = slice(None),
 ) -> Iterator[Batch | np.ndarray]:
     """Endless batches for steps `start_step`, `start_step + 1`, …
@@ -427,6 +428,7 @@ def training_batches(
       batch_size: images a batch, at most N.
       seed: of the order and of the noise, which is drawn anew at each step.
       start_step: the first batch's step. What comes before it is not read.
+      flip: whether to mirror images at random before they are degraded.
       share: which images of each batch to make, without reading the others. They are the same
         images, with the same noise, as in the whole batch.
     """
@@ -471,6 +473,8 @@ def training_batches(
     def degrade(step, images):
         original = tf.cast(images, tf.float32) / 255.0
         ops = _TensorFlowOps(tf.stack([tf.constant(seed, tf.int64), step]), first)
+        if flip:
+            original = augmentations.flip(original, ops)
         return degradation.apply(original, ops), original
 
     # Indices are batched first, so that each later stage is one operation on a whole batch.
@@ -520,6 +524,22 @@ class _TensorFlowOps:
     def uniform(self, images, low, high):
         values = self._draw(self.xp.raw_ops.StatelessRandomUniformV2, (images.shape[0], 1, 1, 1))
         return low + (high - low) * values
+
+    def uniform_values(self, images):
+        return self._draw(self.xp.raw_ops.StatelessRandomUniformV2, images.shape)
+
+    def poisson(self, means):
+        # How many random numbers a count takes depends on its mean: each image has its own seed.
+        tf, seed = self.xp, self._next_seed()
+
+        def of_image(values):
+            place, image_means = values
+            key = tf.random.experimental.stateless_fold_in(seed, place)
+            return tf.random.stateless_poisson(image_means.shape, key, image_means, tf.float32)
+
+        places = tf.range(self._first, self._first + means.shape[0])
+        counts = tf.map_fn(of_image, (places, means), fn_output_signature=tf.float32)
+        return tf.ensure_shape(counts, means.shape)
 
     def _draw(self, operation, shape):
         """Values for the images from `first` on, without drawing those before them."""

@@ -23,7 +23,7 @@ class Ops(Protocol):
     """What a degradation may use besides Python's operators on arrays.
 
     Attributes:
-      xp: a namespace with `exp`, `floor`, `maximum` and `minimum`.
+      xp: a namespace with `exp`, `floor`, `maximum`, `minimum`, `reshape`, `round` and `where`.
     """
 
     xp: Any
@@ -36,6 +36,12 @@ class Ops(Protocol):
 
     def uniform(self, images: Array, low: float, high: float) -> Array:
         """One value an image in [low, high), shape `(B, 1, 1, 1)`."""
+
+    def uniform_values(self, images: Array) -> Array:
+        """Independent values in [0, 1), shaped like `images`."""
+
+    def poisson(self, means: Array) -> Array:
+        """Independent Poisson counts, as floats, with these means."""
 
 
 class JaxOps:
@@ -65,6 +71,12 @@ class JaxOps:
     def uniform(self, images, low, high):
         draw = jax.vmap(lambda key: jax.random.uniform(key, minval=low, maxval=high))
         return draw(self._next_keys())[:, None, None, None]
+
+    def uniform_values(self, images):
+        return jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(self._next_keys())
+
+    def poisson(self, means):
+        return jax.vmap(jax.random.poisson)(self._next_keys(), means).astype(jnp.float32)
 
 
 REGISTRY: dict[str, type["Degradation"]] = {}
@@ -127,6 +139,10 @@ def _check_range(
         raise ConfigError(f"{owner}: {name} {value} has low above high; swap them")
 
 
+def _check_share(owner: str, name: str, value: Range) -> None:
+    _check_range(owner, name, value, lambda share: 0 <= share <= 1, f"0 <= {name} <= 1")
+
+
 def _draw(value: Range, images: Array, ops: Ops) -> Array:
     """The parameter itself, or `(B, 1, 1, 1)` values drawn from its range, one an image."""
     return ops.uniform(images, *value) if isinstance(value, tuple) else value
@@ -147,6 +163,89 @@ class GaussianNoise(Degradation):
 
     def apply(self, images, ops):
         return _clip(images + _draw(self.sigma, images, ops) * ops.normal(images), ops)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class ShotNoise(Degradation):
+    """Replaces each value by a Poisson count of photons, scaled back, then clips to [0, 1]."""
+
+    peak: Range = 30.0
+    """Mean count for a value of 1, above 0; fewer are noisier. Two numbers: a range."""
+
+    noisy: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _check_range("ShotNoise", "peak", self.peak, lambda p: 0 < p < np.inf, "peak > 0")
+
+    def apply(self, images, ops):
+        peak = _draw(self.peak, images, ops)
+        return _clip(ops.poisson(images * peak) / peak, ops)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class SaltAndPepper(Degradation):
+    """Sets a random share of the values to 0 or 1, either with equal probability."""
+
+    amount: Range = 0.1
+    """Probability that a value is replaced, in [0, 1]; two numbers: a range."""
+
+    noisy: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _check_share("SaltAndPepper", "amount", self.amount)
+
+    def apply(self, images, ops):
+        amount = _draw(self.amount, images, ops)
+        drawn = ops.uniform_values(images)
+        peppered = ops.xp.where(drawn < amount / 2, 0.0, images)
+        return ops.xp.where(drawn >= 1 - amount / 2, 1.0, peppered)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Mask(Degradation):
+    """Blanks random pixels and random boxes, in all channels at once."""
+
+    pixels: Range = 0.0
+    """Probability that a pixel is blanked, in [0, 1]; two numbers: a range."""
+    boxes: int | tuple[int, int] = 1
+    """Boxes an image; two numbers: a range, both included. They may overlap."""
+    size: Range = 0.25
+    """Sides of a box as a share of the image's sides, in [0, 1], rounded to whole pixels; two
+    numbers: a range, from which each image draws one size."""
+    value: Range = 0.0
+    """What blanked pixels become, in [0, 1]; two numbers: a range."""
+
+    noisy: ClassVar[bool] = True
+
+    def __post_init__(self):
+        for name in ("pixels", "size", "value"):
+            _check_share("Mask", name, getattr(self, name))
+        _check_range(
+            "Mask", "boxes", self.boxes, lambda n: n >= 0 and n == int(n), "whole numbers >= 0"
+        )
+
+    def apply(self, images, ops):
+        xp = ops.xp
+        height, width = images.shape[1:3]
+        rows = np.arange(height, dtype=np.float32)[:, None, None]
+        columns = np.arange(width, dtype=np.float32)[None, :, None]
+        blank = ops.uniform_values(images[..., :1]) < _draw(self.pixels, images, ops)
+        size = _draw(self.size, images, ops)
+        box = [_namespace(self.size, ops)[0].round(side * size) for side in (height, width)]
+        few, most = self.boxes if isinstance(self.boxes, tuple) else (self.boxes, self.boxes)
+        count = xp.floor(ops.uniform(images, few, most + 1))
+        for index in range(most):
+            top, left = (
+                xp.floor(ops.uniform(images, 0.0, 1.0) * (side - extent + 1))
+                for side, extent in zip((height, width), box, strict=True)
+            )
+            inside = (rows >= top) & (rows < top + box[0])
+            inside = inside & (columns >= left) & (columns < left + box[1])
+            blank = blank | (inside & (index < count))
+        return xp.where(blank, _draw(self.value, images, ops), images)
 
 
 @register
@@ -240,6 +339,128 @@ def _apply_separable(
     images = ops.einsum(f"{batch}ij,bhjc->bhic", columns, images)
     # The weights of a mean add up to 1, but for rounding.
     return _clip(images, ops)
+
+
+# Annex K of ITU-T T.81 (JPEG): the example tables for luminance and chrominance, which encoders
+# use and scale.
+_LUMINANCE = """
+    16 11 10 16  24  40  51  61   12 12 14 19  26  58  60  55
+    14 13 16 24  40  57  69  56   14 17 22 29  51  87  80  62
+    18 22 37 56  68 109 103  77   24 35 55 64  81 104 113  92
+    49 64 78 87 103 121 120 101   72 92 95 98 112 100 103  99
+"""
+_CHROMINANCE = """
+    17 18 24 47 99 99 99 99   18 21 26 66 99 99 99 99
+    24 26 56 99 99 99 99 99   47 66 99 99 99 99 99 99
+    99 99 99 99 99 99 99 99   99 99 99 99 99 99 99 99
+    99 99 99 99 99 99 99 99   99 99 99 99 99 99 99 99
+"""
+_TABLES = [
+    np.array(table.split(), np.float32).reshape(8, 8) for table in (_LUMINANCE, _CHROMINANCE)
+]
+
+# RGB to luminance and two chrominances around 0, from JFIF (ITU-T T.871).
+_TO_YCC = np.array(
+    [
+        [0.299, 0.587, 0.114],
+        [-0.299 / 1.772, -0.587 / 1.772, 0.5],
+        [0.5, -0.587 / 1.402, -0.114 / 1.402],
+    ],
+    np.float32,
+)
+_FROM_YCC = np.linalg.inv(_TO_YCC.astype(np.float64)).astype(np.float32)
+
+# The orthonormal discrete cosine transform of 8 values.
+_DCT = np.sqrt(0.25) * np.cos(np.pi / 8 * np.arange(8)[:, None] * (np.arange(8) + 0.5))
+_DCT[0] /= np.sqrt(2)
+_DCT = _DCT.astype(np.float32)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class JPEG(Degradation):
+    """What JPEG loses: colour at half the size (4:2:0), and the 8×8 blocks' cosine coefficients.
+
+    As libjpeg does it, up to rounding within its transforms, for gray and RGB images.
+    """
+
+    quality: Range = 50
+    """libjpeg's quality, in 1 to 100; two numbers: a range."""
+
+    def __post_init__(self):
+        _check_range("JPEG", "quality", self.quality, lambda q: 1 <= q <= 100, "1 to 100")
+
+    def apply(self, images, ops):
+        xp = _namespace(self.quality, ops)[0]
+        quality = xp.floor(_as_float(_draw(self.quality, images, ops)))
+        scale = xp.where(quality < 50, xp.floor(5000 / quality), 200 - 2 * quality)
+        levels = ops.xp.round(images * 255.0)
+        height, width, channels = images.shape[1:]
+        if channels == 1:
+            result = _through_blocks(levels - 128.0, _TABLES[0], scale, ops) + 128.0
+            return _clip(ops.xp.round(result) / 255.0, ops)
+        ycc = ops.xp.round(ops.einsum("bhwc,kc->bhwk", levels, _TO_YCC))
+        luminance = ycc[..., :1] - 128.0
+        small = _resized(_resized(ycc[..., 1:], 1, _halving(height), ops), 2, _halving(width), ops)
+        luminance = _through_blocks(luminance, _TABLES[0], scale, ops)
+        small = _through_blocks(ops.xp.round(small), _TABLES[1], scale, ops)
+        chrominance = _resized(_resized(small, 1, _doubling(height), ops), 2, _doubling(width), ops)
+        result = 128.0 + ops.einsum("bhwc,kc->bhwk", luminance, _FROM_YCC[:, :1])
+        result = result + ops.einsum("bhwc,kc->bhwk", chrominance, _FROM_YCC[:, 1:])
+        return _clip(ops.xp.round(result) / 255.0, ops)
+
+
+def _through_blocks(planes: Array, table: np.ndarray, scale: Array, ops: Ops) -> Array:
+    """Quantises the cosine coefficients of each 8×8 block, and goes back to whole levels."""
+    height, width, channels = planes.shape[1:]
+    # A last block that is not full repeats the last row and column, as libjpeg does.
+    for axis, side in ((1, height), (2, width)):
+        planes = _resized(planes, axis, _last_repeated(side, -(-side // 8) * 8), ops)
+    rows, columns = planes.shape[1] // 8, planes.shape[2] // 8
+    blocks = ops.xp.reshape(planes, (-1, rows, 8, columns, 8, channels))
+    xp = np if isinstance(scale, np.floating) else ops.xp
+    steps = xp.floor((table[:, None, :, None] * _as_tables(scale) + 50.0) / 100.0)
+    steps = xp.minimum(xp.maximum(steps, 1.0), 255.0)
+    coefficients = ops.einsum("ui,vj,bricjk->brucvk", _DCT, _DCT, blocks)
+    coefficients = ops.xp.round(coefficients / steps) * steps
+    blocks = ops.einsum("ui,vj,brucvk->bricjk", _DCT, _DCT, coefficients)
+    planes = ops.xp.reshape(blocks, (-1, 8 * rows, 8 * columns, channels))
+    planes = ops.xp.round(planes[:, :height, :width])
+    return ops.xp.minimum(ops.xp.maximum(planes, -128.0), 127.0)
+
+
+def _as_tables(scale: Array) -> Array:
+    """`(B, 1, 1, 1)` values as `(B, 1, 1, 1, 1, 1)`, to broadcast against blocks."""
+    return scale if isinstance(scale, np.floating) else scale[..., None, None]
+
+
+def _as_float(value: Array) -> Array:
+    return np.float32(value) if isinstance(value, (int, float)) else value
+
+
+def _resized(images: Array, axis: int, matrix: np.ndarray, ops: Ops) -> Array:
+    """Multiplies the height (axis 1) or the width (axis 2) by a `(new, old)` matrix."""
+    return ops.einsum("ij,bjwc->biwc" if axis == 1 else "ij,bhjc->bhic", matrix, images)
+
+
+def _last_repeated(size: int, padded: int) -> np.ndarray:
+    """`(padded, size)`: the identity, its last row repeated."""
+    return np.eye(size, dtype=np.float32)[np.minimum(np.arange(padded), size - 1)]
+
+
+def _halving(size: int) -> np.ndarray:
+    """`(size / 2 rounded up, size)`: means of pairs; an odd last one is paired with itself."""
+    half = -(-size // 2)
+    return _last_repeated(size, 2 * half).reshape(half, 2, size).mean(1)
+
+
+def _doubling(size: int) -> np.ndarray:
+    """`(size, size / 2 rounded up)`: linear interpolation between the pairs' centres."""
+    half = -(-size // 2)
+    near = np.arange(size) // 2
+    far = np.clip(near + np.where(np.arange(size) % 2, 1, -1), 0, half - 1)
+    eye = np.eye(half, dtype=np.float32)
+    return 0.75 * eye[near] + 0.25 * eye[far]
 
 
 def _clip(images: Array, ops: Ops) -> Array:

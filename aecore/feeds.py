@@ -85,7 +85,7 @@ class Stream:
 
     def __init__(self, array, degradation, training, parallel, step):
         on_device = training.degrade_on == "device"
-        prepare = steps.degrading(degradation) if on_device else steps.pairs
+        prepare = steps.degrading(degradation, training.flip) if on_device else steps.pairs
         self._step = parallel.compile_train_step(functools.partial(step, prepare=prepare))
         self._place = parallel.place_batch
         self._batches = functools.partial(
@@ -94,6 +94,7 @@ class Stream:
             None if on_device else degradation,
             batch_size=training.batch_size,
             seed=training.seed,
+            flip=training.flip and not on_device,
             share=parallel.share(training.batch_size),
         )
         self._placed = None
@@ -133,7 +134,7 @@ class Resident:
     def __init__(self, array, degradation, training, parallel, step):
         _check_memory(array, parallel)
         shape = array.shape[1:]
-        degrade = steps.degrading(degradation)
+        degrade = steps.degrading(degradation, training.flip)
 
         def prepare(rows, keys):
             return degrade(rows.reshape(-1, *shape), keys)

@@ -4,13 +4,14 @@ Every network has `encode` and `decode`, `channels` (the C that it takes) and `s
 must be multiples of it).
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from aecore.convolution import Conv, ConvTranspose, merge_phases
+from aecore.convolution import Conv, ConvTranspose, merge_phases, split_phases
 from aecore.errors import ConfigError
 
 REGISTRY: dict[str, type[nn.Module]] = {}
@@ -79,6 +80,12 @@ class Autoencoder(nn.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         return self.decode(self.encode(images))
+
+
+def _check_choice(owner: str, name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        known = " or ".join(map(str, choices))
+        raise ConfigError(f"{owner} can't have {name} {value!r}; use {known}")
 
 
 def _check_features(owner: str, features: tuple[int, ...], channels: int) -> None:
@@ -166,3 +173,211 @@ class ResolutionEnhancer(Autoencoder):
         for layer in after:
             codes = nn.relu(layer(codes))
         return self.output(codes)
+
+
+@register
+class SubpixelAutoencoder(Autoencoder):
+    """Convolutions at half the resolution, from and to the image's four phases.
+
+    The four pixels of each 2×2 block are the channels of one pixel, as in sub-pixel convolutions
+    (Shi et al., "Real-time single image and video super-resolution using an efficient sub-pixel
+    convolutional neural network", CVPR 2016) and FFDNet (Zhang et al., IEEE Transactions on Image
+    Processing 27, 2018): nothing is thrown away, and no layer computes at full resolution. With the
+    default features, it has fewer parameters than `NoiseReducer` for one channel: 3,130.
+    """
+
+    features: tuple[int, ...] = (16, 14)
+    """Features of the layers before the last one."""
+    channels: int = 1
+    """Channels of the images."""
+    residual: bool = False
+    """Whether the output is the image and a linear layer's correction; else it is a sigmoid."""
+
+    def __post_init__(self):
+        _check_features("SubpixelAutoencoder", self.features, self.channels)
+        super().__post_init__()
+
+    @property
+    def stride(self) -> int:
+        return 2
+
+    def setup(self):
+        self.encoder = [Conv(features) for features in self.features]
+        self.output = Conv(4 * self.channels)
+
+    def encode(self, images):
+        phases = split_phases(images)
+        codes = phases
+        for layer in self.encoder:
+            codes = nn.relu(layer(codes))
+        # What is corrected is part of the code.
+        return jnp.concatenate([codes, phases], axis=3) if self.residual else codes
+
+    def decode(self, codes):
+        codes, phases = jnp.split(codes, [self.features[-1]], axis=3)
+        output = self.output(codes)
+        return merge_phases(output + phases if self.residual else nn.sigmoid(output))
+
+
+class _Block(nn.Module):
+    """Two convolutions, whose result is added to what they got."""
+
+    features: int
+    norm: str
+
+    @nn.compact
+    def __call__(self, images):
+        change = images
+        for _ in range(2):
+            if self.norm == "group":
+                change = nn.GroupNorm(num_groups=math.gcd(self.features, 8))(change)
+            change = Conv(self.features)(nn.relu(change))
+        return images + change
+
+
+@register
+class UNet(Autoencoder):
+    """An encoder and a decoder of residual blocks at several scales, with skips between them.
+
+    Each level has half the resolution of the one before. On the way up, what its level had on the
+    way down is added. The form is that of DRUNet (Zhang et al., "Plug-and-play image restoration
+    with deep denoiser prior", IEEE TPAMI 44, 2022), from U-Net (Ronneberger et al., MICCAI 2015)
+    and residual networks.
+    """
+
+    features: tuple[int, ...] = (32, 64, 128)
+    """Features of the levels, finest first."""
+    blocks: int = 1
+    """Residual blocks at each level on each way."""
+    channels: int = 1
+    """Channels of the images."""
+    residual: bool = True
+    """Whether the output is the image and a linear layer's correction; else it is a sigmoid."""
+    norm: str = "none"
+    """none, or group: GroupNorm before each block's convolutions. It sees the whole image, so that
+    large images can't be restored in tiles."""
+    patch: int = 1
+    """2: the finest level has half the image's resolution, and its four phases as channels."""
+
+    def __post_init__(self):
+        _check_features("UNet", self.features, self.channels)
+        _check_choice("UNet", "norm", self.norm, ("none", "group"))
+        _check_choice("UNet", "patch", self.patch, (1, 2))
+        if self.blocks < 1:
+            raise ConfigError(f"UNet can't have {self.blocks} blocks; use 1 or more")
+        super().__post_init__()
+
+    @property
+    def stride(self) -> int:
+        return self.patch * 2 ** (len(self.features) - 1)
+
+    def setup(self):
+        def level(features):
+            return [_Block(features, self.norm) for _ in range(self.blocks)]
+
+        finest, *coarser = self.features
+        self.input = Conv(finest)
+        self.down = [Conv(features, stride=2) for features in coarser]
+        self.encoder = [level(features) for features in self.features]
+        self.up = [ConvTranspose(features) for features in self.features[:-1]]
+        self.decoder = [level(features) for features in self.features]
+        self.output = Conv(self.channels * self.patch**2)
+
+    def __call__(self, images):
+        return self._up(*self._down(images))
+
+    def encode(self, images):
+        """All that the decoder needs, at the coarsest level's resolution.
+
+        These are the images and what each level passes on; the finer ones as their phases.
+        """
+        levels = self._down(images)
+        return jnp.concatenate([_to_size(level, levels[-1].shape[1]) for level in levels], axis=3)
+
+    def decode(self, codes):
+        parts, first = [], 0
+        for features, scale in self._parts():
+            count = features * scale**2
+            part = codes[..., first : first + count]
+            while scale > 1:
+                part, scale = merge_phases(part), scale // 2
+            parts.append(part)
+            first += count
+        return self._up(*parts)
+
+    def _parts(self) -> list[tuple[int, int]]:
+        """Of each part of a code its features, and how many times finer than the code it is."""
+        count = len(self.features)
+        image = (self.channels * self.patch**2, 2 ** (count - 1))
+        return [image, *((f, 2 ** (count - 1 - i)) for i, f in enumerate(self.features))]
+
+    def _down(self, images) -> list[jax.Array]:
+        """The image at the finest level's resolution, and what each level comes to."""
+        images = split_phases(images) if self.patch == 2 else images
+        level = self.input(images)
+        levels = []
+        for index, blocks in enumerate(self.encoder):
+            if index:
+                level = self.down[index - 1](level)
+            for block in blocks:
+                level = block(level)
+            levels.append(level)
+        return [images, *levels]
+
+    def _up(self, images, *levels) -> jax.Array:
+        *finer, level = levels
+        for index in reversed(range(len(levels))):
+            if index < len(finer):
+                level = self.up[index](level) + finer[index]
+            for block in self.decoder[index]:
+                level = block(level)
+        output = self.output(nn.relu(level))
+        output = images + output if self.residual else nn.sigmoid(output)
+        return merge_phases(output) if self.patch == 2 else output
+
+
+def _to_size(images: jax.Array, height: int) -> jax.Array:
+    """Images as the phases of phases that have this height."""
+    while images.shape[1] > height:
+        images = split_phases(images)
+    return images
+
+
+@register
+class LinearAutoencoder(Autoencoder):
+    """A linear map of each square patch to a code, and a linear map back, with biases.
+
+    Trained with MSE on undegraded images, its codes span what the first principal components span
+    (Baldi and Hornik, "Neural networks and principal component analysis", Neural Networks 2, 1989).
+    """
+
+    components: int = 32
+    """Numbers in the code of a patch."""
+    patch: int = 28
+    """Side of a patch in pixels; patches don't overlap."""
+    channels: int = 1
+    """Channels of the images."""
+
+    def __post_init__(self):
+        _check_features("LinearAutoencoder", (self.components, self.patch), self.channels)
+        super().__post_init__()
+
+    @property
+    def stride(self) -> int:
+        return self.patch
+
+    def setup(self):
+        self.encoder = nn.Dense(self.components)
+        self.decoder = nn.Dense(self.patch**2 * self.channels)
+
+    def encode(self, images):
+        b, h, w, c = images.shape
+        p = self.patch
+        patches = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+        return self.encoder(patches.reshape(b, h // p, w // p, p * p * c))
+
+    def decode(self, codes):
+        b, h, w, _ = codes.shape
+        p, c = self.patch, self.channels
+        patches = self.decoder(codes).reshape(b, h, w, p, p, c).transpose(0, 1, 3, 2, 4, 5)
+        return patches.reshape(b, h * p, w * p, c)

@@ -64,10 +64,10 @@ def compile_step(
     training = experiment.training
     form = parallel.FORMS[training.parallel](devices)
     form.check_batch_size(training.batch_size)
-    parts = assembly.assemble(experiment, image_shape, form)
+    parts = assembly.assemble(experiment, image_shape, form, last_step=1)
     shape = form.batch_shape(training.batch_size)
     if training.degrade_on == "device" or training.feed == "resident":
-        prepare = steps.degrading(experiment.degradation)
+        prepare = steps.degrading(experiment.degradation, training.flip)
         batch = jax.ShapeDtypeStruct((*shape, *image_shape), np.uint8, sharding=form.sharded)
     else:
         prepare = steps.pairs
@@ -119,7 +119,7 @@ def plan(
         chosen = with_training(experiment, batch_size=batch_size, parallel=form)
         compiled = compile_step(chosen, image_shape, devices)
         collectives = _collectives(compiled.as_text(), len(devices))
-        parts = assembly.assemble(chosen, image_shape, parallel.FORMS[form](devices))
+        parts = assembly.assemble(chosen, image_shape, parallel.FORMS[form](devices), 1)
         divided = parts.train_step.keywords["parts"] > 1
         costs = cost(chosen, image_shape, devices) if divided else _cost(compiled, share)
         forms[form] = {

@@ -41,6 +41,7 @@ def save_curves(
     validation: Sequence[Mapping[str, float]],
     baseline: Mapping[str, float],
     path: epath.PathLike,
+    loss_name: str = "mse",
 ) -> None:
     """Loss and PSNR over steps.
 
@@ -49,15 +50,17 @@ def save_curves(
       validation: entries with `step`, `mse` and `psnr`.
       baseline: the degraded images' own scores.
       path: of the PNG file.
+      loss_name: what the training loss is; the validation loss is the MSE.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     loss, psnr = figure.subplots(1, 2)
-    loss.plot([e["step"] for e in training], [e["loss"] for e in training], label="training")
+    training_steps = [e["step"] for e in training]
+    loss.plot(training_steps, [e["loss"] for e in training], label=f"training, {loss_name}")
     steps = [e["step"] for e in validation]
-    loss.plot(steps, [e["mse"] for e in validation], "o-", markersize=4, label="validation")
-    loss.set(xlabel="step", ylabel="MSE", yscale="log")
+    loss.plot(steps, [e["mse"] for e in validation], "o-", markersize=4, label="validation, mse")
+    loss.set(xlabel="step", ylabel="loss", yscale="log")
     loss.legend()
     psnr.plot(steps, [e["psnr"] for e in validation], "o-C1", markersize=4, label="restored")
     psnr.axhline(baseline["psnr"], color="gray", linestyle="--", label="degraded")

@@ -18,6 +18,13 @@ class TrainState:
     """The network's parameters, float32."""
     opt_state: Any
     """The optimizer's state for them."""
+    ema: Any = None
+    """An exponential moving average of them; None if none is kept."""
+
+    @property
+    def evaluated(self) -> Any:
+        """The parameters to evaluate and restore with: the average, if one is kept."""
+        return self.params if self.ema is None else self.ema
 
 
 def create(
@@ -25,6 +32,7 @@ def create(
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
     seed: int,
+    ema: bool = False,
 ) -> TrainState:
     """The state at step 0; a pure function, to be called under `jit` or `jax.eval_shape`.
 
@@ -33,10 +41,13 @@ def create(
       optimizer: an optax transformation.
       image_shape: height, width and channels.
       seed: of the initial parameters.
+      ema: whether to keep an average of the parameters, which starts as they do.
     """
     images = jnp.zeros((1, *image_shape), jnp.float32)
     params = model.init(jax.random.key(seed), images)["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    # The average must not share its arrays, since a step's input is donated.
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
 
 def abstract_params(model: Any, image_shape: tuple[int, int, int]) -> Any:

@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from aecore import losses, metrics
-from aecore.degradations import Degradation
+from aecore import augmentations, losses, metrics
+from aecore.degradations import Degradation, JaxOps
 from aecore.state import TrainState
 
 Apply = Callable[[Any, jax.Array], jax.Array]
 """`(params, images) -> images`."""
+
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(outputs, originals) -> one value an image`."""
 
 Prepare = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
 """`(batch, keys) -> (degraded, original)`, both float32 in [0, 1]; one PRNG key an image."""
@@ -31,6 +34,8 @@ def train_step(
     prepare: Prepare,
     optimizer: optax.GradientTransformation,
     seed: int,
+    loss: Loss = losses.mse,
+    ema: float | None = None,
     parts: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, jax.Array]:
@@ -43,6 +48,9 @@ def train_step(
       prepare: makes of a batch what the network gets and what it should give.
       optimizer: turns gradients into updates.
       seed: of the keys, which depend besides on the step and on an image's place in the batch.
+      loss: of outputs and originals.
+      ema: decay of the average of the parameters, if `state` holds one. It is less at first, so
+        that the average soon forgets where the parameters began.
       parts: into how many equal parts the batch is divided, whose gradients are computed one
         after another and averaged. The result is the same but for rounding.
       axis_name: of the devices' axis, or None if there is one device.
@@ -55,7 +63,7 @@ def train_step(
         degraded, original = prepare(batch, keys)
 
         def loss_of(params):
-            return jnp.mean(losses.mse(apply(params, degraded), original))
+            return jnp.mean(loss(apply(params, degraded), original))
 
         return jax.value_and_grad(loss_of)(params)
 
@@ -63,12 +71,16 @@ def train_step(
     first = 0 if axis_name is None else lax.axis_index(axis_name) * size
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, first + jnp.arange(size))
-    loss, gradients = _mean_over_parts(gradient, parts, state.params, batch, keys)
+    value, gradients = _mean_over_parts(gradient, parts, state.params, batch, keys)
     if axis_name is not None:
-        loss, gradients = lax.pmean((loss, gradients), axis_name)
+        value, gradients = lax.pmean((value, gradients), axis_name)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), loss
+    average = None
+    if ema is not None:
+        decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
+        average = optax.incremental_update(params, state.ema, 1 - decay)
+    return TrainState(state.step + 1, params, opt_state, average), value
 
 
 def _mean_over_parts(function: Callable, parts: int, params: Any, *batch: Any) -> Any:
@@ -98,12 +110,15 @@ def pairs(batch: tuple[jax.Array, jax.Array], keys: jax.Array) -> tuple[jax.Arra
     return degraded, original
 
 
-def degrading(degradation: Degradation) -> Prepare:
-    """`Prepare` for batches of `(B, H, W, C)` uint8 originals."""
+def degrading(degradation: Degradation, flip: bool = False) -> Prepare:
+    """`Prepare` for batches of `(B, H, W, C)` uint8 originals, mirrored first if `flip` says so."""
 
     def prepare(images, keys):
         original = images.astype(jnp.float32) / 255.0
-        return degradation(original, keys), original
+        ops = JaxOps(keys)
+        if flip:
+            original = augmentations.flip(original, ops)
+        return degradation.apply(original, ops), original
 
     return prepare
 

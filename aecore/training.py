@@ -39,11 +39,14 @@ from aecore.parallel import DataParallel, join_processes
 from aecore.restoration import Restorer
 from aecore.storage import write_whole
 
+_WHEN_IT_ENDS = frozenset({"training.epochs", "training.steps"})
+
 # A run may go on with other values of these: they say how long, where, how often and on what, but
 # not what is learned.
 _CHANGEABLE = frozenset(
     {"name", "run_dir", "data.data_dir", "data.memory_limit"}
-    | {f"training.{name}" for name in ("epochs", "steps", "patience", "min_delta")}
+    | _WHEN_IT_ENDS
+    | {f"training.{name}" for name in ("patience", "min_delta")}
     | {f"training.{name}" for name in ("checkpoint_every", "keep", "log_every")}
     | {f"training.{name}" for name in ("feed", "degrade_on", "precision", "accumulation")}
     | {f"training.{name}" for name in ("parallel", "devices", "distributed")}
@@ -128,14 +131,12 @@ class _Run:
         self.checkpoints = checkpoints
         self.interruption = interruption
         self.steps_per_epoch = len(dataset.train) // training.batch_size
-        self.last_step = training.epochs * self.steps_per_epoch
-        if training.steps is not None:
-            self.last_step = min(self.last_step, training.steps)
+        self.last_step = training.last_step(len(dataset.train))
 
         # With several processes, the first one alone writes what isn't a checkpoint.
         self.is_first = jax.process_index() == 0
 
-        parts = assembly.assemble(experiment, dataset.image_shape, parallel)
+        parts = assembly.assemble(experiment, dataset.image_shape, parallel, self.last_step)
         self.feed = feeds.create(
             dataset.train, experiment.degradation, training, parallel, parts.train_step
         )
@@ -251,7 +252,11 @@ class _Run:
             self.directory / "samples.png",
         )
         reports.save_curves(
-            self.log.read("loss"), self.history, summary["baseline"], self.directory / "curves.png"
+            self.log.read("loss"),
+            self.history,
+            summary["baseline"],
+            self.directory / "curves.png",
+            self.experiment.training.loss,
         )
         images.save(images.from_float(degraded[0]), self.directory / "example.png")
         _write_json(self.directory / "summary.json", summary)
@@ -299,7 +304,7 @@ class _Run:
 
     def _evaluate(self) -> None:
         scores = self.evaluator(
-            self.state.params, self.dataset.validation, self._evaluation_may_stop
+            self.state.evaluated, self.dataset.validation, self._evaluation_may_stop
         )
         if scores is None:
             self._stop()
@@ -549,7 +554,13 @@ def _check_same_experiment(experiment: Experiment, directory: epath.Path) -> Non
 def _refuse_differences(
     old: Mapping[str, Any], experiment: Experiment, directory: epath.Path
 ) -> None:
-    differing = config.differences(old, config.to_json(experiment), _CHANGEABLE)
+    changeable = _CHANGEABLE
+    if experiment.optimizer.schedule == "cosine":
+        changeable -= _WHEN_IT_ENDS  # A learning rate that falls to 0 by then depends on it.
+    # Fields that aecore did not have yet when the run began have their defaults.
+    whole = config.to_json(config.from_json(old, model=experiment.model))
+    old = whole | {"model": old["model"]}
+    differing = config.differences(old, config.to_json(experiment), changeable)
     if differing:
         raise CheckpointError(
             f"{directory} holds a different experiment ({'; '.join(differing)}); "

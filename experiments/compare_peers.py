@@ -51,7 +51,7 @@ def aecore_step(task: str, images: np.ndarray, precision: str) -> Step:
         training=aecore.Training(batch_size=len(images), precision=precision),
     )
     devices = assembly.devices(experiment.training)
-    parts = assembly.assemble(experiment, images.shape[1:], devices)
+    parts = assembly.assemble(experiment, images.shape[1:], devices, last_step=1)
     prepare = steps.degrading(experiment.degradation) if denoise else steps.pairs
     step = devices.compile_train_step(functools.partial(parts.train_step, prepare=prepare))
     floats = images.astype(np.float32) / 255

@@ -1,12 +1,24 @@
+import io
+
 import cv2
 import jax
 import numpy as np
 import pytest
 import scipy.ndimage
 import scipy.stats
+from PIL import Image
 
 from aecore import data
-from aecore.degradations import Compose, GaussianBlur, GaussianNoise, Pixelate
+from aecore.degradations import (
+    JPEG,
+    Compose,
+    GaussianBlur,
+    GaussianNoise,
+    Mask,
+    Pixelate,
+    SaltAndPepper,
+    ShotNoise,
+)
 from aecore.errors import ConfigError
 
 RANDOM = np.random.default_rng(0)
@@ -64,7 +76,12 @@ def test_gaussian_blur_is_scipys(sigma):
 
 
 @pytest.mark.parametrize(
-    "degradation", [Pixelate(0.4), GaussianBlur(1.5), Compose((GaussianBlur(1.0), Pixelate(0.5)))]
+    "degradation",
+    [
+        Pixelate(0.4),
+        GaussianBlur(1.5),
+        Compose((GaussianBlur(1.0), Pixelate(0.5))),
+    ],
 )
 def test_the_same_numbers_eagerly_under_jit_and_in_tf_data(degradation):
     images = RANDOM.random((3, 30, 22, 3), np.float32)
@@ -89,12 +106,164 @@ def test_noise_agrees_in_distribution_between_tf_data_and_jax(sigma):
         assert all(s.min() < 0.08 and s.max() > 0.25 for s in strengths)
 
 
-def test_noise_of_an_image_depends_on_its_key_alone():
+def test_shot_noise_is_poisson_in_tf_data_and_in_jax():
+    images = np.tile(np.float32([0.1, 0.5])[:, None, None], (200, 1, 16, 16))
+    images = images.reshape(200, 16, 32, 1)
+    noisy = [
+        np.asarray(ShotNoise(12.0)(images, jax.random.key(0))),
+        run_in_tf_data(ShotNoise(12.0), images),
+    ]
+    for level in (0.1, 0.5):
+        counts = [np.rint(values[images == np.float32(level)] * 12) for values in noisy]
+        # Beyond 12 all are clipped.
+        expected = scipy.stats.poisson(12 * level).pmf(np.arange(12)) * counts[0].size
+        for drawn in counts:
+            found = np.bincount(drawn.astype(int), minlength=12)[:12]
+            many = expected > 20
+            chi2 = ((found - expected) ** 2 / expected)[many].sum()
+            assert chi2 < scipy.stats.chi2(many.sum()).ppf(1 - 1e-4)
+
+
+def test_fewer_photons_are_noisier_and_black_stays_black():
+    images = np.zeros((2, 8, 8, 1), np.float32)
+    images[1] = 0.4
+    errors = [
+        np.asarray(ShotNoise(peak)(images, jax.random.key(0)) - images).std(axis=(1, 2, 3))
+        for peak in (10.0, 1000.0)
+    ]
+    assert errors[0][0] == errors[1][0] == 0
+    # The variance of a count is its mean.
+    assert errors[1][1] == pytest.approx((0.4 / 1000) ** 0.5, rel=0.2)
+    assert errors[0][1] > 5 * errors[1][1]
+
+
+@pytest.mark.parametrize("run", ["jax", "tf"])
+def test_salt_and_pepper_replaces_the_share_that_it_says(run):
+    images = np.full((100, 16, 16, 3), 0.5, np.float32)
+    degradation = SaltAndPepper(0.2)
+    noisy = (
+        np.asarray(degradation(images, jax.random.key(0)))
+        if run == "jax"
+        else run_in_tf_data(degradation, images)
+    )
+    assert set(np.unique(noisy)) == {0.0, 0.5, 1.0}
+    for value in (0, 1):
+        assert (noisy == value).mean() == pytest.approx(0.1, abs=0.005)
+
+
+@pytest.mark.parametrize("run", ["jax", "tf"])
+def test_a_mask_blanks_boxes_and_pixels_in_all_channels(run):
+    images = np.full((300, 20, 30, 3), 0.5, np.float32)
+
+    def masked(mask):
+        if run == "jax":
+            return np.asarray(mask(images, jax.random.key(0)))
+        return run_in_tf_data(mask, images)
+
+    one_box = masked(Mask(boxes=1, size=0.25, value=1.0)) == 1
+    assert (one_box == one_box[..., :1]).all()
+    assert (one_box[..., 0].sum(axis=(1, 2)) == 5 * 8).all()
+    # Boxes reach every edge, and are whole.
+    assert one_box[..., 0].any(axis=(0, 1)).all()
+    assert one_box[..., 0].any(axis=(0, 2)).all()
+    assert (one_box[..., 0].any(axis=2).sum(axis=1) == 5).all()
+
+    counts = masked(Mask(boxes=(0, 2), size=(0.1, 0.2)))[..., 0] == 0
+    assert {0} < set(counts.sum(axis=(1, 2)))
+    assert counts.any(axis=(1, 2)).mean() == pytest.approx(2 / 3, abs=0.1)
+
+    pixels = masked(Mask(pixels=0.3, boxes=0)) == 0
+    assert (pixels == pixels[..., :1]).all()
+    assert pixels.mean() == pytest.approx(0.3, abs=0.01)
+
+
+def smooth_images(shape):
+    noise = RANDOM.random(shape, np.float32)
+    smooth = scipy.ndimage.gaussian_filter(noise, (0, 2, 2, 0))
+    low, high = smooth.min(), smooth.max()
+    return np.rint((smooth - low) / (high - low) * 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("quality", [10, 50, 90])
+@pytest.mark.parametrize("shape", [(32, 48, 1), (45, 51, 1), (32, 48, 3), (45, 51, 3)])
+def test_jpeg_is_libjpegs(quality, shape):
+    images = smooth_images((3, *shape))
+    degraded = np.asarray(JPEG(quality)(images / np.float32(255))) * 255
+    for image, result in zip(images, degraded, strict=True):
+        file = io.BytesIO()
+        Image.fromarray(image.squeeze()).save(file, "JPEG", quality=quality, subsampling="4:2:0")
+        expected = np.asarray(Image.open(file), np.float32).reshape(shape)
+        own_error = np.abs(expected - image).mean()
+        # libjpeg rounds within its transforms, which now and then flips a coefficient.
+        assert np.abs(result - expected).mean() < 0.4 * max(own_error, 0.5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpeg_is_libjpegs_to_few_levels_where_coefficients_are_kept(channels):
+    images = smooth_images((1, 45, 51, channels))
+    result = np.asarray(JPEG(100)(images / np.float32(255)))[0] * 255
+    file = io.BytesIO()
+    Image.fromarray(images[0].squeeze()).save(file, "JPEG", quality=100, subsampling="4:2:0")
+    expected = np.asarray(Image.open(file), np.float32).reshape(result.shape)
+    # The image itself is further away in colour, whose resolution is halved.
+    assert np.abs(result - expected).max() <= (1.01 if channels == 1 else 6)
+    assert np.abs(result - expected).mean() < 0.7
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpeg_is_the_same_in_tf_data_but_for_ties(channels):
+    images = smooth_images((4, 30, 44, channels)) / np.float32(255)
+    in_jax = np.asarray(JPEG(30)(images))
+    in_tf = run_in_tf_data(JPEG(30), images)
+    # A coefficient half way between two steps may be rounded either way.
+    assert (np.abs(in_jax - in_tf) < 1e-6).mean() > 0.98
+    assert np.abs(in_jax - in_tf).max() < 0.2
+
+
+def test_a_range_of_jpeg_qualities_draws_one_for_each_image():
+    images = np.tile(smooth_images((1, 32, 32, 1)), (40, 1, 1, 1)) / np.float32(255)
+    for results in (
+        np.asarray(JPEG((5, 60))(images, jax.random.key(0))),
+        run_in_tf_data(JPEG((5, 60)), images),
+    ):
+        each = [
+            np.abs(JPEG(quality)(images[:1]) - results).mean(axis=(1, 2, 3))
+            for quality in range(5, 60)
+        ]
+        nearest = np.array(each)
+        assert nearest.min(axis=0).max() < 1e-3
+        assert len(set(nearest.argmin(axis=0))) > 10
+
+
+RANDOM_ONES = [
+    GaussianNoise(0.3),
+    ShotNoise((5.0, 90.0)),
+    SaltAndPepper(0.3),
+    JPEG((10, 90)),
+    Mask(0.1, (0, 3), (0.1, 0.5), (0.0, 1.0)),
+]
+
+
+@pytest.mark.parametrize("degradation", RANDOM_ONES, ids=lambda value: type(value).__name__)
+def test_noise_of_an_image_depends_on_its_key_alone(degradation):
     images = RANDOM.random((6, 8, 8, 1), np.float32)
     keys = jax.random.split(jax.random.key(1), 6)
-    together = GaussianNoise(0.3)(images, keys)
-    apart = [GaussianNoise(0.3)(images[i : i + 1], keys[i : i + 1])[0] for i in range(6)]
+    together = degradation(images, keys)
+    apart = [degradation(images[i : i + 1], keys[i : i + 1])[0] for i in range(6)]
     np.testing.assert_array_equal(together, np.stack(apart))
+
+
+@pytest.mark.parametrize("degradation", RANDOM_ONES, ids=lambda value: type(value).__name__)
+def test_a_share_of_a_batch_is_degraded_in_tf_data_as_in_the_whole_batch(degradation):
+    array = RANDOM.integers(0, 256, (20, 12, 12, 1), np.uint8)
+    whole, share = (
+        next(data.training_batches(array, degradation, batch_size=8, seed=3, flip=True, share=part))
+        for part in (slice(0, 8), slice(4, 8))
+    )
+    np.testing.assert_array_equal(share.original, whole.original[4:])
+    # Rates are the same; sums over few and over many are rounded differently.
+    close = np.abs(share.degraded - whole.degraded[4:]) < 1e-6
+    assert close.mean() > 0.99
 
 
 def test_parts_of_a_sequence_draw_different_noise():
@@ -138,6 +307,11 @@ def test_results_stay_in_range():
         (lambda: GaussianNoise((0.1, 0.2, 0.3)), "not a number or a"),
         (lambda: Pixelate(0.0), "use 0 < scale <= 1"),
         (lambda: Pixelate(1.5), "use 0 < scale <= 1"),
+        (lambda: ShotNoise(0.0), "use peak > 0"),
+        (lambda: SaltAndPepper(1.1), "use 0 <= amount <= 1"),
+        (lambda: JPEG(0), "use 1 to 100"),
+        (lambda: Mask(boxes=1.5), "use whole numbers"),
+        (lambda: Mask(size=2.0), "use 0 <= size <= 1"),
         (lambda: GaussianBlur(-1.0), "use sigma >= 0"),
         (lambda: GaussianNoise(0.1)(np.zeros((1, 8, 8, 1))), "pass key="),
     ],

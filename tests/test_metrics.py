@@ -1,8 +1,11 @@
+import jax
 import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from aecore import losses, metrics
+
+RANDOM = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("shape", [(4, 28, 28, 1), (3, 80, 80, 3), (2, 11, 17, 3)])
@@ -32,3 +35,44 @@ def test_metrics_agree_with_scikit_image(shape, strength):
     np.testing.assert_allclose(metrics.ssim(outputs, targets), ssim, atol=1e-4)
     mse = [((target - output) ** 2).mean() for target, output in pairs]
     np.testing.assert_allclose(losses.mse(outputs, targets), mse, rtol=1e-5)
+
+
+def test_ms_ssim_is_tensorflows():
+    import tensorflow as tf
+
+    targets = RANDOM.random((2, 192, 200, 3), np.float32)
+    outputs = np.clip(targets + RANDOM.normal(0, 0.2, targets.shape), 0, 1).astype(np.float32)
+    expected = tf.image.ssim_multiscale(targets, outputs, 1.0)
+    np.testing.assert_allclose(metrics.ms_ssim(outputs, targets), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [11, 22, 28, 80])
+def test_ms_ssim_uses_the_scales_that_there_is_room_for(side):
+    targets = RANDOM.random((2, side, side, 1), np.float32)
+    np.testing.assert_allclose(metrics.ms_ssim(targets, targets), 1.0, atol=1e-5)
+    assert (metrics.ms_ssim(1 - targets, targets) < 0.1).all()
+
+
+def test_losses_are_their_formulas():
+    targets, outputs = RANDOM.random((2, 3, 28, 28, 1), np.float32)
+    error = outputs.astype(np.float64) - targets
+    expected = {
+        "mse": (error**2).mean(axis=(1, 2, 3)),
+        "mae": np.abs(error).mean(axis=(1, 2, 3)),
+        "charbonnier": np.sqrt(error**2 + 1e-6).mean(axis=(1, 2, 3)),
+    }
+    expected["ms_ssim_l1"] = 0.84 * (1 - np.asarray(metrics.ms_ssim(outputs, targets))) + (
+        0.16 * expected["mae"]
+    )
+    assert expected.keys() == losses.LOSSES.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(losses.LOSSES[name](outputs, targets), values, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+@pytest.mark.parametrize("outputs", ["equal", "opposite", "flat"])
+def test_gradients_of_losses_are_finite_everywhere(name, outputs):
+    targets = RANDOM.random((2, 28, 28, 1), np.float32)
+    values = {"equal": targets, "opposite": 1 - targets, "flat": np.zeros_like(targets)}[outputs]
+    gradient = jax.grad(lambda x: losses.LOSSES[name](x, targets).sum())(values)
+    assert np.isfinite(gradient).all()

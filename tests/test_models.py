@@ -1,11 +1,17 @@
-"""The recipes' networks, against Keras."""
+"""The recipes' networks against Keras, and what the others promise."""
 
 import jax
 import numpy as np
 import pytest
 
 from aecore.errors import ConfigError
-from aecore.models import NoiseReducer, ResolutionEnhancer
+from aecore.models import (
+    LinearAutoencoder,
+    NoiseReducer,
+    ResolutionEnhancer,
+    SubpixelAutoencoder,
+    UNet,
+)
 
 RANDOM = np.random.default_rng(0)
 
@@ -82,3 +88,69 @@ def test_the_same_function_as_the_keras_network(model, layers_of, shape, paramet
 def test_impossible_networks_are_refused(model, fields):
     with pytest.raises(ConfigError, match="all numbers at least 1"):
         model(**fields)
+
+
+OTHERS = [
+    SubpixelAutoencoder(),
+    SubpixelAutoencoder((8, 6, 4), channels=3, residual=True),
+    UNet((8,)),
+    UNet((6, 8, 10), blocks=2),
+    UNet((6, 8), channels=3, residual=False, norm="group"),
+    UNet((4, 6, 8), channels=3, patch=2),
+    LinearAutoencoder(components=5, patch=4, channels=3),
+]
+
+
+@pytest.mark.parametrize("model", OTHERS, ids=str)
+def test_encoding_and_decoding_is_the_network(model):
+    shape = (2, 3 * model.stride, 2 * model.stride, model.channels)
+    images = RANDOM.random(shape, np.float32)
+    params = model.init(jax.random.key(0), images)["params"]
+    outputs = model.apply({"params": params}, images)
+    assert outputs.shape == images.shape
+    codes = model.apply({"params": params}, images, method="encode")
+    assert codes.shape[:3] == (2, 3, 2)
+    decoded = model.apply({"params": params}, codes, method="decode")
+    np.testing.assert_allclose(decoded, outputs, atol=1e-6)
+
+
+def test_the_subpixel_network_is_no_larger_than_the_recipes():
+    def size(model):
+        params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 28, 28, 1)))
+        return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    assert size(SubpixelAutoencoder()) == 3_130 < size(NoiseReducer()) == 3_217
+
+
+def test_a_unet_comes_in_many_sizes():
+    def size(model):
+        params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 1)))
+        return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    assert size(UNet((8, 12))) < 10_000
+    assert size(UNet((32, 64, 128, 256), blocks=2)) > 4_000_000
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_without_parameters_a_residual_network_is_the_identity(residual):
+    for model in (UNet((4, 6), residual=residual), SubpixelAutoencoder((4,), residual=residual)):
+        images = RANDOM.random((1, 8, 8, 1), np.float32)
+        params = model.init(jax.random.key(0), images)["params"]
+        outputs = model.apply({"params": jax.tree.map(np.zeros_like, params)}, images)
+        np.testing.assert_allclose(outputs, images if residual else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: UNet(norm="batch"), "norm 'batch'; use none or group"),
+        (lambda: UNet(patch=3), "patch 3; use 1 or 2"),
+        (lambda: UNet(blocks=0), "0 blocks; use 1 or more"),
+        (lambda: UNet(features=(8, 0)), "all numbers at least 1"),
+        (lambda: SubpixelAutoencoder(features=()), "all numbers at least 1"),
+        (lambda: LinearAutoencoder(components=0), "all numbers at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused(build, message):
+    with pytest.raises(ConfigError, match=message):
+        build()

@@ -16,6 +16,7 @@ from aecore.errors import ConfigError
 from aecore.models import NoiseReducer, ResolutionEnhancer
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 1), np.uint8)
+ADAM = aecore.Optimizer()
 DEGRADATION = Compose((GaussianBlur((0.1, 1.0)), GaussianNoise((0.1, 0.3))))
 
 
@@ -29,11 +30,18 @@ def experiment(model=None, **training):
     )
 
 
-def run(steps, model=None, start=None, images=IMAGES, **training):
+def run(
+    steps,
+    model=None,
+    start=None,
+    images=IMAGES,
+    optimizer=ADAM,
+    **training,
+):
     """Losses of some steps and the state after them."""
-    chosen = experiment(model, **training)
+    chosen = dataclasses.replace(experiment(model, **training), optimizer=optimizer)
     devices = assembly.devices(chosen.training)
-    parts = assembly.assemble(chosen, images.shape[1:], devices)
+    parts = assembly.assemble(chosen, images.shape[1:], devices, last_step=20)
     feed = feeds.create(images, DEGRADATION, chosen.training, devices, parts.train_step)
     state = devices.compile_create(parts.create)() if start is None else devices.replicate(start)
     losses, step = [], int(state.step)
@@ -72,6 +80,25 @@ def run_on_one_device(degrade_on):
 )
 def test_forms_agree(form):
     assert_agree(run_on_one_device(form["degrade_on"]), run(20, **form), 1e-5)
+
+
+def test_forms_agree_on_averages_losses_flips_and_clipping():
+    settings = dict(
+        optimizer=aecore.Optimizer(schedule="cosine", warmup_steps=5, clip_norm=0.1, ema=0.9),
+        loss="charbonnier",
+        flip=True,
+        degrade_on="device",
+    )
+    one = run(20, devices=1, accumulation=1, **settings)
+    for form in (
+        dict(parallel="jit", devices=8),
+        dict(parallel="pmap", devices=8, accumulation=2),
+        dict(parallel="jit", devices=8, feed="resident"),
+    ):
+        other = run(20, **settings, **form)
+        assert_agree(one, other, 1e-5)
+        for a, b in zip(*map(jax.tree.leaves, (one[1].ema, other[1].ema)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
 def test_forms_agree_for_the_other_network():
@@ -200,6 +227,6 @@ def test_shares_of_a_batch_are_the_batch(count):
 def test_a_batch_is_divided_as_suits_the_cache():
     chosen = experiment(ResolutionEnhancer((256, 128, 64)), devices=1)
     devices = assembly.devices(chosen.training)
-    assert assembly.assemble(chosen, (80, 80, 3), devices).train_step.keywords["parts"] == 32
+    assert assembly.assemble(chosen, (80, 80, 3), devices, 1).train_step.keywords["parts"] == 32
     chosen = experiment(NoiseReducer(), devices=1)
-    assert assembly.assemble(chosen, (28, 28, 1), devices).train_step.keywords["parts"] == 1
+    assert assembly.assemble(chosen, (28, 28, 1), devices, 1).train_step.keywords["parts"] == 1

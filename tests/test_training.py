@@ -16,7 +16,7 @@ import pytest
 from conftest import save_pictures
 
 import aecore
-from aecore import checkpoint, data, feeds, parallel, state, steps
+from aecore import assembly, checkpoint, data, feeds, parallel, state, steps
 from aecore.degradations import GaussianNoise
 from aecore.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError
 from aecore.models import NoiseReducer, ResolutionEnhancer
@@ -39,11 +39,9 @@ def newest(run):
         description = checkpoint._read_description(
             checkpoints._manager, max(checkpoints._manager.all_steps())
         )
-        optimizer = optax.adam(experiment.optimizer.learning_rate)
         shape = (*description["image_size"], description["channels"])
-        restored, description = checkpoints.restore(
-            devices.abstract(lambda: state.create(experiment.model, optimizer, shape, 0))
-        )
+        parts = assembly.assemble(experiment, shape, devices, last_step=8)
+        restored, description = checkpoints.restore(devices.abstract(parts.create))
     return restored, description
 
 
@@ -114,6 +112,109 @@ def test_stopping_and_going_on_changes_nothing(tiny, tmp_path):
     losses = [json.loads(line)["step"] for line in lines if '"loss"' in line]
     # The first part ended before a line was due, and wrote what it had.
     assert losses == [1, 2, 4, 6, 8]
+
+
+EVERYTHING = aecore.Optimizer(
+    learning_rate=2e-3,
+    schedule="cosine",
+    warmup_steps=3,
+    weight_decay=0.1,
+    clip_norm=0.05,
+    ema=0.9,
+)
+
+
+@pytest.mark.parametrize("feed", ["stream", "resident"])
+def test_averages_schedules_and_flips_go_on_exactly(tiny, tmp_path, monkeypatch, feed):
+    chosen = change(
+        tiny, optimizer=EVERYTHING, loss="ms_ssim_l1", flip=True, feed=feed, checkpoint_every=3
+    )
+    aecore.train(chosen, progress=False)
+    real_launch = feeds.Stream.launch if feed == "stream" else feeds.Resident.launch
+    kind = feeds.Stream if feed == "stream" else feeds.Resident
+
+    def launch_then_signal(self, state, step, most):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_launch(self, state, step, most)
+
+    parts = change(chosen, run_dir=str(tmp_path / "parts"))
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "launch", launch_then_signal)
+        with pytest.raises(Interrupted):
+            aecore.train(parts, progress=False)
+    aecore.train(parts, progress=False)
+    assert_identical(tmp_path / "run", tmp_path / "parts")
+
+
+def test_the_average_is_what_is_evaluated_and_restored_with(tiny):
+    chosen = change(tiny, optimizer=aecore.Optimizer(learning_rate=1e-2, ema=0.9))
+    summary = aecore.train(chosen, progress=False)
+    current, description = newest(tiny.run_dir)
+    restorer = aecore.Restorer.load(tiny.run_dir)
+    assert restorer.description["step"] == description["step"]
+    for average, last, restored in zip(
+        *map(jax.tree.leaves, (current.ema, current.params, restorer.params)), strict=True
+    ):
+        np.testing.assert_array_equal(restored, average)
+        assert np.abs(average - last).max() > 0
+    assert aecore.evaluate(tiny.run_dir)["evaluation"] == summary["evaluation"]
+
+
+def test_a_run_whose_rate_falls_until_its_end_keeps_that_end(tiny):
+    cosine = change(tiny, optimizer=aecore.Optimizer(schedule="cosine"))
+    aecore.train(change(cosine, epochs=1), progress=False)
+    with pytest.raises(CheckpointError, match="training.epochs: 1 -> 2"):
+        aecore.train(cosine, progress=False)
+
+
+def test_a_run_from_before_a_field_existed_goes_on(tiny):
+    aecore.train(change(tiny, epochs=1), progress=False)
+    path = Path(tiny.run_dir, "experiment.json")
+    old = json.loads(path.read_text())
+    del old["optimizer"]["ema"], old["training"]["loss"]
+    path.write_text(json.dumps(old))
+    assert aecore.train(tiny, progress=False)["steps"] == 8
+
+
+@pytest.mark.parametrize("settings", [aecore.Optimizer(), EVERYTHING], ids=["plain", "everything"])
+def test_the_optimizer_does_what_it_says(settings):
+    """Against the published formulas, in NumPy."""
+    last, params = 10, {"kernel": np.full((2, 2), 0.5), "bias": np.full(2, 0.5)}
+    optimizer = assembly.optimizer(settings, last)
+    current = {name: jax.numpy.asarray(value, "float32") for name, value in params.items()}
+    opt_state = optimizer.init(current)
+    moments = {name: [0.0, 0.0] for name in params}
+    random = np.random.default_rng(0)
+    for step in range(last):
+        gradients = {name: random.normal(0, 0.1, v.shape) for name, v in params.items()}
+        updates, opt_state = optimizer.update(
+            jax.tree.map(lambda g: g.astype("float32"), gradients), opt_state, current
+        )
+        current = optax.apply_updates(current, updates)
+
+        rate = settings.learning_rate
+        warmup = settings.warmup_steps
+        if step < warmup:
+            rate *= (step + 1) / (warmup + 1)
+        elif settings.schedule == "cosine":
+            rate *= (1 + np.cos(np.pi * (step - warmup) / (last - warmup))) / 2
+        norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
+        if settings.clip_norm is not None:
+            gradients = {n: g * min(1, settings.clip_norm / norm) for n, g in gradients.items()}
+        for name, g in gradients.items():
+            m = moments[name]
+            m[0] = 0.9 * m[0] + 0.1 * g
+            m[1] = 0.999 * m[1] + 0.001 * g**2
+            change = (m[0] / (1 - 0.9 ** (step + 1))) / (
+                np.sqrt(m[1] / (1 - 0.999 ** (step + 1))) + 1e-8
+            )
+            if name == "kernel":
+                change = change + settings.weight_decay * params[name]
+            params[name] = params[name] - rate * change
+    for name, expected in params.items():
+        np.testing.assert_allclose(current[name], expected, atol=1e-5)
+        assert np.abs(expected - 0.5).max() > 1e-3
 
 
 def test_a_finished_run_is_not_trained_again(tiny):

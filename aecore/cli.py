@@ -22,12 +22,15 @@ from aecore.config import Experiment
 from aecore.errors import AecoreError, ConfigError, Interrupted
 
 
-def main(experiment: Experiment, args: Sequence[str] | None = None) -> None:
-    """Trains an experiment, changed by what the command line says, and exits.
+def main(experiment: Experiment, args: Sequence[str] | None = None) -> Experiment:
+    """Trains an experiment, changed by what the command line says; if that fails, exits.
 
     Args:
       experiment: gives every flag its default.
       args: the command line's words; those of the process by default.
+
+    Returns:
+      The experiment as it was trained.
     """
     with _exit_status():
         chosen = tyro.cli(Experiment, default=experiment, args=args)
@@ -37,7 +40,7 @@ def main(experiment: Experiment, args: Sequence[str] | None = None) -> None:
 
         summary = training.train(chosen)
         if jax.process_index() > 0:  # The first process speaks for all.
-            return
+            return chosen
         run = chosen.directory
         print(
             f"\n{summary['name']}: {summary['steps']:,} steps, {summary['epochs']:.4g} epochs in "
@@ -51,6 +54,7 @@ def main(experiment: Experiment, args: Sequence[str] | None = None) -> None:
             f"scores       {run}/summary.json\n\n"
             f"Next: aecore restore {run}/example.png -o restored.png -m {run}"
         )
+    return chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +242,7 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Scores a run's best checkpoint on its validation images."""
+    """Scores a run's best checkpoint on its validation images, beside classical methods."""
 
     run_dir: tyro.conf.Positional[str]
     """The run directory."""
@@ -246,18 +250,34 @@ class Evaluate:
     """Where the data are now; None: where they were."""
     batch_size: int | None = None
     """Images at a time; None: as in training."""
+    classical: bool = True
+    """Whether to score classical methods too, each tuned on training images alone."""
+    methods: tuple[str, ...] | None = None
+    """Which of them; None: all that are installed."""
+    save: bool = False
+    """Write the scores into the run's summary.json, and ranked.png, a picture of the best, the
+    median and the worst results."""
+    json: str | None = None
+    """A file to write the scores to."""
 
     def run(self) -> int:
         from aecore import evaluation
 
         scores = evaluation.evaluate(
-            self.run_dir, data_dir=self.data_dir, batch_size=self.batch_size
+            self.run_dir,
+            data_dir=self.data_dir,
+            batch_size=self.batch_size,
+            classical=(self.methods or True) if self.classical else False,
+            save=self.save,
+            progress=True,
         )
         print(
             f"{self.run_dir}: {scores['evaluation']['images']:,} validation images, "
             f"checkpoint of step {scores['evaluation']['step']:,}\n\n"
-            f"{evaluation.table(scores['evaluation'], scores['baseline'])}"
+            f"{evaluation.table(**scores)}"
         )
+        if self.json is not None:
+            epath.Path(self.json).write_text(json.dumps(scores, indent=2) + "\n")
         return 0
 
 

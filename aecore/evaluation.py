@@ -2,18 +2,21 @@
 
 import collections
 import dataclasses
+import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
-from aecore import config, data, steps
+from aecore import config, data, reports, steps
 from aecore.degradations import Degradation
 from aecore.errors import ConfigError
 from aecore.parallel import DataParallel
 from aecore.restoration import Restorer
+from aecore.storage import write_whole
 
 _log = logging.getLogger(__name__)
 
@@ -21,7 +24,12 @@ _log = logging.getLogger(__name__)
 # that every run and every model is scored on the same inputs.
 _SEED = 20070607
 
-Scores = dict[str, float]
+Scores = dict[str, Any]
+"""`images`, their number; the means `mse`, `psnr` in dB and `ssim`; and `ci95`, for each of these
+means the half width of its 95 % confidence interval over images."""
+
+PerImage = dict[str, np.ndarray]
+"""`mse`, `psnr` and `ssim`, each `(N,)` float32."""
 
 
 class Evaluator:
@@ -55,21 +63,33 @@ class Evaluator:
     ) -> Scores | None:
         """The means over all images.
 
+        Args and stopping are those of `per_image`.
+
+        Returns:
+          Scores; None if it was given up.
+        """
+        values = self.per_image(params, array, stop)
+        return None if values is None else summarize(values)
+
+    def per_image(
+        self, params: Any, array: np.ndarray, stop: Callable[[], bool] = lambda: False
+    ) -> PerImage | None:
+        """Every image's own scores.
+
         Args:
           params: the network's parameters.
           array: `(N, H, W, C)` uint8 originals, N at least 1.
           stop: asked before each batch; when it says yes, the evaluation is given up.
 
         Returns:
-          `images` (N), `mse`, `psnr` in dB and `ssim`; None if it was given up.
+          `mse`, `psnr` in dB and `ssim`, each `(N,)`; None if it was given up.
         """
-        values = collections.defaultdict(list)
+        values = []
         running = collections.deque()
 
         def collect():
             results, count = running.popleft()
-            for name, per_image in jax.device_get(results).items():
-                values[name].append(per_image[:count])
+            values.append({name: v[:count] for name, v in jax.device_get(results).items()})
 
         for batch in data.evaluation_batches(array, self._batch_size):
             if stop():
@@ -82,8 +102,39 @@ class Evaluator:
                 collect()
         while running:
             collect()
-        means = {n: float(np.concatenate(v).mean(dtype=np.float64)) for n, v in values.items()}
-        return {"images": len(array), **means}
+        return concatenate(values)
+
+
+def concatenate(parts: Sequence[PerImage]) -> PerImage:
+    """Several images' scores as one."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def summarize(values: PerImage) -> Scores:
+    """Means, and how certain they are, from the images' own scores."""
+    count = len(values["mse"])
+    means = {name: float(v.mean(dtype=np.float64)) for name, v in values.items()}
+    # By the central limit theorem; of one image nothing can be said.
+    deviations = {
+        name: float(v.std(dtype=np.float64, ddof=count > 1)) for name, v in values.items()
+    }
+    half = {name: 1.96 * deviation / count**0.5 for name, deviation in deviations.items()}
+    return {"images": count, **means, "ci95": half}
+
+
+def image_scores(restored: np.ndarray, originals: np.ndarray) -> PerImage:
+    """The scores of images restored elsewhere.
+
+    Args:
+      restored: `(N, H, W, C)` float32.
+      originals: `(N, H, W, C)` uint8.
+    """
+    return jax.device_get(_score(*jax.device_put((restored, originals))))
+
+
+@jax.jit
+def _score(restored: jax.Array, originals: jax.Array) -> dict[str, jax.Array]:
+    return steps.score(restored, originals.astype(np.float32) / 255)
 
 
 def keys(indices: jax.Array) -> jax.Array:
@@ -91,10 +142,16 @@ def keys(indices: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(_SEED), indices)
 
 
-def degraded(degradation: Degradation, images: np.ndarray) -> np.ndarray:
-    """The first images of a dataset, `(N, H, W, C)` uint8, degraded as they are for evaluation."""
+def degraded(degradation: Degradation, images: np.ndarray, first: int = 0) -> np.ndarray:
+    """`(N, H, W, C)` uint8 images of a dataset, degraded as they are for evaluation.
+
+    Args:
+      degradation: what is done to them.
+      images: successive ones.
+      first: the index of the first one.
+    """
     prepare = jax.jit(lambda images, indices: steps.degrading(degradation)(images, keys(indices)))
-    indices = np.arange(len(images), dtype=np.int32)
+    indices = np.arange(first, first + len(images), dtype=np.int32)
     return jax.device_get(prepare(*jax.device_put((images, indices)))[0])
 
 
@@ -103,14 +160,25 @@ def baseline(degradation: Degradation, parallel: DataParallel, batch_size: int, 
     return Evaluator(lambda _, images: images, degradation, parallel, batch_size)({}, array)
 
 
-def table(evaluation: Mapping[str, float], baseline: Mapping[str, float]) -> str:
-    """The scores before and after, as lines of text."""
-    rows = [("degraded", baseline), ("restored", evaluation)]
+def table(
+    evaluation: Scores, baseline: Scores, classical: Mapping[str, Scores] | None = None
+) -> str:
+    """The scores before and after, and of classical methods, the worst first, as lines of text."""
+    others = sorted((classical or {}).items(), key=lambda item: -item[1]["mse"])
+    rows = {"degraded": baseline, **dict(others), "restored": evaluation}
+    width = max(map(len, rows)) + 2
+
+    def entry(scores, name, digits):
+        # Runs of earlier versions have no interval.
+        half = scores.get("ci95", {}).get(name)
+        return f"{scores[name]:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+
     return "\n".join(
-        [f"{'':10}{'PSNR':>10}{'SSIM':>9}{'MSE':>10}"]
+        [f"{'':{width}}{'PSNR in dB':>14}{'SSIM':>18}{'MSE':>20}"]
         + [
-            f"{name:10}{scores['psnr']:7.2f} dB{scores['ssim']:9.4f}{scores['mse']:10.5f}"
-            for name, scores in rows
+            f"{name:{width}}{entry(scores, 'psnr', 2):>14}{entry(scores, 'ssim', 4):>18}"
+            f"{entry(scores, 'mse', 5):>20}"
+            for name, scores in rows.items()
         ]
     )
 
@@ -121,7 +189,11 @@ def evaluate(
     data_dir: str | None = None,
     batch_size: int | None = None,
     model: Any = None,
-) -> dict[str, Scores]:
+    degradation: Degradation | None = None,
+    classical: bool | Sequence[str] = False,
+    save: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
     """Scores a run's best checkpoint on its validation images, as training did.
 
     Args:
@@ -129,9 +201,16 @@ def evaluate(
       data_dir: where the data are now, if they have moved.
       batch_size: images at a time; as in training by default.
       model: needed if the checkpoint's model is not in `aecore.models.REGISTRY`.
+      degradation: what is done to the images; the run's own by default.
+      classical: whether to score classical methods too, tuned on the training images; or names of
+        those to score (`aecore.classical.METHODS`).
+      save: whether to write the scores into the run's `summary.json`, and `ranked.png` beside it,
+        a picture of the best, the median and the worst results by PSNR.
+      progress: whether to show a progress bar for the classical methods.
 
     Returns:
-      `evaluation` and `baseline`, as in `summary.json`.
+      `evaluation` and `baseline`, as in `summary.json`; and `classical`, if asked for: for each
+      method its scores and its `settings`.
 
     Raises:
       CheckpointError: there is no usable checkpoint.
@@ -142,6 +221,7 @@ def evaluate(
         raise ConfigError(f"batch_size {batch_size} is less than 1; use 1 or more")
     restorer = Restorer.load(run, model=model)
     experiment = config.from_json(restorer.description, model=restorer.model)
+    degradation = degradation or experiment.degradation
     settings = experiment.data
     if data_dir is not None:
         settings = dataclasses.replace(settings, data_dir=data_dir)
@@ -153,13 +233,67 @@ def evaluate(
     batch_size = batch_size or experiment.training.batch_size
     evaluator = Evaluator(
         restorer.network.apply,
-        experiment.degradation,
+        degradation,
         parallel,
         batch_size,
     )
-    params = parallel.replicate(restorer.params)
-    step = restorer.description["step"]
-    return {
-        "evaluation": {"step": step, **evaluator(params, dataset.validation)},
-        "baseline": baseline(experiment.degradation, parallel, batch_size, dataset.validation),
+    values = evaluator.per_image(parallel.replicate(restorer.params), dataset.validation)
+    scores = {
+        "evaluation": {"step": restorer.description["step"], **summarize(values)},
+        "baseline": baseline(degradation, parallel, batch_size, dataset.validation),
     }
+    if classical:
+        from aecore import classical as methods
+
+        names = None if classical is True else classical
+        scores["classical"] = methods.scores(degradation, dataset, names, progress=progress)
+    if save:
+        directory = epath.Path(run).expanduser()
+        _save(directory, scores)
+        _save_ranked(directory, restorer, degradation, dataset, values["psnr"])
+    return scores
+
+
+def _save(directory: epath.Path, scores: Mapping[str, Any]) -> None:
+    """Adds scores to a run's summary; those of classical methods to the ones there are."""
+    path = directory / "summary.json"
+    try:
+        summary = json.loads(path.read_text())
+        earlier = dict(summary.get("classical", {}))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} can't be added to ({error}); let the run's training end first"
+        ) from error
+    summary |= scores
+    if earlier or "classical" in scores:
+        summary["classical"] = earlier | scores.get("classical", {})
+    write_whole(path, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+
+
+def ranked(psnr: np.ndarray, count: int = 3) -> dict[str, np.ndarray]:
+    """Indices of the images with the highest, the middle and the lowest PSNR, `count` of each."""
+    order = np.argsort(-psnr, kind="stable")
+    middle = (len(order) - count) // 2
+    parts = {"best": order[:count], "median": order[middle:][:count], "worst": order[-count:]}
+    return {name: part for name, part in parts.items() if len(part)}
+
+
+def _save_ranked(
+    directory: epath.Path,
+    restorer: Restorer,
+    degradation: Degradation,
+    dataset: data.Dataset,
+    psnr: np.ndarray,
+) -> None:
+    chosen = ranked(psnr)
+    indices = np.concatenate(list(chosen.values()))
+    noisy = np.concatenate([degraded(degradation, dataset.validation[[i]], i) for i in indices])
+    reports.save_samples(
+        {
+            "degraded": noisy,
+            "restored": restorer(noisy),
+            "original": dataset.validation[indices].astype(np.float32) / 255,
+        },
+        directory / "ranked.png",
+        [f"{name}, {psnr[i]:.1f} dB" for name, part in chosen.items() for i in part],
+    )

@@ -18,8 +18,16 @@ def _save(figure: Any, path: epath.PathLike) -> None:
     epath.Path(path).write_bytes(buffer.getvalue())
 
 
-def save_samples(rows: Mapping[str, np.ndarray], path: epath.PathLike) -> None:
-    """A grid of pictures, a labelled row for each array `(N, H, W, C)` of floats in [0, 1]."""
+def save_samples(
+    rows: Mapping[str, np.ndarray], path: epath.PathLike, titles: Sequence[str] = ()
+) -> None:
+    """A grid of pictures.
+
+    Args:
+      rows: a labelled row for each array `(N, H, W, C)` of floats in [0, 1].
+      path: of the PNG file.
+      titles: of the N columns.
+    """
     from matplotlib.figure import Figure
 
     count = len(next(iter(rows.values())))
@@ -33,6 +41,8 @@ def save_samples(rows: Mapping[str, np.ndarray], path: epath.PathLike) -> None:
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
+    for title, axis in zip(titles, axes[0], strict=False):
+        axis.set_title(title, fontsize=7)
     _save(figure, path)
 
 

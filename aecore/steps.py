@@ -140,7 +140,11 @@ def eval_step(
       each `(B,)` float32.
     """
     degraded, original = prepare(images, keys)
-    restored = apply(params, degraded)
+    return score(apply(params, degraded), original)
+
+
+def score(restored: jax.Array, original: jax.Array) -> dict[str, jax.Array]:
+    """What `eval_step` returns, from `(B, H, W, C)` restored and original images."""
     clipped = jnp.clip(restored.astype(jnp.float32), 0.0, 1.0)
     return {
         "mse": losses.mse(restored, original),

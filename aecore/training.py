@@ -240,6 +240,7 @@ class _Run:
             "parameters": state.count_parameters(self.state.params),
             "device": jax.devices()[0].device_kind,
             "devices": self.parallel.device_count,
+            "seed": self.experiment.training.seed,
         }
         if not self.is_first:
             return summary

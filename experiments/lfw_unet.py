@@ -15,7 +15,7 @@ experiment = Experiment(
     # The recipe's own resizing, so that both networks are scored on the same images.
     data=Data(dataset="lfw", image_size=(80, 80), resize="bilinear"),
     optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", warmup_steps=200, ema=0.999),
-    training=Training(batch_size=16, epochs=10, flip=True),
+    training=Training(batch_size=16, epochs=8, flip=True),
 )
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from jax import export
 import aecore
 from aecore import exporting, networks, weights
 from aecore.errors import CheckpointError
-from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer
+from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer, UNet
 
 RANDOM = np.random.default_rng(0)
 
@@ -38,7 +38,9 @@ def save(restorer, path, **options):
     return path
 
 
-@pytest.mark.parametrize("model", [NoiseReducer(), ResolutionEnhancer((36, 34, 33))])
+@pytest.mark.parametrize(
+    "model", [NoiseReducer(), ResolutionEnhancer((36, 34, 33)), UNet((4, 6), channels=3, patch=2)]
+)
 def test_an_exported_network_is_the_network(model, tmp_path):
     restorer = random_restorer(model)
     exported = aecore.Restorer.load(save(restorer, tmp_path / "net.aecore"))

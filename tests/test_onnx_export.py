@@ -14,7 +14,13 @@ from jax import lax
 import aecore
 from aecore import onnx_export
 from aecore.errors import ConfigError
-from aecore.models import NoiseReducer, ResolutionEnhancer
+from aecore.models import (
+    LinearAutoencoder,
+    NoiseReducer,
+    ResolutionEnhancer,
+    SubpixelAutoencoder,
+    UNet,
+)
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -64,8 +70,12 @@ def largest_difference(function, *, channels=2, stride=2, sizes=((1, 1, 1), (2, 
         ResolutionEnhancer(features=(8, 6, 4)),
         # Enough channels for JAX to run Winograd's algorithm; the graph has plain convolutions.
         ResolutionEnhancer(features=(40, 36, 32)),
+        SubpixelAutoencoder(),
+        UNet(features=(4, 6), channels=3, patch=2),
+        UNet(features=(4, 6), norm="group", residual=False),
+        LinearAutoencoder(components=5, patch=4),
     ],
-    ids=lambda model: f"{type(model).__name__}-{model.features}",
+    ids=lambda model: f"{type(model).__name__}-{getattr(model, 'features', '')}",
 )
 def test_models(model):
     sizes = ((1, 1, 1), (2, 1, 5), (3, 28 // model.stride, 36 // model.stride))

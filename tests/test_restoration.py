@@ -10,7 +10,7 @@ from PIL import Image
 import aecore
 from aecore import engine, models
 from aecore.errors import CheckpointError, ConfigError, ImageError
-from aecore.models import NoiseReducer, ResolutionEnhancer
+from aecore.models import NoiseReducer, ResolutionEnhancer, SubpixelAutoencoder, UNet
 
 RANDOM = np.random.default_rng(0)
 
@@ -182,6 +182,8 @@ def test_gray_on_a_network_for_colour_is_the_mean_of_equal_channels(dtype, caplo
         (ResolutionEnhancer((6, 5, 4)), 64),
         # Whose convolutions are computed in tiles of their own on CPUs.
         (ResolutionEnhancer((36, 34, 33)), 64),
+        (SubpixelAutoencoder(), 64),
+        (UNet((4, 6), channels=3), 96),
     ],
 )
 def test_tiles_and_wholes_are_the_same(model, tile):

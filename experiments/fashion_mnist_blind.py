@@ -1,0 +1,54 @@
+"""One denoiser for every strength of noise: σ from 0 to 0.6 on Fashion-MNIST.
+
+    python experiments/fashion_mnist_blind.py --data.data-dir DIR
+
+Afterwards networks of the same size are trained, in run directories beside its own, for σ = 0.1,
+0.2, 0.3, 0.4 and 0.5 alone, and both are scored on the test images with noise of that σ.
+"""
+
+import dataclasses
+import json
+
+from etils import epath
+
+from aecore import Data, Experiment, Optimizer, Training, evaluate, train
+from aecore.cli import main
+from aecore.degradations import GaussianNoise
+from aecore.models import SubpixelAutoencoder
+
+experiment = Experiment(
+    name="fashion_mnist_blind",
+    model=SubpixelAutoencoder(features=(24, 24, 24)),
+    degradation=GaussianNoise((0.0, 0.6)),
+    data=Data(dataset="fashion_mnist"),
+    optimizer=Optimizer(learning_rate=4e-3, schedule="cosine", warmup_steps=200),
+    training=Training(batch_size=32, epochs=5, feed="resident"),
+)
+
+
+def compare(blind: Experiment) -> None:
+    """Trains networks for one σ each, and prints the PSNR of both."""
+    rows = []
+    for sigma in (0.1, 0.2, 0.3, 0.4, 0.5):
+        one = dataclasses.replace(
+            blind,
+            name=f"{blind.name}_{sigma}",
+            degradation=GaussianNoise(sigma),
+            run_dir=f"{blind.directory}_{sigma}",
+        )
+        alone = train(one)["evaluation"]["psnr"]
+        scores = evaluate(blind.directory, degradation=one.degradation)
+        degraded, restored = (scores[name]["psnr"] for name in ("baseline", "evaluation"))
+        rows.append({"sigma": sigma, "degraded": degraded, "blind": restored, "alone": alone})
+    print("\n  σ   degraded   blind   for that σ alone")
+    for row in rows:
+        print(
+            f"{row['sigma']:.1f}{row['degraded']:8.2f} dB{row['blind']:8.2f} dB"
+            f"{row['alone']:8.2f} dB ({row['blind'] - row['alone']:+.2f})"
+        )
+    path = epath.Path(blind.directory) / "blind.json"
+    path.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    compare(main(experiment))

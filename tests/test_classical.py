@@ -1,0 +1,127 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.ndimage
+
+import aecore
+from aecore import classical, evaluation
+from aecore.data import Dataset
+from aecore.degradations import GaussianBlur, GaussianNoise, Pixelate
+from aecore.errors import ConfigError
+
+RANDOM = np.random.default_rng(0)
+QUICK = ("median", "gaussian", "total variation")
+
+
+def smooth(count, side=24, channels=1):
+    noise = RANDOM.random((count, side, side, channels))
+    values = scipy.ndimage.gaussian_filter(noise, (0, 3, 3, 0))
+    low, high = values.min(), values.max()
+    return ((values - low) / (high - low) * 255).astype(np.uint8)
+
+
+def test_methods_are_tuned_and_scored_on_the_inputs_of_the_network():
+    dataset = Dataset(smooth(20), smooth(7))
+    degradation = GaussianNoise(0.2)
+    scores = classical.scores(degradation, dataset, QUICK)
+    originals = dataset.validation / np.float32(255)
+    degraded = evaluation.degraded(degradation, dataset.validation)
+    identity = ((degraded - originals) ** 2).mean()
+    for name in QUICK:
+        assert scores[name]["images"] == 7
+        assert scores[name]["mse"] < identity / 2
+    sigma = scores["gaussian"]["settings"]["sigma"]
+    by_hand = scipy.ndimage.gaussian_filter(degraded, (0, sigma, sigma, 0))
+    assert scores["gaussian"]["mse"] == pytest.approx(((by_hand - originals) ** 2).mean(), rel=1e-4)
+
+
+def test_settings_come_from_the_training_images_alone():
+    def settings(train, validation):
+        found = classical.scores(GaussianNoise(0.2), Dataset(train, validation), QUICK)
+        return {name: scores["settings"] for name, scores in found.items()}
+
+    flat, busy = np.full((20, 24, 24, 1), 128, np.uint8), RANDOM.integers(0, 256, (20, 24, 24, 1))
+    busy = busy.astype(np.uint8)
+    assert settings(flat, busy) == settings(flat, flat) != settings(busy, flat)
+
+
+def test_stronger_noise_is_smoothed_more():
+    dataset = Dataset(smooth(20), smooth(5))
+    weights = [
+        classical.scores(GaussianNoise(sigma), dataset, ["total variation"])["total variation"]
+        for sigma in (0.05, 0.4)
+    ]
+    assert weights[0]["settings"]["weight"] < weights[1]["settings"]["weight"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bicubic_is_for_pixelation_and_beats_it(channels):
+    dataset = Dataset(smooth(4, 40, channels), smooth(4, 40, channels))
+    assert "bicubic" not in classical.methods(GaussianBlur(1.0))
+    scores = classical.scores(Pixelate(0.4), dataset, ["bicubic"])["bicubic"]
+    pixelated = evaluation.degraded(Pixelate(0.4), dataset.validation)
+    identity = evaluation.summarize(evaluation.image_scores(pixelated, dataset.validation))
+    assert scores["psnr"] > identity["psnr"] + 2
+
+
+def test_every_method_takes_gray_and_colour():
+    for channels in (1, 3):
+        image = smooth(1, 24, channels)[0] / np.float32(255)
+        for name, method in classical.methods(Pixelate(0.5)).items():
+            settings = next(method.settings())
+            restored = method.restore(image, **settings)
+            assert restored.shape == image.shape, name
+            assert np.abs(restored - image).mean() < 0.1, name
+
+
+def test_intervals_are_of_the_mean():
+    values = RANDOM.normal(5, 2, 400).astype(np.float32)
+    scores = evaluation.summarize({"mse": values})
+    assert scores["mse"] == pytest.approx(values.mean(), rel=1e-5)
+    assert scores["ci95"]["mse"] == pytest.approx(1.96 * 2 / 20, rel=0.15)
+    assert evaluation.summarize({"mse": values[:1]})["ci95"]["mse"] == 0
+
+
+def test_ranks_are_those_of_psnr():
+    psnr = RANDOM.permutation(101).astype(np.float32)
+    ranked = evaluation.ranked(psnr)
+    assert psnr[ranked["best"]].tolist() == [100, 99, 98]
+    assert psnr[ranked["median"]].tolist() == [51, 50, 49]
+    assert psnr[ranked["worst"]].tolist() == [2, 1, 0]
+
+
+def test_evaluate_saves_what_it_found(tiny):
+    summary = aecore.train(tiny, progress=False)
+    first = aecore.evaluate(tiny.run_dir, classical=["median"], save=True)
+    aecore.evaluate(tiny.run_dir, classical=["gaussian"], save=True)
+    with open(f"{tiny.run_dir}/summary.json") as file:  # noqa: PTH123
+        saved = json.load(file)
+    assert saved.keys() == summary.keys() | {"classical"}
+    assert saved["classical"].keys() == {"median", "gaussian"}
+    assert saved["classical"]["median"] == first["classical"]["median"]
+    assert saved["evaluation"] == summary["evaluation"]
+    with open(f"{tiny.run_dir}/ranked.png", "rb") as file:  # noqa: PTH123
+        assert file.read(4) == b"\x89PNG"
+
+
+def test_unknown_methods_are_refused(trained):
+    with pytest.raises(ConfigError, match="no classical method 'mean' here; use median"):
+        aecore.evaluate(str(trained), classical=["mean"])
+
+
+def test_the_command_shows_them_beside_the_network(trained, tmp_path):
+    file = tmp_path / "scores.json"
+    command = [sys.executable, "-m", "aecore", "evaluate", str(trained)]
+    done = subprocess.run(
+        [*command, "--methods", "median", "gaussian", "--json", str(file)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = [line.split()[0] for line in done.stdout.splitlines() if "±" in line]
+    assert set(words) == {"degraded", "median", "gaussian", "restored"}
+    assert words[-1] == "restored"
+    assert json.loads(file.read_text())["classical"].keys() == {"median", "gaussian"}

@@ -39,6 +39,8 @@ class Method(NamedTuple):
     """Values of its settings, of which every combination is tried."""
     package: str | None = None
     """What must be installed besides aecore's own dependencies, as it is imported."""
+    threads: bool = True
+    """Whether several images may be restored at once."""
 
     def settings(self) -> Iterator[dict[str, Any]]:
         """Every combination."""
@@ -101,7 +103,8 @@ METHODS: dict[str, Method] = {
     "non-local means": Method(
         _non_local_means, {"h": (0.01, 0.03, *_STRENGTHS), "patch_size": (3, 5, 7)}, "skimage"
     ),
-    "bm3d": Method(_bm3d, {"sigma": (0.02, *_STRENGTHS)}, "bm3d"),
+    # Its threads are its own, and it ends the process if it is called from several.
+    "bm3d": Method(_bm3d, {"sigma": (0.02, *_STRENGTHS)}, "bm3d", threads=False),
 }
 
 
@@ -159,55 +162,41 @@ def scores(
       For each method scores as `evaluation.Evaluator` gives them, and `settings`.
     """
     chosen = methods(degradation, names)
-    with ThreadPoolExecutor() as pool:
-        tuned = {
-            name: method._replace(
-                grid={k: (v,) for k, v in _tuned(method, degradation, dataset, pool).items()}
+    tuned_on, count = dataset.train[:_TUNED_ON], len(dataset.validation)
+    tries = sum(len(list(method.settings())) for method in chosen.values())
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(
+            desc="classical methods",
+            total=tries * len(tuned_on) + len(chosen) * count,
+            unit=" images",
+            disable=not progress,
+        ) as bar,
+    ):
+
+        def score(method, settings, originals, degraded):
+            restore = functools.partial(method.restore, **settings)
+            restored = (pool.map if method.threads else map)(restore, degraded)
+            values = evaluation.image_scores(np.stack(list(restored), dtype=np.float32), originals)
+            bar.update(len(originals))
+            return values
+
+        # Noise that no validation image gets.
+        degraded = evaluation.degraded(degradation, tuned_on, count)
+        best = {
+            name: min(
+                method.settings(),
+                key=lambda settings: score(method, settings, tuned_on, degraded)["mse"].mean(),
             )
             for name, method in chosen.items()
         }
-        values = {name: [] for name in tuned}
-        count = len(dataset.validation)
-        with tqdm(
-            desc="classical methods", total=count * len(tuned), unit=" images", disable=not progress
-        ) as bar:
-            for start in range(0, count, _BATCH):
-                originals = dataset.validation[start : start + _BATCH]
-                degraded = evaluation.degraded(degradation, originals, start)
-                for name, method in tuned.items():
-                    restored = _restored(method, next(method.settings()), degraded, pool)
-                    values[name].append(evaluation.image_scores(restored, originals))
-                    bar.update(len(originals))
+        values = {name: [] for name in chosen}
+        for start in range(0, count, _BATCH):
+            originals = dataset.validation[start : start + _BATCH]
+            degraded = evaluation.degraded(degradation, originals, start)
+            for name, method in chosen.items():
+                values[name].append(score(method, best[name], originals, degraded))
     return {
-        name: {
-            **evaluation.summarize(evaluation.concatenate(values[name])),
-            "settings": next(method.settings()),
-        }
-        for name, method in tuned.items()
+        name: {**evaluation.summarize(evaluation.concatenate(values[name])), "settings": best[name]}
+        for name in chosen
     }
-
-
-def _tuned(
-    method: Method, degradation: Degradation, dataset: Dataset, pool: ThreadPoolExecutor
-) -> dict[str, Any]:
-    """The settings with the lowest MSE on training images."""
-    originals = dataset.train[:_TUNED_ON]
-    # Noise that no validation image gets.
-    degraded = evaluation.degraded(degradation, originals, len(dataset.validation))
-    tried = list(method.settings())
-    if len(tried) == 1:
-        return tried[0]
-    errors = [
-        evaluation.image_scores(_restored(method, settings, degraded, pool), originals)[
-            "mse"
-        ].mean()
-        for settings in tried
-    ]
-    return tried[int(np.argmin(errors))]
-
-
-def _restored(
-    method: Method, settings: Mapping[str, Any], degraded: np.ndarray, pool: ThreadPoolExecutor
-) -> np.ndarray:
-    restore = functools.partial(method.restore, **settings)
-    return np.stack(list(pool.map(restore, degraded))).astype(np.float32)

@@ -6,6 +6,7 @@ same order; noise drawn on the device is the same in both.
 
 import collections
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,10 @@ from aecore.parallel import DataParallel
 from aecore.state import TrainState
 
 _AHEAD = 2
-"""Batches that are on their way to the devices while a step runs."""
+"""Groups of batches that are on their way to the devices while a call runs."""
+
+_GROUP_IMAGES, _MOST_BATCHES = 256, 8
+"""A stream's group has as many batches as make up so many images, but at most so many."""
 
 _MOST_STEPS = 128
 """Steps a call, at most. By then, what a call costs is shared by many."""
@@ -80,14 +84,35 @@ def create(
     return kind(array, degradation, training, parallel, step)
 
 
+class _Calls:
+    """How many steps a call may do: as many as take `_CALL_SECONDS`, once it is known."""
+
+    def __init__(self, most: int):
+        # Where steps take long, a call starts with one; several processes must agree.
+        self.steps = 1 if jax.process_count() == 1 else most
+        self._most = most
+
+    def seconds_per_step(self, seconds: float) -> None:
+        if jax.process_count() == 1:
+            self.steps = min(max(1, int(_CALL_SECONDS / seconds)), self._most)
+
+
 class Stream:
-    """Batches from tf.data, put on the devices ahead of time; one step a call."""
+    """Batches from tf.data, put on the devices ahead of time.
+
+    Of small batches, several are put there together: a call then does several steps, which share
+    what it costs the host.
+    """
 
     def __init__(self, array, degradation, training, parallel, step):
         on_device = training.degrade_on == "device"
         prepare = steps.degrading(degradation, training.flip) if on_device else steps.pairs
-        self._step = parallel.compile_train_step(functools.partial(step, prepare=prepare))
-        self._place = parallel.place_batch
+        share = parallel.share(training.batch_size)
+        self._group = min(max(1, _GROUP_IMAGES // (share.stop - share.start)), _MOST_BATCHES)
+        self._steps = parallel.compile_train_steps(
+            functools.partial(step, prepare=prepare), self._group
+        )
+        self._parallel = parallel
         self._batches = functools.partial(
             data.training_batches,
             array,
@@ -95,33 +120,45 @@ class Stream:
             batch_size=training.batch_size,
             seed=training.seed,
             flip=training.flip and not on_device,
-            share=parallel.share(training.batch_size),
+            share=share,
         )
+        self._calls = _Calls(self._group)
+        self.seconds_per_step = self._calls.seconds_per_step
         self._placed = None
+        self._current = None
         self._next_step = None
         self.seconds_waited = 0.0
 
     def launch(self, state, step, most):
-        del most
+        done = step % self._group
         if step != self._next_step:
             self._placed = self._placed_ahead(step)
-        self._next_step = step + 1
-        state, loss = self._step(state, next(self._placed))
-        return state, loss, 1
-
-    def seconds_per_step(self, seconds):
-        pass
+            self._current = next(self._placed)
+        elif done == 0:
+            self._current = next(self._placed)
+        count = min(most, self._calls.steps, self._group - done)
+        state, losses = self._steps(state, self._current, self._parallel.replicate(np.int32(count)))
+        self._next_step = step + count
+        return state, losses, count
 
     def _placed_ahead(self, step: int) -> Iterator[Any]:
+        """Groups of batches; the first one is that of `step`, and lacks what comes before it."""
         queue = collections.deque()
         batches = self._batches(start_step=step)
+        done = step % self._group
         while True:
             while len(queue) <= _AHEAD:
                 start = time.perf_counter()
-                batch = next(batches)
+                group = list(itertools.islice(batches, self._group - done))
                 self.seconds_waited += time.perf_counter() - start
-                queue.append(self._place(batch))
+                group = [group[0]] * done + group
+                queue.append(self._parallel.place_batches(jax.tree.map(_stack, *group)))
+                done = 0
             yield queue.popleft()
+
+
+def _stack(*arrays: np.ndarray) -> np.ndarray:
+    return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
 
 
 class Resident:
@@ -152,8 +189,8 @@ class Resident:
         self._epoch = None
         self._batches = None
         self.seconds_waited = 0.0
-        # Where steps take long, a call starts with one; several processes must agree.
-        self._most = 1 if jax.process_count() == 1 else _MOST_STEPS
+        self._calls = _Calls(_MOST_STEPS)
+        self.seconds_per_step = self._calls.seconds_per_step
 
     def launch(self, state, step, most):
         steps_per_epoch = self._count // self._batch_size
@@ -167,13 +204,9 @@ class Resident:
                 self._parallel.replicate(indices.reshape(steps_per_epoch, self._batch_size)),
             )
             self._epoch = epoch
-        count = min(most, self._most, steps_per_epoch - done)
+        count = min(most, self._calls.steps, steps_per_epoch - done)
         state, losses = self._steps(state, self._batches, self._parallel.replicate(np.int32(count)))
         return state, losses, count
-
-    def seconds_per_step(self, seconds):
-        if jax.process_count() == 1:
-            self._most = min(max(1, int(_CALL_SECONDS / seconds)), _MOST_STEPS)
 
 
 def _check_memory(array: np.ndarray, parallel: DataParallel) -> None:

@@ -10,6 +10,9 @@ from aecore import metrics
 _CHARBONNIER_EPSILON = 1e-3
 """Differences that are small beside this count as their squares do."""
 
+_PSNR_EPSILON = 1e-5
+"""Below this, an MSE is good enough: images without noise would else count for everything."""
+
 _MS_SSIM_SHARE = 0.84
 """Share of MS-SSIM in its mix with the absolute error, from Zhao et al."""
 
@@ -46,8 +49,17 @@ def ms_ssim_l1(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     return _MS_SSIM_SHARE * (1 - similarity) + (1 - _MS_SSIM_SHARE) * mae(outputs, targets)
 
 
+def negative_psnr(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """`10 log10(MSE + 1e-5)`: minus the PSNR in dB, which levels off towards 50 dB.
+
+    An image counts by how much its error changes in proportion. Where images are degraded weakly
+    and strongly, the weak ones so count as much as the strong ones, whose MSE is far larger.
+    """
+    return 10 * jnp.log10(mse(outputs, targets) + _PSNR_EPSILON)
+
+
 LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    loss.__name__: loss for loss in (mse, mae, charbonnier, ms_ssim_l1)
+    loss.__name__: loss for loss in (mse, mae, charbonnier, ms_ssim_l1, negative_psnr)
 }
 
 

@@ -104,12 +104,22 @@ class DataParallel:
         """
         return self.place(share)
 
-    def place(self, share: Any) -> Any:
-        """Puts arrays, or this process's share of them, on the devices, divided along axis 0."""
+    def place_batches(self, shares: Any) -> Any:
+        """Puts several batches on the devices as compiled training steps take them.
+
+        Args:
+          shares: host arrays `(S, B, ...)`; where there are several processes, this one's share of
+            each of the S batches.
+        """
+        return self.place(shares, axis=1)
+
+    def place(self, share: Any, axis: int = 0) -> Any:
+        """Puts arrays, or this process's share of them, on the devices, divided along an axis."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXIS))
         if self._processes == 1:
-            return jax.device_put(share, self.sharded)
+            return jax.device_put(share, sharding)
         return jax.tree.map(
-            functools.partial(jax.make_array_from_process_local_data, self.sharded), share
+            functools.partial(jax.make_array_from_process_local_data, sharding), share
         )
 
     def replicate(self, tree: Any) -> Any:
@@ -138,7 +148,8 @@ class DataParallel:
     def compile_train_steps(self, train_step: Callable, most: int) -> Callable:
         """Compiles `(state, batches, count) -> (state, losses)`; the state is donated.
 
-        It does `count` steps, at most `most`, over batches that are on the devices.
+        It does `count` steps, at most `most`, over `(S, B, ...)` batches that are on the devices;
+        step n uses batch n modulo S.
 
         Args:
           train_step: as for `compile_train_step`.
@@ -148,7 +159,12 @@ class DataParallel:
         def train_steps(state, batches, count):
             def body(index, carry):
                 state, losses = carry
-                batch = lax.dynamic_index_in_dim(batches, state.step % len(batches), keepdims=False)
+                batch = jax.tree.map(
+                    lambda leaf: lax.dynamic_index_in_dim(
+                        leaf, state.step % len(leaf), keepdims=False
+                    ),
+                    batches,
+                )
                 state, loss = train_step(state, batch, axis_name=AXIS)
                 return state, losses.at[index].set(loss)
 
@@ -222,6 +238,13 @@ class Pmap(DataParallel):
         count = self.device_count // self._processes
         return self.place(
             jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), share)
+        )
+
+    def place_batches(self, shares):
+        count = self.device_count // self._processes
+        return self.place(
+            jax.tree.map(lambda leaf: leaf.reshape(len(leaf), count, -1, *leaf.shape[2:]), shares),
+            axis=1,
         )
 
     def compile_arrange(self):

@@ -45,13 +45,12 @@ def measure(apply: Apply, params: Any, *, channels: int, stride: int) -> Recepti
 
     def reach(apply, weights, size):
         middle = size // 2 // stride * stride
-        block = slice(middle, middle + stride)
-        images = np.repeat(_image(size, channels), 3, axis=0)
-        images[1, block] += _CHANGE
-        images[2, :, block] += _CHANGE
-        base, *others = np.asarray(apply(weights, images))
         before = after = 0
-        for axis, other in enumerate(others):
+        for axis in (0, 1):
+            images = np.repeat(_strip(size, stride, channels, axis), 2, axis=0)
+            # A view, whose first axis is the one along which the strip is long.
+            np.moveaxis(images[1], axis, 0)[middle : middle + stride] += _CHANGE
+            base, other = np.asarray(apply(weights, images))
             changed = _changed(base, other, axis) // stride * stride
             if _at_border(changed, stride, size):
                 return None
@@ -80,7 +79,7 @@ def sizes(apply: Apply, params: Any, *, channels: int, stride: int, count: int) 
 
     def heights(apply, weights, size):
         middle = size // 2 // stride * stride
-        images = np.repeat(_image(size, channels), stride + 1, axis=0)
+        images = np.repeat(_strip(size, stride, channels, axis=0), stride + 1, axis=0)
         for row in range(stride):
             images[row + 1, middle + row] += _CHANGE
         found = []
@@ -110,12 +109,11 @@ def _in_growing_images(apply: Apply, params: Any, stride: int, look: Callable) -
     # Where there is a CPU, as 64 bits are slow elsewhere, or not to be had.
     with jax.enable_x64(True), jax.default_device(_cpu()):
         weights, apply = _positive(params), jax.jit(apply)
-        size = -(-max(32, 8 * stride) // stride) * stride
-        while size <= _LARGEST:
-            found = look(apply, weights, size)
+        # Each size is compiled anew, which takes longer than computing strips.
+        for size in (256, _LARGEST):
+            found = look(apply, weights, -(-max(size, 8 * stride) // stride) * stride)
             if found is not None:
                 return found
-            size *= 2
     return None
 
 
@@ -126,8 +124,14 @@ def _cpu() -> jax.Device | None:
         return None
 
 
-def _image(size: int, channels: int) -> np.ndarray:
-    return np.random.default_rng(0).uniform(0.5, 1.0, (1, size, size, channels))
+def _strip(size: int, stride: int, channels: int, axis: int) -> np.ndarray:
+    """A random image `(1, H, W, channels)`, of which one side has `size` pixels.
+
+    The other side is short: along it, nothing is looked for.
+    """
+    short = -(-min(size, max(16, 2 * stride)) // stride) * stride
+    sides = (size, short) if axis == 0 else (short, size)
+    return np.random.default_rng(0).uniform(0.5, 1.0, (1, *sides, channels))
 
 
 def _changed(base: np.ndarray, other: np.ndarray, axis: int) -> np.ndarray:

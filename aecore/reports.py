@@ -70,7 +70,8 @@ def save_curves(
     loss.plot(training_steps, [e["loss"] for e in training], label=f"training, {loss_name}")
     steps = [e["step"] for e in validation]
     loss.plot(steps, [e["mse"] for e in validation], "o-", markersize=4, label="validation, mse")
-    loss.set(xlabel="step", ylabel="loss", yscale="log")
+    positive = all(entry["loss"] > 0 for entry in training)
+    loss.set(xlabel="step", ylabel="loss", yscale="log" if positive else "linear")
     loss.legend()
     psnr.plot(steps, [e["psnr"] for e in validation], "o-C1", markersize=4, label="restored")
     psnr.axhline(baseline["psnr"], color="gray", linestyle="--", label="degraded")

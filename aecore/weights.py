@@ -12,6 +12,7 @@ from aecore.errors import CheckpointError
 
 NAMES: Mapping[str, str] = {
     "fashion-mnist-denoise": "d9bde09ac9599da285bf5ff9ad6a85170a00abd4e6fe22b57907f82df5756217",
+    "lfw-enhance": "b872aceac8bb2a80499d98a174b2aa2b5c2ad38ad6acdb47d6b01396ea2256f6",
 }
 """Weights that ship with aecore, and the SHA-256 of their files."""
 

@@ -1,4 +1,4 @@
-"""A larger denoiser: Gaussian noise of σ = 0.4 on Fashion-MNIST, 5 epochs.
+"""A larger denoiser: Gaussian noise of σ = 0.4 on Fashion-MNIST, 3 epochs.
 
 python experiments/fashion_mnist_unet.py --data.data-dir DIR
 """
@@ -14,7 +14,7 @@ experiment = Experiment(
     degradation=GaussianNoise(0.4),
     data=Data(dataset="fashion_mnist"),
     optimizer=Optimizer(learning_rate=2e-3, schedule="cosine", warmup_steps=200, ema=0.999),
-    training=Training(batch_size=32, epochs=5, feed="resident", flip=True),
+    training=Training(batch_size=32, epochs=3, feed="resident", flip=True),
 )
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ def assemble(
 def optimizer(settings: Optimizer, last_step: int) -> optax.GradientTransformation:
     """What turns gradients into updates, in a training that ends at `last_step`."""
     rate = settings.learning_rate
-    warmup = settings.warmup_steps
-    if settings.schedule == "cosine" and last_step > warmup:
+    warmup = min(settings.warmup_steps, last_step // 2)
+    if settings.schedule == "cosine":
         rate = optax.cosine_decay_schedule(rate, last_step - warmup)
     if warmup:
         # Step n takes (n + 1) / (warmup + 1) of the rate: the first one already moves.

@@ -4,6 +4,7 @@ Each has a few settings, the best of which, by MSE, is found on training images 
 scored on the same degraded images as a network.
 """
 
+import collections
 import functools
 import importlib.util
 import itertools
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from aecore import evaluation
 from aecore.data import Dataset
-from aecore.degradations import Degradation, Pixelate
+from aecore.degradations import Compose, Degradation, Pixelate, enlarging
 from aecore.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -26,8 +27,14 @@ _log = logging.getLogger(__name__)
 _TUNED_ON = 100
 """Training images on which settings are compared."""
 
-_BATCH = 500
-"""Images restored and scored at a time."""
+_BATCH_BYTES = 8 * 2**20
+"""Of the images restored and scored at a time, as float32."""
+
+_CURVE_POINTS = 32
+"""Of the curve that calibrates a method."""
+
+CALIBRATED = ", calibrated"
+"""Ends the name of a method whose values go through a curve afterwards."""
 
 
 class Method(NamedTuple):
@@ -76,20 +83,20 @@ def _non_local_means(image, h, patch_size):
 def _bm3d(image, sigma):
     import bm3d
 
-    return bm3d.bm3d(image, sigma).reshape(image.shape)
+    restore = bm3d.bm3d_rgb if image.shape[2] == 3 else bm3d.bm3d
+    return restore(image, sigma).reshape(image.shape)
 
 
 def _bicubic(image, scale):
-    """Area-resized to the size that pixelation kept, and up again by bicubic interpolation."""
-    height, width = image.shape[:2]
-    small = tuple(max(int(side * scale + 1e-4), 1) for side in (width, height))
-    channels = [
-        Image.fromarray(channel)
-        .resize(small, Image.Resampling.BOX)
-        .resize((width, height), Image.Resampling.BICUBIC)
-        for channel in np.moveaxis(image, 2, 0)
+    """The small image that pixelation kept, enlarged by bicubic interpolation instead."""
+    height, width, _ = image.shape
+    down = [np.linalg.pinv(enlarging(side, scale)) for side in (height, width)]
+    small = np.einsum("ih,hwc,jw->cij", down[0], image, down[1], dtype=np.float32)
+    large = [
+        Image.fromarray(channel).resize((width, height), Image.Resampling.BICUBIC)
+        for channel in small
     ]
-    return np.stack([np.asarray(channel) for channel in channels], axis=2)
+    return np.stack([np.asarray(channel) for channel in large], axis=2)
 
 
 _STRENGTHS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8)
@@ -119,10 +126,13 @@ def methods(degradation: Degradation, names: Sequence[str] | None = None) -> dic
       ConfigError: one of the names is unknown, or its package is not installed.
     """
     known = dict(METHODS)
-    if isinstance(degradation, Pixelate):
-        scales = degradation.scale if isinstance(degradation.scale, tuple) else None
-        grid = np.linspace(*scales, 5).tolist() if scales else [degradation.scale]
-        known["bicubic"] = Method(_bicubic, {"scale": grid})
+    parts = degradation.parts if isinstance(degradation, Compose) else (degradation,)
+    for part in parts:
+        if isinstance(part, Pixelate):
+            ends = part.scale if isinstance(part.scale, tuple) else (part.scale,)
+            known["bicubic"] = Method(
+                _bicubic, {"scale": np.unique(np.linspace(ends[0], ends[-1], 5)).tolist()}
+            )
     missing = {
         name: method.package
         for name, method in known.items()
@@ -152,14 +162,22 @@ def scores(
 ) -> dict[str, dict[str, Any]]:
     """What classical methods reach on a dataset's validation images.
 
+    A filter leaves the bias of noise that was clipped: black becomes gray on average. A network
+    learns to undo it. So that the comparison is fair, the best method is scored once more with its
+    values put through a curve, fitted on the training images.
+
     Args:
       degradation: what is done to the images.
-      dataset: settings are chosen on its first training images.
+      dataset: settings and the curve are chosen on its first training images.
       names: which methods; by default all whose packages are installed.
       progress: whether to show a progress bar.
 
     Returns:
-      For each method scores as `evaluation.Evaluator` gives them, and `settings`.
+      For each method scores as `evaluation.Evaluator` gives them, and `settings`; besides, for the
+      method that is best with a curve, the same under its name with `CALIBRATED`.
+
+    Raises:
+      ConfigError: as `methods` does.
     """
     chosen = methods(degradation, names)
     tuned_on, count = dataset.train[:_TUNED_ON], len(dataset.validation)
@@ -168,35 +186,65 @@ def scores(
         ThreadPoolExecutor() as pool,
         tqdm(
             desc="classical methods",
-            total=tries * len(tuned_on) + len(chosen) * count,
+            total=tries * len(tuned_on) + (len(chosen) + 1) * count,
             unit=" images",
+            delay=2,
+            leave=False,
             disable=not progress,
         ) as bar,
     ):
 
-        def score(method, settings, originals, degraded):
+        def restored(method, settings, degraded):
             restore = functools.partial(method.restore, **settings)
-            restored = (pool.map if method.threads else map)(restore, degraded)
-            values = evaluation.image_scores(np.stack(list(restored), dtype=np.float32), originals)
-            bar.update(len(originals))
-            return values
+            images = list((pool.map if method.threads else map)(restore, degraded))
+            bar.update(len(images))
+            return np.stack(images, dtype=np.float32)
 
         # Noise that no validation image gets.
         degraded = evaluation.degraded(degradation, tuned_on, count)
-        best = {
-            name: min(
-                method.settings(),
-                key=lambda settings: score(method, settings, tuned_on, degraded)["mse"].mean(),
-            )
-            for name, method in chosen.items()
-        }
-        values = {name: [] for name in chosen}
-        for start in range(0, count, _BATCH):
-            originals = dataset.validation[start : start + _BATCH]
+        best, curves, errors = {}, {}, {}
+        for name, method in chosen.items():
+            tried = []
+            for settings in method.settings():
+                images = restored(method, settings, degraded)
+                curve = _fitted_curve(images, tuned_on)
+                tried.append(
+                    (_mse(images, tuned_on), _mse(curve(images), tuned_on), settings, curve)
+                )
+            best[name] = min(tried, key=lambda entry: entry[0])[2]
+            _, errors[name], *curves[name] = min(tried, key=lambda entry: entry[1])
+        calibrated = min(errors, key=errors.get)
+
+        values = collections.defaultdict(list)
+        batch = max(1, _BATCH_BYTES // (4 * dataset.validation[0].size))
+        for start in range(0, count, batch):
+            originals = dataset.validation[start : start + batch]
             degraded = evaluation.degraded(degradation, originals, start)
             for name, method in chosen.items():
-                values[name].append(score(method, best[name], originals, degraded))
+                images = restored(method, best[name], degraded)
+                values[name].append(evaluation.image_scores(images, originals))
+            settings, curve = curves[calibrated]
+            images = curve(restored(chosen[calibrated], settings, degraded))
+            values[calibrated + CALIBRATED].append(evaluation.image_scores(images, originals))
+    best[calibrated + CALIBRATED] = curves[calibrated][0]
     return {
-        name: {**evaluation.summarize(evaluation.concatenate(values[name])), "settings": best[name]}
-        for name in chosen
+        name: {**evaluation.summarize(evaluation.concatenate(parts)), "settings": best[name]}
+        for name, parts in values.items()
     }
+
+
+def _mse(restored: np.ndarray, originals: np.ndarray) -> float:
+    return float(evaluation.image_scores(restored, originals)["mse"].mean())
+
+
+def _fitted_curve(
+    restored: np.ndarray, originals: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The mean original value as a function of the restored one, linear between some points."""
+    values, targets = restored.ravel(), originals.ravel() / 255
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, _CURVE_POINTS + 1)))
+    bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, max(len(edges) - 2, 0))
+    counts = np.maximum(np.bincount(bins), 1)
+    x, y = (np.bincount(bins, weights) / counts for weights in (values, targets))
+    filled = np.bincount(bins) > 0
+    return lambda images: np.interp(images, x[filled], y[filled]).astype(np.float32)

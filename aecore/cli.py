@@ -22,15 +22,17 @@ from aecore.config import Experiment
 from aecore.errors import AecoreError, ConfigError, Interrupted
 
 
-def main(experiment: Experiment, args: Sequence[str] | None = None) -> Experiment:
-    """Trains an experiment, changed by what the command line says; if that fails, exits.
+def main(
+    experiment: Experiment,
+    args: Sequence[str] | None = None,
+    then: Callable[[Experiment], None] | None = None,
+) -> None:
+    """Trains an experiment, changed by what the command line says; exits if that fails.
 
     Args:
       experiment: gives every flag its default.
       args: the command line's words; those of the process by default.
-
-    Returns:
-      The experiment as it was trained.
+      then: called afterwards with the experiment as it was trained, by the first process.
     """
     with _exit_status():
         chosen = tyro.cli(Experiment, default=experiment, args=args)
@@ -40,7 +42,7 @@ def main(experiment: Experiment, args: Sequence[str] | None = None) -> Experimen
 
         summary = training.train(chosen)
         if jax.process_index() > 0:  # The first process speaks for all.
-            return chosen
+            return
         run = chosen.directory
         print(
             f"\n{summary['name']}: {summary['steps']:,} steps, {summary['epochs']:.4g} epochs in "
@@ -54,7 +56,8 @@ def main(experiment: Experiment, args: Sequence[str] | None = None) -> Experimen
             f"scores       {run}/summary.json\n\n"
             f"Next: aecore restore {run}/example.png -o restored.png -m {run}"
         )
-    return chosen
+        if then is not None:
+            then(chosen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +256,8 @@ class Evaluate:
     classical: bool = True
     """Whether to score classical methods too, each tuned on training images alone."""
     methods: tuple[str, ...] | None = None
-    """Which of them; None: all that are installed."""
+    """Which of them, as median or "total variation"; None: all that are installed. BM3D takes about
+    a second for each image."""
     save: bool = False
     """Write the scores into the run's summary.json, and ranked.png, a picture of the best, the
     median and the worst results."""
@@ -267,7 +271,7 @@ class Evaluate:
             self.run_dir,
             data_dir=self.data_dir,
             batch_size=self.batch_size,
-            classical=(self.methods or True) if self.classical else False,
+            classical=self.methods or self.classical,
             save=self.save,
             progress=True,
         )

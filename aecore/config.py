@@ -75,9 +75,9 @@ class Optimizer:
     learning_rate: float = 1e-3
     """Step size, above 0; the highest one where a schedule changes it."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """cosine: the learning rate falls along half a cosine, to 0 at the last step."""
+    """cosine: the learning rate falls along half a cosine, and would be 0 after the last step."""
     warmup_steps: int = 0
-    """Steps in which the learning rate first rises, linearly from 0."""
+    """Steps, at most half of all, in which the learning rate first rises in equal parts."""
     weight_decay: float = 0.0
     """Above 0: AdamW, which shrinks the kernels, not biases and scales, by this times the learning
     rate at each step."""
@@ -85,7 +85,7 @@ class Optimizer:
     """Largest norm of all gradients together, to which larger ones are scaled; None: any."""
     ema: float | None = None
     """Decay, below 1, of an exponential moving average of the parameters, which is then what is
-    evaluated and restored from; None: none is kept."""
+    evaluated and restored from; at step n at most (1 + n) / (10 + n). None: none is kept."""
 
     def __post_init__(self):
         _require(
@@ -281,6 +281,15 @@ def to_json(experiment: Experiment) -> dict[str, Any]:
             "use Python's numbers, strings and tuples for its fields"
         ) from error
     return description
+
+
+def with_defaults(description: Mapping[str, Any]) -> dict[str, Any]:
+    """A description in which settings that aecore did not have yet have their defaults."""
+    filled = dict(description)
+    for name, kind in (("data", Data), ("optimizer", Optimizer), ("training", Training)):
+        if isinstance(filled.get(name), Mapping):
+            filled[name] = _encode_fields(kind()) | filled[name]
+    return filled
 
 
 def model_from_json(description: Mapping[str, Any]) -> Any:

@@ -76,7 +76,12 @@ class JaxOps:
         return jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(self._next_keys())
 
     def poisson(self, means):
-        return jax.vmap(jax.random.poisson)(self._next_keys(), means).astype(jnp.float32)
+        def draw(key, means):
+            # Which is only there for this kind of keys.
+            data = jax.random.bits(key, (2,), jnp.uint32)
+            return jax.random.poisson(jax.random.wrap_key_data(data, impl="threefry2x32"), means)
+
+        return jax.vmap(draw)(self._next_keys(), means).astype(jnp.float32)
 
 
 REGISTRY: dict[str, type["Degradation"]] = {}
@@ -176,7 +181,7 @@ class ShotNoise(Degradation):
     noisy: ClassVar[bool] = True
 
     def __post_init__(self):
-        _check_range("ShotNoise", "peak", self.peak, lambda p: 0 < p < np.inf, "peak > 0")
+        _check_range("ShotNoise", "peak", self.peak, lambda p: 0 < p <= 1e6, "0 < peak <= 1e6")
 
     def apply(self, images, ops):
         peak = _draw(self.peak, images, ops)
@@ -224,7 +229,11 @@ class Mask(Degradation):
         for name in ("pixels", "size", "value"):
             _check_share("Mask", name, getattr(self, name))
         _check_range(
-            "Mask", "boxes", self.boxes, lambda n: n >= 0 and n == int(n), "whole numbers >= 0"
+            "Mask",
+            "boxes",
+            self.boxes,
+            lambda n: isinstance(n, int) and n >= 0,
+            "whole numbers >= 0",
         )
 
     def apply(self, images, ops):
@@ -248,6 +257,10 @@ class Mask(Degradation):
         return xp.where(blank, _draw(self.value, images, ops), images)
 
 
+_MARGIN = 1e-4
+"""Pixels; keeps 0.29 * 100 from being truncated to 28."""
+
+
 @register
 @dataclasses.dataclass(frozen=True)
 class Pixelate(Degradation):
@@ -266,11 +279,17 @@ class Pixelate(Degradation):
     def _matrix(size: int, scale: Array, ops: Ops) -> Array:
         xp, einsum = _namespace(scale, ops)
         scale = _as_matrices(scale)
-        # The recipe truncates the small size; the margin keeps 0.29 * 100 from becoming 28.
-        small = xp.maximum(xp.floor(size * scale + 1e-4), 1.0)
+        # The recipe truncates the small size.
+        small = xp.maximum(xp.floor(size * scale + _MARGIN), 1.0)
         down = _area_overlap(xp, size, small, size)
         up = _area_overlap(xp, small, size, size)
         return einsum("...ij,...jk->...ik", up, down)
+
+
+def enlarging(size: int, scale: float) -> np.ndarray:
+    """`(size, small)`: how `Pixelate(scale)` brings a kept side back to `size` pixels."""
+    small = max(int(np.floor(size * scale + _MARGIN)), 1)
+    return _area_overlap(np, small, size, size)[:, :small]
 
 
 def _area_overlap(xp: Any, size_in: Array, size_out: Array, rows: int) -> Array:
@@ -391,11 +410,17 @@ class JPEG(Degradation):
         _check_range("JPEG", "quality", self.quality, lambda q: 1 <= q <= 100, "1 to 100")
 
     def apply(self, images, ops):
-        xp = _namespace(self.quality, ops)[0]
-        quality = xp.floor(_as_float(_draw(self.quality, images, ops)))
-        scale = xp.where(quality < 50, xp.floor(5000 / quality), 200 - 2 * quality)
-        levels = ops.xp.round(images * 255.0)
         height, width, channels = images.shape[1:]
+        if channels not in (1, 3):
+            raise ConfigError(f"JPEG takes 1 or 3 channels, not {channels}")
+        if isinstance(self.quality, tuple):
+            quality = ops.xp.floor(ops.uniform(images, *self.quality))
+            scale = ops.xp.where(quality < 50, ops.xp.floor(5000 / quality), 200 - 2 * quality)
+            scale = scale[..., None, None]  # To broadcast against blocks.
+        else:
+            quality = int(self.quality)
+            scale = float(5000 // quality if quality < 50 else 200 - 2 * quality)
+        levels = ops.xp.round(images * 255.0)
         if channels == 1:
             result = _through_blocks(levels - 128.0, _TABLES[0], scale, ops) + 128.0
             return _clip(ops.xp.round(result) / 255.0, ops)
@@ -418,8 +443,8 @@ def _through_blocks(planes: Array, table: np.ndarray, scale: Array, ops: Ops) ->
         planes = _resized(planes, axis, _last_repeated(side, -(-side // 8) * 8), ops)
     rows, columns = planes.shape[1] // 8, planes.shape[2] // 8
     blocks = ops.xp.reshape(planes, (-1, rows, 8, columns, 8, channels))
-    xp = np if isinstance(scale, np.floating) else ops.xp
-    steps = xp.floor((table[:, None, :, None] * _as_tables(scale) + 50.0) / 100.0)
+    xp = np if isinstance(scale, float) else ops.xp  # A table for all images is a constant.
+    steps = xp.floor((table[:, None, :, None] * scale + 50.0) / 100.0)
     steps = xp.minimum(xp.maximum(steps, 1.0), 255.0)
     coefficients = ops.einsum("ui,vj,bricjk->brucvk", _DCT, _DCT, blocks)
     coefficients = ops.xp.round(coefficients / steps) * steps
@@ -427,15 +452,6 @@ def _through_blocks(planes: Array, table: np.ndarray, scale: Array, ops: Ops) ->
     planes = ops.xp.reshape(blocks, (-1, 8 * rows, 8 * columns, channels))
     planes = ops.xp.round(planes[:, :height, :width])
     return ops.xp.minimum(ops.xp.maximum(planes, -128.0), 127.0)
-
-
-def _as_tables(scale: Array) -> Array:
-    """`(B, 1, 1, 1)` values as `(B, 1, 1, 1, 1, 1)`, to broadcast against blocks."""
-    return scale if isinstance(scale, np.floating) else scale[..., None, None]
-
-
-def _as_float(value: Array) -> Array:
-    return np.float32(value) if isinstance(value, (int, float)) else value
 
 
 def _resized(images: Array, axis: int, matrix: np.ndarray, ops: Ops) -> Array:

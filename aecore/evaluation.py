@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,8 @@ _SEED = 20070607
 
 Scores = dict[str, Any]
 """`images`, their number; the means `mse`, `psnr` in dB and `ssim`; and `ci95`, for each of these
-means the half width of its 95 % confidence interval over images."""
+means the half width of its 95 % confidence interval, if the images are independent. One image has
+none."""
 
 PerImage = dict[str, np.ndarray]
 """`mse`, `psnr` and `ssim`, each `(N,)` float32."""
@@ -114,7 +116,9 @@ def summarize(values: PerImage) -> Scores:
     """Means, and how certain they are, from the images' own scores."""
     count = len(values["mse"])
     means = {name: float(v.mean(dtype=np.float64)) for name, v in values.items()}
-    # By the central limit theorem; of one image nothing can be said.
+    if count == 1:
+        return {"images": count, **means}
+    # By the central limit theorem.
     deviations = {
         name: float(v.std(dtype=np.float64, ddof=count > 1)) for name, v in values.items()
     }
@@ -150,9 +154,18 @@ def degraded(degradation: Degradation, images: np.ndarray, first: int = 0) -> np
       images: successive ones.
       first: the index of the first one.
     """
-    prepare = jax.jit(lambda images, indices: steps.degrading(degradation)(images, keys(indices)))
-    indices = np.arange(first, first + len(images), dtype=np.int32)
-    return jax.device_get(prepare(*jax.device_put((images, indices)))[0])
+    return _degraded_at(degradation, images, np.arange(first, first + len(images)))
+
+
+def _degraded_at(degradation: Degradation, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    arguments = jax.device_put((images, indices.astype(np.int32)))
+    return jax.device_get(_degrade(degradation)(*arguments))
+
+
+@functools.lru_cache(maxsize=8)
+def _degrade(degradation: Degradation) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    prepare = steps.degrading(degradation)
+    return jax.jit(lambda images, indices: prepare(images, keys(indices))[0])
 
 
 def baseline(degradation: Degradation, parallel: DataParallel, batch_size: int, array: np.ndarray):
@@ -214,21 +227,37 @@ def evaluate(
 
     Raises:
       CheckpointError: there is no usable checkpoint.
-      ConfigError: `batch_size` is less than 1, or the images are not of the run's kind.
+      ConfigError: `batch_size` is less than 1; the images are not of the run's kind; a classical
+        method is unknown or not installed; or what is to be saved would not be the run's own.
       DataError: the data can't be loaded.
     """
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size {batch_size} is less than 1; use 1 or more")
+    names = (classical,) if isinstance(classical, str) else classical
     restorer = Restorer.load(run, model=model)
     experiment = config.from_json(restorer.description, model=restorer.model)
+    own = degradation in (None, experiment.degradation)
     degradation = degradation or experiment.degradation
+    if names:
+        from aecore import classical as classical_methods
+
+        names = None if names is True else names
+        classical_methods.methods(degradation, names)  # Wrong names are refused at once.
+    if save:
+        summary = _read_summary(epath.Path(run).expanduser())
     settings = experiment.data
     if data_dir is not None:
         settings = dataclasses.replace(settings, data_dir=data_dir)
     dataset = data.load(settings)
     experiment.check_images(*dataset.image_shape)
     if dataset.fingerprint() != restorer.description["fingerprint"]:
+        own = False
         _log.warning("these are not the images that %s was trained on", run)
+    if save and not own:
+        raise ConfigError(
+            "a run's summary holds its scores on its own images and degradation, not on others; "
+            "leave out save"
+        )
     parallel = DataParallel()
     batch_size = batch_size or experiment.training.batch_size
     evaluator = Evaluator(
@@ -243,31 +272,32 @@ def evaluate(
         "baseline": baseline(degradation, parallel, batch_size, dataset.validation),
     }
     if classical:
-        from aecore import classical as methods
-
-        names = None if classical is True else classical
-        scores["classical"] = methods.scores(degradation, dataset, names, progress=progress)
+        scores["classical"] = classical_methods.scores(
+            degradation, dataset, names, progress=progress
+        )
     if save:
         directory = epath.Path(run).expanduser()
-        _save(directory, scores)
+        merged = summary.get("classical", {}) | scores.get("classical", {})
+        summary |= scores | ({"classical": merged} if merged else {})
+        write_whole(
+            directory / "summary.json",
+            (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode(),
+        )
         _save_ranked(directory, restorer, degradation, dataset, values["psnr"])
     return scores
 
 
-def _save(directory: epath.Path, scores: Mapping[str, Any]) -> None:
-    """Adds scores to a run's summary; those of classical methods to the ones there are."""
+def _read_summary(directory: epath.Path) -> dict[str, Any]:
     path = directory / "summary.json"
     try:
         summary = json.loads(path.read_text())
-        earlier = dict(summary.get("classical", {}))
+        if not isinstance(summary.get("classical", {}), dict):
+            raise ValueError("classical is no object")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"{path} can't be added to ({error}); let the run's training end first"
         ) from error
-    summary |= scores
-    if earlier or "classical" in scores:
-        summary["classical"] = earlier | scores.get("classical", {})
-    write_whole(path, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+    return summary
 
 
 def ranked(psnr: np.ndarray, count: int = 3) -> dict[str, np.ndarray]:
@@ -287,7 +317,7 @@ def _save_ranked(
 ) -> None:
     chosen = ranked(psnr)
     indices = np.concatenate(list(chosen.values()))
-    noisy = np.concatenate([degraded(degradation, dataset.validation[[i]], i) for i in indices])
+    noisy = _degraded_at(degradation, dataset.validation[indices], indices)
     reports.save_samples(
         {
             "degraded": noisy,

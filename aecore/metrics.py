@@ -52,8 +52,8 @@ def ms_ssim(outputs: jax.Array, targets: jax.Array) -> jax.Array:
         values = contrast * luminance if scale == count - 1 else contrast
         # Anticorrelated images would have a root of a negative number. The bound lies above 0,
         # where the root's slope is finite.
-        product *= jnp.maximum(jnp.mean(values, axis=(1, 2, 3)), 1e-4) ** weight
-    return product
+        product *= jnp.maximum(jnp.mean(values, axis=(1, 2)), 1e-4) ** weight
+    return jnp.mean(product, axis=1)  # Over channels.
 
 
 def _ssim_terms(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:

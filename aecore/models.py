@@ -5,7 +5,7 @@ must be multiples of it).
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -253,10 +253,10 @@ class UNet(Autoencoder):
     """Channels of the images."""
     residual: bool = True
     """Whether the output is the image and a linear layer's correction; else it is a sigmoid."""
-    norm: str = "none"
+    norm: Literal["none", "group"] = "none"
     """none, or group: GroupNorm before each block's convolutions. It sees the whole image, so that
     large images can't be restored in tiles."""
-    patch: int = 1
+    patch: Literal[1, 2] = 1
     """2: the finest level has half the image's resolution, and its four phases as channels."""
 
     def __post_init__(self):
@@ -359,7 +359,11 @@ class LinearAutoencoder(Autoencoder):
     """Channels of the images."""
 
     def __post_init__(self):
-        _check_features("LinearAutoencoder", (self.components, self.patch), self.channels)
+        if min(self.components, self.patch, self.channels) < 1:
+            raise ConfigError(
+                f"LinearAutoencoder can't have {self.components} components, patches of "
+                f"{self.patch} pixels and {self.channels} channels; use numbers of at least 1"
+            )
         super().__post_init__()
 
     @property

@@ -22,7 +22,7 @@ class TrainState:
     """An exponential moving average of them; None if none is kept."""
 
     @property
-    def evaluated(self) -> Any:
+    def inference_params(self) -> Any:
         """The parameters to evaluate and restore with: the average, if one is kept."""
         return self.params if self.ema is None else self.ema
 

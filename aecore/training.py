@@ -244,6 +244,7 @@ class _Run:
         }
         if not self.is_first:
             return summary
+        summary |= self._classical_scores()
         original = self.dataset.validation[:_SAMPLES].astype(np.float32) / 255
         degraded = evaluation.degraded(
             self.experiment.degradation, self.dataset.validation[:_SAMPLES]
@@ -262,6 +263,14 @@ class _Run:
         images.save(images.from_float(degraded[0]), self.directory / "example.png")
         _write_json(self.directory / "summary.json", summary)
         return summary
+
+    def _classical_scores(self) -> dict[str, Any]:
+        """Those that an evaluation has added to the summary of the finished run."""
+        try:
+            earlier = json.loads((self.directory / "summary.json").read_text())
+            return {"classical": earlier["classical"]}
+        except (OSError, ValueError, LookupError, TypeError):
+            return {}
 
     def _collect_losses(self, bar: tqdm, leave: int = 0) -> None:
         """Waits for all launched steps but those of the last few calls; records their losses."""
@@ -305,7 +314,7 @@ class _Run:
 
     def _evaluate(self) -> None:
         scores = self.evaluator(
-            self.state.evaluated, self.dataset.validation, self._evaluation_may_stop
+            self.state.inference_params, self.dataset.validation, self._evaluation_may_stop
         )
         if scores is None:
             self._stop()
@@ -558,10 +567,9 @@ def _refuse_differences(
     changeable = _CHANGEABLE
     if experiment.optimizer.schedule == "cosine":
         changeable -= _WHEN_IT_ENDS  # A learning rate that falls to 0 by then depends on it.
-    # Fields that aecore did not have yet when the run began have their defaults.
-    whole = config.to_json(config.from_json(old, model=experiment.model))
-    old = whole | {"model": old["model"]}
-    differing = config.differences(old, config.to_json(experiment), changeable)
+    differing = config.differences(
+        config.with_defaults(old), config.to_json(experiment), changeable
+    )
     if differing:
         raise CheckpointError(
             f"{directory} holds a different experiment ({'; '.join(differing)}); "

@@ -30,13 +30,14 @@ experiment = Experiment(
 def compare(blind: Experiment) -> None:
     """Trains networks for one σ each, and prints the PSNR of both."""
     rows = []
+    directory = epath.Path(blind.directory)
     for sigma in (0.1, 0.2, 0.3, 0.4, 0.5):
         one = dataclasses.replace(
             blind,
             name=f"{blind.name}_{sigma}",
             degradation=GaussianNoise(sigma),
             training=dataclasses.replace(blind.training, loss="mse"),
-            run_dir=f"{blind.directory}_{sigma}",
+            run_dir=f"{directory}_{sigma}",
         )
         alone = train(one)["evaluation"]["psnr"]
         scores = evaluate(blind.directory, degradation=one.degradation)
@@ -48,9 +49,8 @@ def compare(blind: Experiment) -> None:
             f"{row['sigma']:.1f}{row['degraded']:8.2f} dB{row['blind']:8.2f} dB"
             f"{row['alone']:8.2f} dB ({row['blind'] - row['alone']:+.2f})"
         )
-    path = epath.Path(blind.directory) / "blind.json"
-    path.write_text(json.dumps(rows, indent=2) + "\n")
+    (directory / "blind.json").write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    compare(main(experiment))
+    main(experiment, then=compare)

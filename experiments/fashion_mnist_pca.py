@@ -70,4 +70,4 @@ def compare(trained: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    compare(main(experiment))
+    main(experiment, then=compare)

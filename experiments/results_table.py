@@ -9,13 +9,14 @@ one line: means over seeds of the means over images. The interval is the 95 % in
 of one run; the spread is the lowest and the highest PSNR of the seeds.
 """
 
-import argparse
 import collections
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import tyro
 
 _HERE = Path(__file__).parent
 _README = _HERE.parent / "README.md"
@@ -109,10 +110,12 @@ def inserted(readme: str, table: str) -> str:
     return f"{before}{_START}\n\n{table}\n\n{_END}{after}"
 
 
-def main(args: Iterable[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put it into README.md")
-    write = parser.parse_args(args).write
+def main(write: bool = False) -> None:
+    """Prints the table.
+
+    Args:
+        write: Put it into README.md instead.
+    """
     table = tables(load(_HERE / "results"))
     if write:
         _README.write_text(inserted(_README.read_text(), table))
@@ -121,4 +124,4 @@ def main(args: Iterable[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -148,7 +148,7 @@ def test_without_parameters_a_residual_network_is_the_identity(residual):
         (lambda: UNet(blocks=0), "0 blocks; use 1 or more"),
         (lambda: UNet(features=(8, 0)), "all numbers at least 1"),
         (lambda: SubpixelAutoencoder(features=()), "all numbers at least 1"),
-        (lambda: LinearAutoencoder(components=0), "all numbers at least 1"),
+        (lambda: LinearAutoencoder(components=0), "numbers of at least 1"),
     ],
 )
 def test_impossible_settings_are_refused(build, message):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import aecore
-from aecore import assembly, data, feeds
+from aecore import assembly, data, feeds, steps
 from aecore.degradations import Compose, GaussianBlur, GaussianNoise
 from aecore.errors import ConfigError
 from aecore.models import NoiseReducer, ResolutionEnhancer
@@ -80,6 +80,41 @@ def run_on_one_device(degrade_on):
 )
 def test_forms_agree(form):
     assert_agree(run_on_one_device(form["degrade_on"]), run(20, **form), 1e-5)
+
+
+def test_the_average_is_the_exponential_one():
+    settings = dict(devices=1, accumulation=1, degrade_on="device")
+    optimizer = aecore.Optimizer(learning_rate=1e-2, ema=0.5)
+    _, state = run(0, optimizer=optimizer, **settings)
+    expected = jax.tree.map(np.array, state.params)
+    for step in range(12):
+        _, state = run(1, start=state, optimizer=optimizer, **settings)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, expected, state.params)
+    for found, value in zip(*map(jax.tree.leaves, (state.ema, expected)), strict=True):
+        np.testing.assert_allclose(found, value, atol=1e-6)
+
+
+@pytest.mark.parametrize("run_in", ["tf", "jax"])
+def test_flips_mirror_half_of_the_images_left_to_right(run_in):
+    array = np.random.default_rng(0).integers(0, 256, (200, 12, 14, 1), np.uint8)
+    identity = Compose(())
+    if run_in == "tf":
+        batches = data.training_batches(array, identity, batch_size=200, seed=0, flip=True)
+        degraded, original = next(batches)
+        order = data.epoch_order(0, 0, 200)
+    else:
+        keys = jax.random.split(jax.random.key(0), 200)
+        degraded, original = map(np.asarray, steps.degrading(identity, flip=True)(array, keys))
+        order = np.arange(200)
+    source = array[order] / np.float32(255)
+    np.testing.assert_array_equal(degraded, original)
+    kept, mirrored = (
+        np.isclose(original, images, atol=1e-6).all(axis=(1, 2, 3))
+        for images in (source, source[:, :, ::-1])
+    )
+    assert (kept ^ mirrored).all()
+    assert 70 < mirrored.sum() < 130
 
 
 def test_forms_agree_on_averages_losses_flips_and_clipping():

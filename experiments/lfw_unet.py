@@ -1,6 +1,13 @@
 """Better faces at a tenth of the recipe's cost: LFW at 80×80, pixelated to 32×32, split by person.
 
-python experiments/lfw_unet.py --data.data-dir DIR
+    python experiments/lfw_unet.py --data.data-dir DIR
+
+A training step costs 1.25 GFLOP an image, as XLA counts them; the recipe's costs 27 and more. On 2
+CPU cores that other work shared, 8 epochs took 40 min, 33 images/s. The 1,036 images of people that
+were not trained on, pixelated and restored: PSNR 23.16 and 27.10 dB, SSIM 0.799 and 0.880, MSE
+0.00529 and 0.00217. Bicubic interpolation of the pixels that were kept reaches 24.32 dB. The
+network that came of it ships as `lfw-enhance`. The recipe's own network has not been trained to its
+end on this split.
 """
 
 from aecore import Data, Experiment, Optimizer, Training

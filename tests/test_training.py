@@ -45,6 +45,18 @@ def newest(run):
     return restored, description
 
 
+def signal_in_step(monkeypatch, number, sent=signal.SIGTERM, kind=feeds.Stream):
+    """Makes a signal come while a step runs; feeds do one step a call."""
+    launch = kind.launch
+
+    def launch_one(self, state, step, most):
+        if step == number - 1:
+            os.kill(os.getpid(), sent)
+        return launch(self, state, step, 1)
+
+    monkeypatch.setattr(kind, "launch", launch_one)
+
+
 def steps_kept(run):
     return sorted(int(path.name) for path in Path(run, "checkpoints").glob("[0-9]*"))
 
@@ -130,17 +142,9 @@ def test_averages_schedules_and_flips_go_on_exactly(tiny, tmp_path, monkeypatch,
         tiny, optimizer=EVERYTHING, loss="ms_ssim_l1", flip=True, feed=feed, checkpoint_every=3
     )
     aecore.train(chosen, progress=False)
-    real_launch = feeds.Stream.launch if feed == "stream" else feeds.Resident.launch
-    kind = feeds.Stream if feed == "stream" else feeds.Resident
-
-    def launch_then_signal(self, state, step, most):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real_launch(self, state, step, most)
-
     parts = change(chosen, run_dir=str(tmp_path / "parts"))
     with monkeypatch.context() as patch:
-        patch.setattr(kind, "launch", launch_then_signal)
+        signal_in_step(patch, 4, kind=feeds.Stream if feed == "stream" else feeds.Resident)
         with pytest.raises(Interrupted):
             aecore.train(parts, progress=False)
     aecore.train(parts, progress=False)
@@ -227,18 +231,10 @@ def test_a_finished_run_is_not_trained_again(tiny):
 
 def test_interruption_saves_and_loses_no_step(tiny, tmp_path, monkeypatch):
     aecore.train(tiny, progress=False)
-    real_batches = data.training_batches
     stopped = change(tiny, run_dir=str(tmp_path / "stopped"))
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for number, expected in ((signal.SIGTERM, 4), (signal.SIGINT, 8)):
-
-        def batches_then_signal(*args, number=number, **options):
-            for count, batch in enumerate(real_batches(*args, **options)):
-                if count == 3 + feeds._AHEAD:
-                    os.kill(os.getpid(), number)
-                yield batch
-
-        monkeypatch.setattr(data, "training_batches", batches_then_signal)
+        signal_in_step(monkeypatch, expected, number)
         with pytest.raises(Interrupted, match=f"after step {expected}, which is saved"):
             aecore.train(stopped, progress=False)
         assert steps_kept(stopped.run_dir)[-1] == expected
@@ -347,15 +343,7 @@ def test_a_checkpoint_stays_until_its_replacement_is_whole(tmp_path):
 
 
 def test_a_run_goes_on_past_a_smaller_limit(tiny, monkeypatch):
-    real_batches = data.training_batches
-
-    def batches_then_signal(*args, **options):
-        for count, batch in enumerate(real_batches(*args, **options)):
-            if count == 2 + feeds._AHEAD:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
-
-    monkeypatch.setattr(data, "training_batches", batches_then_signal)
+    signal_in_step(monkeypatch, 3)
     with pytest.raises(Interrupted):
         aecore.train(tiny, progress=False)
     summary = aecore.train(change(tiny, steps=1), progress=False)

@@ -1,3 +1,4 @@
+import runpy
 import subprocess
 import sys
 import time
@@ -166,5 +167,4 @@ def test_restoring_does_not_need_tensorflow(trained, pictures, tmp_path):
 def test_experiments_are_importable_and_valid():
     folder = Path(__file__).parent.parent / "experiments"
     for path in folder.glob("*.py"):
-        namespace = {"__name__": path.stem}
-        exec(compile(path.read_text(), path, "exec"), namespace)
+        runpy.run_path(str(path), run_name=path.stem)

@@ -307,7 +307,7 @@ def test_results_stay_in_range():
         (lambda: GaussianNoise((0.1, 0.2, 0.3)), "not a number or a"),
         (lambda: Pixelate(0.0), "use 0 < scale <= 1"),
         (lambda: Pixelate(1.5), "use 0 < scale <= 1"),
-        (lambda: ShotNoise(0.0), "use peak > 0"),
+        (lambda: ShotNoise(0.0), "use 0 < peak <= 1e6"),
         (lambda: SaltAndPepper(1.1), "use 0 <= amount <= 1"),
         (lambda: JPEG(0), "use 1 to 100"),
         (lambda: Mask(boxes=1.5), "use whole numbers"),

@@ -130,7 +130,7 @@ class Training:
     """By how much the validation loss must fall to count as better."""
     seed: int = 0
     """Seed of the weights, of the images' order and of the noise."""
-    loss: Literal["mse", "mae", "charbonnier", "ms_ssim_l1", "negative_psnr"] = "mse"
+    loss: Literal["mse", "mae", "charbonnier", "ms_ssim_l1", "log_mse"] = "mse"
     """What is made small; see aecore.losses. Which checkpoint is best is told by MSE always."""
     flip: bool = False
     """Mirror each training image left to right with probability 1/2."""

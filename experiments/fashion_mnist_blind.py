@@ -23,7 +23,7 @@ experiment = Experiment(
     data=Data(dataset="fashion_mnist"),
     optimizer=Optimizer(learning_rate=4e-3, schedule="cosine", warmup_steps=200),
     # By MSE, strong noise would count for nearly all.
-    training=Training(batch_size=32, epochs=3, loss="negative_psnr", feed="resident"),
+    training=Training(batch_size=32, epochs=3, loss="log_mse", feed="resident"),
 )
 
 

@@ -2,8 +2,17 @@
 
     python experiments/fashion_mnist_blind.py --data.data-dir DIR
 
-Afterwards networks of the same size are trained, in run directories beside its own, for σ = 0.1,
-0.2, 0.3, 0.4 and 0.5 alone, by MSE, and both are scored on the test images with noise of that σ.
+Afterwards networks of the same size, 56,708 parameters, are trained in run directories beside its
+own, for σ = 0.1, 0.2, 0.3, 0.4 and 0.5 alone, by MSE, and both are scored on the 10,000 test images
+with noise of that σ. On 2 CPU cores that other work shared, each took 2 to 5 min. PSNR in dB:
+
+| σ | noisy | blind | for that σ alone | |
+|---|---|---|---|---|
+| 0.1 | 21.62 | 26.68 | 26.95 | -0.27 |
+| 0.2 | 15.97 | 23.54 | 23.69 | -0.15 |
+| 0.3 | 12.81 | 21.64 | 21.81 | -0.18 |
+| 0.4 | 10.72 | 20.28 | 20.49 | -0.21 |
+| 0.5 | 9.30 | 19.22 | 19.50 | -0.28 |
 """
 
 import dataclasses

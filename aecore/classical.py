@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from aecore import evaluation
@@ -89,14 +89,15 @@ def _bm3d(image, sigma):
 
 def _bicubic(image, scale):
     """The small image that pixelation kept, enlarged by bicubic interpolation instead."""
-    height, width, _ = image.shape
-    down = [np.linalg.pinv(enlarging(side, scale)) for side in (height, width)]
-    small = np.einsum("ih,hwc,jw->cij", down[0], image, down[1], dtype=np.float32)
-    large = [
-        Image.fromarray(channel).resize((width, height), Image.Resampling.BICUBIC)
-        for channel in small
-    ]
-    return np.stack([np.asarray(channel) for channel in large], axis=2)
+    rows, columns = (_reducing(side, scale) for side in image.shape[:2])
+    small = np.einsum("ih,hwc,jw->ijc", rows, image, columns, dtype=np.float32)
+    return np.asarray(jax.image.resize(small, image.shape, "bicubic", antialias=False))
+
+
+@functools.lru_cache(maxsize=32)
+def _reducing(size: int, scale: float) -> np.ndarray:
+    """`(small, size)`: from an enlarged side back to the pixels that were kept."""
+    return np.linalg.pinv(enlarging(size, scale))
 
 
 _STRENGTHS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8)

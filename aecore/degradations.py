@@ -257,10 +257,6 @@ class Mask(Degradation):
         return xp.where(blank, _draw(self.value, images, ops), images)
 
 
-_MARGIN = 1e-4
-"""Pixels; keeps 0.29 * 100 from being truncated to 28."""
-
-
 @register
 @dataclasses.dataclass(frozen=True)
 class Pixelate(Degradation):
@@ -279,8 +275,7 @@ class Pixelate(Degradation):
     def _matrix(size: int, scale: Array, ops: Ops) -> Array:
         xp, einsum = _namespace(scale, ops)
         scale = _as_matrices(scale)
-        # The recipe truncates the small size.
-        small = xp.maximum(xp.floor(size * scale + _MARGIN), 1.0)
+        small = _kept(xp, size, scale)
         down = _area_overlap(xp, size, small, size)
         up = _area_overlap(xp, small, size, size)
         return einsum("...ij,...jk->...ik", up, down)
@@ -288,8 +283,14 @@ class Pixelate(Degradation):
 
 def enlarging(size: int, scale: float) -> np.ndarray:
     """`(size, small)`: how `Pixelate(scale)` brings a kept side back to `size` pixels."""
-    small = max(int(np.floor(size * scale + _MARGIN)), 1)
+    small = int(_kept(np, size, _as_matrices(scale)))
     return _area_overlap(np, small, size, size)[:, :small]
+
+
+def _kept(xp: Any, size: int, scale: Array) -> Array:
+    """How many of `size` pixels pixelation keeps."""
+    # The recipe truncates; the margin keeps 0.29 * 100 from becoming 28.
+    return xp.maximum(xp.floor(size * scale + 1e-4), 1.0)
 
 
 def _area_overlap(xp: Any, size_in: Array, size_out: Array, rows: int) -> Array:
@@ -353,11 +354,15 @@ def _apply_separable(
     """
     parameter = _draw(parameter, images, ops)
     rows, columns = (matrix(size, parameter, ops) for size in images.shape[1:3])
+    # The weights of a mean add up to 1, but for rounding.
+    return _clip(_separable(images, rows, columns, ops), ops)
+
+
+def _separable(images: Array, rows: Array, columns: Array, ops: Ops) -> Array:
+    """Multiplies heights and widths by `([B,] new, old)` matrices."""
     batch = "b" if len(rows.shape) == 3 else ""
     images = ops.einsum(f"{batch}ij,bjwc->biwc", rows, images)
-    images = ops.einsum(f"{batch}ij,bhjc->bhic", columns, images)
-    # The weights of a mean add up to 1, but for rounding.
-    return _clip(images, ops)
+    return ops.einsum(f"{batch}ij,bhjc->bhic", columns, images)
 
 
 # Annex K of ITU-T T.81 (JPEG): the example tables for luminance and chrominance, which encoders
@@ -426,10 +431,10 @@ class JPEG(Degradation):
             return _clip(ops.xp.round(result) / 255.0, ops)
         ycc = ops.xp.round(ops.einsum("bhwc,kc->bhwk", levels, _TO_YCC))
         luminance = ycc[..., :1] - 128.0
-        small = _resized(_resized(ycc[..., 1:], 1, _halving(height), ops), 2, _halving(width), ops)
+        small = _separable(ycc[..., 1:], _halving(height), _halving(width), ops)
         luminance = _through_blocks(luminance, _TABLES[0], scale, ops)
         small = _through_blocks(ops.xp.round(small), _TABLES[1], scale, ops)
-        chrominance = _resized(_resized(small, 1, _doubling(height), ops), 2, _doubling(width), ops)
+        chrominance = _separable(small, _doubling(height), _doubling(width), ops)
         result = 128.0 + ops.einsum("bhwc,kc->bhwk", luminance, _FROM_YCC[:, :1])
         result = result + ops.einsum("bhwc,kc->bhwk", chrominance, _FROM_YCC[:, 1:])
         return _clip(ops.xp.round(result) / 255.0, ops)
@@ -439,8 +444,8 @@ def _through_blocks(planes: Array, table: np.ndarray, scale: Array, ops: Ops) ->
     """Quantises the cosine coefficients of each 8×8 block, and goes back to whole levels."""
     height, width, channels = planes.shape[1:]
     # A last block that is not full repeats the last row and column, as libjpeg does.
-    for axis, side in ((1, height), (2, width)):
-        planes = _resized(planes, axis, _last_repeated(side, -(-side // 8) * 8), ops)
+    whole = [_last_repeated(side, -(-side // 8) * 8) for side in (height, width)]
+    planes = _separable(planes, *whole, ops)
     rows, columns = planes.shape[1] // 8, planes.shape[2] // 8
     blocks = ops.xp.reshape(planes, (-1, rows, 8, columns, 8, channels))
     xp = np if isinstance(scale, float) else ops.xp  # A table for all images is a constant.
@@ -452,11 +457,6 @@ def _through_blocks(planes: Array, table: np.ndarray, scale: Array, ops: Ops) ->
     planes = ops.xp.reshape(blocks, (-1, 8 * rows, 8 * columns, channels))
     planes = ops.xp.round(planes[:, :height, :width])
     return ops.xp.minimum(ops.xp.maximum(planes, -128.0), 127.0)
-
-
-def _resized(images: Array, axis: int, matrix: np.ndarray, ops: Ops) -> Array:
-    """Multiplies the height (axis 1) or the width (axis 2) by a `(new, old)` matrix."""
-    return ops.einsum("ij,bjwc->biwc" if axis == 1 else "ij,bhjc->bhic", matrix, images)
 
 
 def _last_repeated(size: int, padded: int) -> np.ndarray:

@@ -110,7 +110,7 @@ def _pipelines(experiment: Experiment, array: np.ndarray) -> dict[str, Callable[
                 degradation,
                 batch_size=training.batch_size,
                 seed=training.seed,
-                flip=training.flip and degradation is not None,
+                flip=training.flip,
             ),
         )
         for name, degradation in (

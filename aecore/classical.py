@@ -155,9 +155,9 @@ def methods(degradation: Degradation, names: Sequence[str] | None = None) -> dic
 
 
 def scores(
+    chosen: Mapping[str, Method],
     degradation: Degradation,
     dataset: Dataset,
-    names: Sequence[str] | None = None,
     *,
     progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
@@ -168,19 +168,15 @@ def scores(
     values put through a curve, fitted on the training images.
 
     Args:
+      chosen: the methods, as `methods` gives them.
       degradation: what is done to the images.
       dataset: settings and the curve are chosen on its first training images.
-      names: which methods; by default all whose packages are installed.
       progress: whether to show a progress bar.
 
     Returns:
       For each method scores as `evaluation.Evaluator` gives them, and `settings`; besides, for the
       method that is best with a curve, the same under its name with `CALIBRATED`.
-
-    Raises:
-      ConfigError: as `methods` does.
     """
-    chosen = methods(degradation, names)
     tuned_on, count = dataset.train[:_TUNED_ON], len(dataset.validation)
     tries = sum(len(list(method.settings())) for method in chosen.values())
     with (

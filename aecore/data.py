@@ -428,7 +428,7 @@ def training_batches(
       batch_size: images a batch, at most N.
       seed: of the order and of the noise, which is drawn anew at each step.
       start_step: the first batch's step. What comes before it is not read.
-      flip: whether to mirror images at random before they are degraded.
+      flip: whether to mirror images at random before they are degraded, where they are.
       share: which images of each batch to make, without reading the others. They are the same
         images, with the same noise, as in the whole batch.
     """

@@ -17,7 +17,7 @@ from aecore.degradations import Degradation
 from aecore.errors import ConfigError
 from aecore.parallel import DataParallel
 from aecore.restoration import Restorer
-from aecore.storage import write_whole
+from aecore.storage import write_json
 
 _log = logging.getLogger(__name__)
 
@@ -233,18 +233,18 @@ def evaluate(
     """
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size {batch_size} is less than 1; use 1 or more")
-    names = (classical,) if isinstance(classical, str) else classical
     restorer = Restorer.load(run, model=model)
     experiment = config.from_json(restorer.description, model=restorer.model)
     own = degradation in (None, experiment.degradation)
     degradation = degradation or experiment.degradation
-    if names:
+    if classical:
         from aecore import classical as classical_methods
 
-        names = None if names is True else names
-        classical_methods.methods(degradation, names)  # Wrong names are refused at once.
+        names = (classical,) if isinstance(classical, str) else classical
+        methods = classical_methods.methods(degradation, None if names is True else names)
+    directory = epath.Path(run).expanduser()
     if save:
-        summary = _read_summary(epath.Path(run).expanduser())
+        summary = _read_summary(directory)
     settings = experiment.data
     if data_dir is not None:
         settings = dataclasses.replace(settings, data_dir=data_dir)
@@ -273,16 +273,12 @@ def evaluate(
     }
     if classical:
         scores["classical"] = classical_methods.scores(
-            degradation, dataset, names, progress=progress
+            methods, degradation, dataset, progress=progress
         )
     if save:
-        directory = epath.Path(run).expanduser()
         merged = summary.get("classical", {}) | scores.get("classical", {})
         summary |= scores | ({"classical": merged} if merged else {})
-        write_whole(
-            directory / "summary.json",
-            (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode(),
-        )
+        write_json(directory / "summary.json", summary)
         _save_ranked(directory, restorer, degradation, dataset, values["psnr"])
     return scores
 
@@ -304,8 +300,7 @@ def ranked(psnr: np.ndarray, count: int = 3) -> dict[str, np.ndarray]:
     """Indices of the images with the highest, the middle and the lowest PSNR, `count` of each."""
     order = np.argsort(-psnr, kind="stable")
     middle = (len(order) - count) // 2
-    parts = {"best": order[:count], "median": order[middle:][:count], "worst": order[-count:]}
-    return {name: part for name, part in parts.items() if len(part)}
+    return {"best": order[:count], "median": order[middle:][:count], "worst": order[-count:]}
 
 
 def _save_ranked(

@@ -119,7 +119,7 @@ class Stream:
             None if on_device else degradation,
             batch_size=training.batch_size,
             seed=training.seed,
-            flip=training.flip and not on_device,
+            flip=training.flip,
             share=share,
         )
         self._calls = _Calls(self._group)
@@ -152,7 +152,7 @@ class Stream:
                 group = list(itertools.islice(batches, self._group - done))
                 self.seconds_waited += time.perf_counter() - start
                 group = [group[0]] * done + group
-                queue.append(self._parallel.place_batches(jax.tree.map(_stack, *group)))
+                queue.append(self._parallel.place_batch(jax.tree.map(_stack, *group), axis=1))
                 done = 0
             yield queue.popleft()
 

@@ -96,22 +96,14 @@ class DataParallel:
         """The leading axes of a batch on the devices."""
         return (batch_size,)
 
-    def place_batch(self, share: Any) -> Any:
+    def place_batch(self, share: Any, axis: int = 0) -> Any:
         """Puts a batch on the devices as a compiled training step takes it.
 
         Args:
           share: host arrays; where there are several processes, this one's share of the batch.
+          axis: of the images; 1 for several batches, as `compile_train_steps` takes them.
         """
-        return self.place(share)
-
-    def place_batches(self, shares: Any) -> Any:
-        """Puts several batches on the devices as compiled training steps take them.
-
-        Args:
-          shares: host arrays `(S, B, ...)`; where there are several processes, this one's share of
-            each of the S batches.
-        """
-        return self.place(shares, axis=1)
+        return self.place(share, axis)
 
     def place(self, share: Any, axis: int = 0) -> Any:
         """Puts arrays, or this process's share of them, on the devices, divided along an axis."""
@@ -234,17 +226,14 @@ class Pmap(DataParallel):
     def batch_shape(self, batch_size):
         return (self.device_count, batch_size // self.device_count)
 
-    def place_batch(self, share):
+    def place_batch(self, share, axis=0):
         count = self.device_count // self._processes
         return self.place(
-            jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), share)
-        )
-
-    def place_batches(self, shares):
-        count = self.device_count // self._processes
-        return self.place(
-            jax.tree.map(lambda leaf: leaf.reshape(len(leaf), count, -1, *leaf.shape[2:]), shares),
-            axis=1,
+            jax.tree.map(
+                lambda leaf: leaf.reshape(*leaf.shape[:axis], count, -1, *leaf.shape[axis + 1 :]),
+                share,
+            ),
+            axis,
         )
 
     def compile_arrange(self):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import threading
 from typing import Any
@@ -30,3 +31,8 @@ def write_whole(path: Any, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Any, value: Any) -> None:
+    """Writes JSON for people and machines, as `write_whole` does."""
+    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

@@ -37,7 +37,7 @@ from aecore.data import Dataset
 from aecore.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError
 from aecore.parallel import DataParallel, join_processes
 from aecore.restoration import Restorer
-from aecore.storage import write_whole
+from aecore.storage import write_json
 
 _WHEN_IT_ENDS = frozenset({"training.epochs", "training.steps"})
 
@@ -101,7 +101,7 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
     ):
         run = _Run(experiment, dataset, parallel, directory, checkpoints, interruption)
         if run.is_first:
-            _write_json(directory / "experiment.json", config.to_json(experiment))
+            write_json(directory / "experiment.json", config.to_json(experiment))
         with run.log, _bar(run, progress and run.is_first) as bar:
             run.fit(bar)
     return run.summarize()
@@ -261,7 +261,7 @@ class _Run:
             self.experiment.training.loss,
         )
         images.save(images.from_float(degraded[0]), self.directory / "example.png")
-        _write_json(self.directory / "summary.json", summary)
+        write_json(self.directory / "summary.json", summary)
         return summary
 
     def _classical_scores(self) -> dict[str, Any]:
@@ -575,10 +575,6 @@ def _refuse_differences(
             f"{directory} holds a different experiment ({'; '.join(differing)}); "
             "use another --run-dir, or the settings it was made with"
         )
-
-
-def _write_json(path: epath.Path, value: Any) -> None:
-    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _json_line(values: Mapping[str, Any]) -> str:

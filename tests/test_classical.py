@@ -25,10 +25,14 @@ def smooth(count, side=24, channels=1):
     return ((values - low) / (high - low) * 255).astype(np.uint8)
 
 
+def classical_scores(degradation, dataset, names):
+    return classical.scores(classical.methods(degradation, names), degradation, dataset)
+
+
 def test_methods_are_tuned_and_scored_on_the_inputs_of_the_network():
     dataset = Dataset(smooth(20), smooth(7))
     degradation = GaussianNoise(0.2)
-    scores = classical.scores(degradation, dataset, QUICK)
+    scores = classical_scores(degradation, dataset, QUICK)
     originals = dataset.validation / np.float32(255)
     degraded = evaluation.degraded(degradation, dataset.validation)
     identity = ((degraded - originals) ** 2).mean()
@@ -44,7 +48,7 @@ def test_methods_are_tuned_and_scored_on_the_inputs_of_the_network():
 
 def test_settings_come_from_the_training_images_alone():
     def settings(train, validation):
-        found = classical.scores(GaussianNoise(0.2), Dataset(train, validation), QUICK)
+        found = classical_scores(GaussianNoise(0.2), Dataset(train, validation), QUICK)
         return {name: scores["settings"] for name, scores in found.items()}
 
     flat, busy = np.full((20, 24, 24, 1), 128, np.uint8), RANDOM.integers(0, 256, (20, 24, 24, 1))
@@ -54,14 +58,14 @@ def test_settings_come_from_the_training_images_alone():
 
 def test_the_bias_of_clipped_noise_is_undone_by_calibration():
     dark = Dataset(smooth(30) // 4, smooth(10) // 4)
-    scores = classical.scores(GaussianNoise(0.4), dataset=dark, names=["gaussian"])
+    scores = classical_scores(GaussianNoise(0.4), dataset=dark, names=["gaussian"])
     assert scores["gaussian, calibrated"]["mse"] < scores["gaussian"]["mse"] / 4
 
 
 def test_stronger_noise_is_smoothed_more():
     dataset = Dataset(smooth(20), smooth(5))
     weights = [
-        classical.scores(GaussianNoise(sigma), dataset, ["total variation"])["total variation"]
+        classical_scores(GaussianNoise(sigma), dataset, ["total variation"])["total variation"]
         for sigma in (0.05, 0.4)
     ]
     assert weights[0]["settings"]["weight"] < weights[1]["settings"]["weight"]
@@ -83,7 +87,7 @@ def test_bicubic_is_for_pixelation_and_beats_it(channels):
     dataset = Dataset(smooth(4, 40, channels), smooth(4, 40, channels))
     assert "bicubic" not in classical.methods(GaussianBlur(1.0))
     assert "bicubic" in classical.methods(Compose((GaussianBlur(1.0), Pixelate(0.5))))
-    scores = classical.scores(Pixelate(0.4), dataset, ["bicubic"])["bicubic"]
+    scores = classical_scores(Pixelate(0.4), dataset, ["bicubic"])["bicubic"]
     pixelated = evaluation.degraded(Pixelate(0.4), dataset.validation)
     identity = evaluation.summarize(evaluation.image_scores(pixelated, dataset.validation))
     assert scores["psnr"] > identity["psnr"] + 2

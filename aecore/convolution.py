@@ -8,6 +8,10 @@ matrix products:
 - a convolution is the sum over its taps of the image, shifted, times the tap's `(C, K)` matrix.
   With fewer channels going in than coming out, the shifted images are put side by side and
   multiplied at once; else the products with all taps are computed at once, shifted and added;
+- with few channels, this is faster with the *batch last*, on `(C, H, W, B)`: whole runs of B
+  numbers are shifted, and the pixels are the long side of every product. A function then turns its
+  arguments and its result around. Where one follows another, the two turns cancel and the compiler
+  drops them; therefore biases and activations are computed with the batch last too;
 - with many channels, 4×4 tiles are transformed so that 16 products per 4 outputs do the work of
   36 (Winograd's F(2×2, 3×3); Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
   2016);
@@ -43,6 +47,11 @@ class Conv(nn.Module):
 
     features: int
     stride: int = 1
+    activation: Callable[[jax.Array], jax.Array] | None = None
+    """What is done to each number that comes out, such as `nn.relu`."""
+    batch_last: bool = False
+    """Whether CPUs compute with the batch last: for layers that have few channels and follow one
+    another directly."""
 
     @nn.compact
     def _weights(self, images: jax.Array, channels: int) -> Sequence[jax.Array]:
@@ -56,12 +65,24 @@ class Conv(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """`(B, H, W, C)` to `(B, H / stride, W / stride, features)`, rounded up."""
         images, kernel, bias = self._weights(images, images.shape[-1])
-        return conv(images, kernel, self.stride) + bias
+        return self._finish(conv(images, kernel, self.stride, self.batch_last), bias)
 
     def on_phases(self, phases: jax.Array) -> jax.Array:
         """`(B, H, W, 4 C)` to `(B, H, W, 4 features)`: both are the phases of a larger image."""
         phases, kernel, bias = self._weights(phases, phases.shape[-1] // 4)
-        return conv_on_phases(phases, kernel) + jnp.tile(bias, 4)
+        return self._finish(conv_on_phases(phases, kernel), jnp.tile(bias, 4))
+
+    def _finish(self, features: jax.Array, bias: jax.Array) -> jax.Array:
+        def finish(features, bias):
+            features += bias
+            return self.activation(features) if self.activation else features
+
+        def finish_batch_last(features, bias):
+            return finish(features, bias[:, None, None, None])
+
+        if self.batch_last:
+            return _by_platform(finish, _with_batch_last(finish_batch_last))(features, bias)
+        return finish(features, bias)
 
 
 class ConvTranspose(Conv):
@@ -72,15 +93,17 @@ class ConvTranspose(Conv):
     def __call__(self, images: jax.Array) -> jax.Array:
         """`(B, H, W, C)` to `(B, 2 H, 2 W, features)`."""
         images, kernel, bias = self._weights(images, images.shape[-1])
-        return conv_transpose(images, kernel) + bias
+        return self._finish(conv_transpose(images, kernel, self.batch_last), bias)
 
     def to_phases(self, images: jax.Array) -> jax.Array:
         """`(B, H, W, C)` to `(B, H, W, 4 features)`: the phases of the result."""
         images, kernel, bias = self._weights(images, images.shape[-1])
-        return conv_transpose_to_phases(images, kernel) + jnp.tile(bias, 4)
+        return self._finish(conv_transpose_to_phases(images, kernel), jnp.tile(bias, 4))
 
 
-def conv(images: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+def conv(
+    images: jax.Array, kernel: jax.Array, stride: int = 1, batch_last: bool = False
+) -> jax.Array:
     """`(B, H, W, C)` to `(B, H / stride, W / stride, K)`, rounded up; stride 1 or 2."""
 
     def plain(images, kernel):
@@ -88,54 +111,82 @@ def conv(images: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
             images, kernel, (stride, stride), "SAME", dimension_numbers=_LAYOUT
         )
 
-    if stride == 1:
-        return _by_platform(plain, _conv_on_cpu)(images, kernel)
-    if stride == 2 and images.shape[1] % 2 == 0 and images.shape[2] % 2 == 0:
+    def product(images, kernel, axis):
+        return _product(images, kernel.reshape(9, *kernel.shape[2:]), _ALL, axis)
 
-        def on_cpu(images, kernel):
-            return _product(split_phases(images), _strided_kernel(kernel), _AFTER)
+    def strided(images, kernel, axis):
+        return _product(_split(images, axis), _strided_kernel(kernel), _AFTER, axis)
 
-        return _by_platform(plain, on_cpu)(images, kernel)
-    return plain(images, kernel)
+    if stride == 1 and min(kernel.shape[2:]) >= _WINOGRAD_CHANNELS:
+        on_cpu = _winograd
+    elif stride == 1:
+        on_cpu = _in_layout(product, batch_last)
+    elif images.shape[1] % 2 == 0 and images.shape[2] % 2 == 0:
+        on_cpu = _in_layout(strided, batch_last)
+    else:
+        return plain(images, kernel)
+    return _by_platform(plain, on_cpu)(images, kernel)
 
 
-def conv_transpose(images: jax.Array, kernel: jax.Array) -> jax.Array:
+def conv_transpose(images: jax.Array, kernel: jax.Array, batch_last: bool = False) -> jax.Array:
     """`(B, H, W, C)` to `(B, 2 H, 2 W, K)`: `lax.conv_transpose` with stride 2."""
 
     def plain(images, kernel):
         return lax.conv_transpose(images, kernel, (2, 2), "SAME", dimension_numbers=_LAYOUT)
 
-    def on_cpu(images, kernel):
-        return merge_phases(_product(images, _transposed_kernel(kernel), _BEFORE))
+    def on_cpu(images, kernel, axis):
+        return _merge(_product(images, _transposed_kernel(kernel), _BEFORE, axis), axis)
 
-    return _by_platform(plain, on_cpu)(images, kernel)
+    return _by_platform(plain, _in_layout(on_cpu, batch_last))(images, kernel)
 
 
 def conv_transpose_to_phases(images: jax.Array, kernel: jax.Array) -> jax.Array:
     """`(B, H, W, C)` to `(B, H, W, 4 K)`: the phases of what `conv_transpose` gives."""
-    return _conv_of_taps(images, _transposed_kernel(kernel), _BEFORE)
+
+    def plain(images, kernel):
+        # A 2×2 kernel, which looks one pixel back.
+        kernel = _transposed_kernel(kernel)
+        return lax.conv_general_dilated(
+            images,
+            kernel.reshape(2, 2, *kernel.shape[1:]),
+            (1, 1),
+            ((1, 0), (1, 0)),
+            dimension_numbers=_LAYOUT,
+        )
+
+    def on_cpu(images, kernel):
+        return _product(images, _transposed_kernel(kernel), _BEFORE, 0)
+
+    return _by_platform(plain, _with_batch_last(on_cpu))(images, kernel)
 
 
 def conv_on_phases(phases: jax.Array, kernel: jax.Array) -> jax.Array:
     """`(B, H, W, 4 C)` to `(B, H, W, 4 K)`: `conv` with stride 1, from phases to phases.
 
-    It makes four times the products, but none of the large image. Meant for a small K.
+    Meant for a small K: but on CPUs, it makes four times the products.
     """
-    return _conv_of_taps(phases, _phases_kernel(kernel), _ALL)
+
+    def plain(phases, kernel):
+        kernel = _phases_kernel(kernel)
+        return lax.conv_general_dilated(
+            phases,
+            kernel.reshape(3, 3, *kernel.shape[1:]),
+            (1, 1),
+            "SAME",
+            dimension_numbers=_LAYOUT,
+        )
+
+    return _by_platform(plain, _with_batch_last(_product_on_phases))(phases, kernel)
 
 
 def split_phases(images: jax.Array) -> jax.Array:
     """`(B, 2 H, 2 W, C)` to its phases, `(B, H, W, 4 C)`."""
-    b, h, w, c = images.shape
-    split = images.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5)
-    return split.reshape(b, h // 2, w // 2, 4 * c)
+    return _split(images, 3)
 
 
 def merge_phases(phases: jax.Array) -> jax.Array:
     """Phases `(B, H, W, 4 C)` to the image that they make up, `(B, 2 H, 2 W, C)`."""
-    b, h, w, c = phases.shape
-    merged = phases.reshape(b, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5)
-    return merged.reshape(b, 2 * h, 2 * w, c // 4)
+    return _merge(phases, 3)
 
 
 def _by_platform(plain: Callable, on_cpu: Callable) -> Callable:
@@ -169,61 +220,51 @@ def _by_platform(plain: Callable, on_cpu: Callable) -> Callable:
     return function
 
 
-def _conv_of_taps(images: jax.Array, kernel: jax.Array, taps: Taps) -> jax.Array:
-    """The convolution with a `(T, C, K)` kernel, whose T taps fill a rectangle."""
-    before, after = _margins(taps)
+def _with_batch_last(function: Callable) -> Callable:
+    """A function of `(C, H, W, B)` images, and others, as one of `(B, H, W, C)` images."""
 
-    def plain(images, kernel):
-        size = (before[0] + after[0] + 1, before[1] + after[1] + 1)
-        return lax.conv_general_dilated(
-            images,
-            kernel.reshape(*size, *kernel.shape[1:]),
-            (1, 1),
-            tuple(zip(before, after, strict=True)),
-            dimension_numbers=_LAYOUT,
-        )
+    def turned(images, *args):
+        return function(images.transpose(3, 1, 2, 0), *args).transpose(3, 1, 2, 0)
 
-    return _by_platform(plain, functools.partial(_product, taps=taps))(images, kernel)
+    return turned
 
 
-def _conv_on_cpu(images: jax.Array, kernel: jax.Array) -> jax.Array:
-    if min(kernel.shape[2:]) >= _WINOGRAD_CHANNELS:
-        return _winograd(images, kernel)
-    return _product(images, kernel.reshape(9, *kernel.shape[2:]), _ALL)
+def _in_layout(function: Callable, batch_last: bool) -> Callable:
+    """A `function(images, kernel, axis)` with the batch last, or with the channels last."""
+    if batch_last:
+        return _with_batch_last(functools.partial(function, axis=0))
+    return functools.partial(function, axis=3)
 
 
-# ---- Matrix products
+# ---- Matrix products, of images whose channels are axis 0 or 3, and whose batch is the other one
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(images: jax.Array, kernel: jax.Array, taps: Taps) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(images: jax.Array, kernel: jax.Array, taps: Taps, axis: int) -> jax.Array:
     """The convolution with a `(T, C, K)` kernel, as one matrix product."""
     count, channels, features = kernel.shape
     if channels <= features:
-        return _dot(_shifted(images, taps), kernel.reshape(count * channels, features))
-    products = _dot(images, kernel.transpose(1, 0, 2).reshape(channels, count * features))
-    padded, windows = _windows(products, taps)
-    terms = (
-        padded[window][..., tap * features : (tap + 1) * features]
-        for tap, window in enumerate(windows)
-    )
+        return _multiply(_shifted(images, taps, axis), kernel, axis)
+    kernel = kernel.transpose(1, 0, 2).reshape(1, channels, count * features)
+    products = jnp.split(_multiply(images, kernel, axis), count, axis)
+    terms = (_shift(product, tap) for product, tap in zip(products, taps, strict=True))
     return functools.reduce(jnp.add, terms)
 
 
-def _product_forward(images, kernel, taps):
-    return _product(images, kernel, taps), (images, kernel)
+def _product_forward(images, kernel, taps, axis):
+    return _product(images, kernel, taps, axis), (images, kernel)
 
 
-def _product_backward(taps, saved, cotangent):
+def _product_backward(taps, axis, saved, cotangent):
     images, kernel = saved
     count, channels, features = kernel.shape
     opposite = tuple((-di, -dj) for di, dj in taps)
-    images_cotangent = _product(cotangent, kernel.transpose(0, 2, 1), opposite)
+    images_cotangent = _product(cotangent, kernel.transpose(0, 2, 1), opposite, axis)
     # One product over all pixels of the batch.
     if channels <= features:
-        kernel_cotangent = _dot_over_pixels(_shifted(images, taps), cotangent)
+        kernel_cotangent = _dot_over_pixels(_shifted(images, taps, axis), cotangent, axis)
         return images_cotangent, kernel_cotangent.reshape(kernel.shape)
-    kernel_cotangent = _dot_over_pixels(images, _shifted(cotangent, opposite))
+    kernel_cotangent = _dot_over_pixels(images, _shifted(cotangent, opposite, axis), axis)
     kernel_cotangent = kernel_cotangent.reshape(channels, count, features).transpose(1, 0, 2)
     return images_cotangent, kernel_cotangent
 
@@ -231,44 +272,129 @@ def _product_backward(taps, saved, cotangent):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _margins(taps: Taps) -> tuple[tuple[int, int], tuple[int, int]]:
-    """How far the taps reach beyond an image: before its start and after its end."""
-    before = tuple(max(0, *(-tap[axis] for tap in taps)) for axis in (0, 1))
-    after = tuple(max(0, *(tap[axis] for tap in taps)) for axis in (0, 1))
-    return before, after
+def _shift(images: jax.Array, tap: tuple[int, int]) -> jax.Array:
+    """Pixel `(i + di, j + dj)` comes to `(i, j)`; zeros come from outside."""
+    di, dj = tap
+    zero = jnp.zeros((), images.dtype)
+    return lax.pad(images, zero, ((0, 0, 0), (-di, di, 0), (-dj, dj, 0), (0, 0, 0)))
 
 
-def _windows(images: jax.Array, taps: Taps) -> tuple[jax.Array, list[tuple[slice, ...]]]:
-    """The images with a margin of zeros, and for each tap where it lies in them."""
-    before, after = _margins(taps)
+def _shifted(images: jax.Array, taps: Taps, axis: int) -> jax.Array:
+    """`(T C, H, W, B)` or `(B, H, W, T C)`: for each tap the images shifted, side by side."""
     height, width = images.shape[1:3]
-    padded = jnp.pad(images, ((0, 0), *zip(before, after, strict=True), (0, 0)))
-    return padded, [
-        (
-            slice(None),
-            slice(before[0] + di, before[0] + di + height),
-            slice(before[1] + dj, before[1] + dj + width),
-        )
-        for di, dj in taps
-    ]
+    top, left = (max(0, *(-tap[i] for tap in taps)) for i in (0, 1))
+    bottom, right = (max(0, *(tap[i] for tap in taps)) for i in (0, 1))
+    padded = jnp.pad(images, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    return jnp.concatenate(
+        [padded[:, top + di :, left + dj :][:, :height, :width] for di, dj in taps], axis
+    )
 
 
-def _shifted(images: jax.Array, taps: Taps) -> jax.Array:
-    """`(B, H, W, T C)`: for each tap the images shifted, side by side."""
-    padded, windows = _windows(images, taps)
-    return jnp.concatenate([padded[window] for window in windows], axis=3)
+def _multiply(images: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
+    """Images of `T C` channels times a `(T, C, K)` kernel."""
+    features = kernel.shape[2]
+    if axis == 3:
+        return lax.dot_general(images, kernel.reshape(-1, features), (((3,), (0,)), ((), ())))
+    matrix = kernel.transpose(2, 0, 1).reshape(features, -1)
+    return lax.dot_general(matrix, images, (((1,), (0,)), ((), ())))
 
 
-def _dot(pixels: jax.Array, matrix: jax.Array) -> jax.Array:
-    """`(..., C)` times `(C, K)`."""
-    return lax.dot_general(pixels, matrix, (((pixels.ndim - 1,), (0,)), ((), ())))
-
-
-def _dot_over_pixels(left: jax.Array, right: jax.Array) -> jax.Array:
-    """`(B, H, W, C)` and `(B, H, W, K)` to the `(C, K)` sums over B, H and W of their products."""
+def _dot_over_pixels(left: jax.Array, right: jax.Array, axis: int) -> jax.Array:
+    """Images of C and of K channels to the `(C, K)` sums over pixels of their products."""
+    if axis == 0:  # Along several axes, the compiler would first turn both around.
+        left, right = (images.reshape(len(images), -1) for images in (left, right))
+        return lax.dot_general(left, right, (((1,), (1,)), ((), ())))
     if left.shape[3] > right.shape[3]:  # The left one is transposed first; better the smaller.
-        return _dot_over_pixels(right, left).T
+        return _dot_over_pixels(right, left, axis).T
     return lax.dot_general(left, right, (((0, 1, 2), (0, 1, 2)), ((), ())))
+
+
+def _split(images: jax.Array, axis: int) -> jax.Array:
+    """`(2 H, 2 W)` pixels to their four phases."""
+    first, height, width, last = images.shape
+    split = images.reshape(first, height // 2, 2, width // 2, 2, last)
+    if axis == 3:
+        split = split.transpose(0, 1, 3, 2, 4, 5)
+        return split.reshape(first, height // 2, width // 2, 4 * last)
+    return split.transpose(2, 4, 0, 1, 3, 5).reshape(4 * first, height // 2, width // 2, last)
+
+
+def _merge(phases: jax.Array, axis: int) -> jax.Array:
+    """Four phases to the `(2 H, 2 W)` pixels that they make up."""
+    first, height, width, last = phases.shape
+    if axis == 3:
+        merged = phases.reshape(first, height, width, 2, 2, last // 4).transpose(0, 1, 3, 2, 4, 5)
+        return merged.reshape(first, 2 * height, 2 * width, last // 4)
+    merged = phases.reshape(2, 2, first // 4, height, width, last).transpose(2, 3, 0, 4, 1, 5)
+    return merged.reshape(first // 4, 2 * height, 2 * width, last)
+
+
+@jax.custom_vjp
+def _product_on_phases(phases: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`(4 C, H, W, B)` to `(4 K, H, W, B)`: a phase's products with all taps, shifted and added.
+
+    In each direction, output 2 i + q sees pixels 2 i + q + n - 1, n = 0, 1, 2.
+    """
+    channels, features = kernel.shape[2:]
+    matrix = kernel.transpose(0, 1, 3, 2).reshape(9 * features, channels)
+    products = _multiply_phases(matrix, phases)
+    products = products.reshape(2, 2, 3, 3, features, *phases.shape[1:])
+
+    def term(p, q, n, m):
+        (di, row), (dj, column) = divmod(p + n - 1, 2), divmod(q + m - 1, 2)
+        return _shift(products[row, column, n, m], (di, dj))
+
+    return jnp.concatenate(
+        [
+            functools.reduce(jnp.add, (term(p, q, n, m) for n in range(3) for m in range(3)))
+            for p in range(2)
+            for q in range(2)
+        ]
+    )
+
+
+def _product_on_phases_forward(phases, kernel):
+    return _product_on_phases(phases, kernel), (phases, kernel)
+
+
+def _product_on_phases_backward(saved, cotangent):
+    phases, kernel = saved
+    channels, features = kernel.shape[2:]
+    size = phases.shape[1:]
+    cotangent = cotangent.reshape(2, 2, features, *size)
+
+    def cotangent_of_product(p, q, n, m):
+        (di, row), (dj, column) = divmod(p - n + 1, 2), divmod(q - m + 1, 2)
+        return _shift(cotangent[row, column], (di, dj))
+
+    products_cotangent = jnp.concatenate(
+        [cotangent_of_product(*index) for index in np.ndindex(2, 2, 3, 3)]
+    )
+    matrix = kernel.transpose(2, 0, 1, 3).reshape(channels, 9 * features)
+    kernel_cotangent = lax.dot_general(
+        products_cotangent.reshape(4, 9 * features, -1),
+        phases.reshape(4, channels, -1),
+        (((2,), (2,)), ((0,), (0,))),
+    ).sum(0)
+    return (
+        _multiply_phases(matrix, products_cotangent),
+        kernel_cotangent.reshape(3, 3, features, channels).transpose(0, 1, 3, 2),
+    )
+
+
+_product_on_phases.defvjp(_product_on_phases_forward, _product_on_phases_backward)
+
+
+def _multiply_phases(matrix: jax.Array, phases: jax.Array) -> jax.Array:
+    """`(K, C)` times each phase of `(4 C, H, W, B)`: `(4 K, H, W, B)`."""
+    features, channels = matrix.shape
+    size = phases.shape[1:]
+    products = lax.dot_general(
+        jnp.broadcast_to(matrix, (4, features, channels)),
+        phases.reshape(4, channels, *size),
+        (((2,), (1,)), ((0,), (0,))),
+    )
+    return products.reshape(4 * features, *size)
 
 
 # ---- Kernels between phases

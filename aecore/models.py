@@ -117,22 +117,22 @@ class NoiseReducer(Autoencoder):
         return 2 ** len(self.features)
 
     def setup(self):
-        self.encoder = [Conv(features, stride=2) for features in self.features]
-        self.decoder = [ConvTranspose(features) for features in self.features[::-1]]
-        self.output = Conv(self.channels)
+        relu = dict(activation=nn.relu, batch_last=True)
+        self.encoder = [Conv(features, stride=2, **relu) for features in self.features]
+        self.decoder = [ConvTranspose(features, **relu) for features in self.features[::-1]]
+        self.output = Conv(self.channels, activation=nn.sigmoid, batch_last=True)
 
     def encode(self, images):
         for layer in self.encoder:
-            images = nn.relu(layer(images))
+            images = layer(images)
         return images
 
     def decode(self, codes):
         *before, last = self.decoder
         for layer in before:
-            codes = nn.relu(layer(codes))
+            codes = layer(codes)
         # In phases, the widest activations need not be put together at full size.
-        phases = nn.relu(last.to_phases(codes))
-        return nn.sigmoid(merge_phases(self.output.on_phases(phases)))
+        return merge_phases(self.output.on_phases(last.to_phases(codes)))
 
 
 @register
@@ -156,22 +156,21 @@ class ResolutionEnhancer(Autoencoder):
         return 2
 
     def setup(self):
-        self.encoder = [Conv(features) for features in self.features]
-        self.decoder = [Conv(features) for features in self.features[::-1]]
+        self.encoder = [Conv(features, activation=nn.relu) for features in self.features]
+        self.decoder = [Conv(features, activation=nn.relu) for features in self.features[::-1]]
         self.output = Conv(self.channels)
 
     def encode(self, images):
         *before, last = self.encoder
         for layer in before:
-            images = nn.relu(layer(images))
-        return nn.relu(last(nn.max_pool(images, (2, 2), (2, 2))))
+            images = layer(images)
+        return last(nn.max_pool(images, (2, 2), (2, 2)))
 
     def decode(self, codes):
         first, *after = self.decoder
-        codes = nn.relu(first(codes))
-        codes = codes.repeat(2, axis=1).repeat(2, axis=2)
+        codes = first(codes).repeat(2, axis=1).repeat(2, axis=2)
         for layer in after:
-            codes = nn.relu(layer(codes))
+            codes = layer(codes)
         return self.output(codes)
 
 
@@ -202,21 +201,21 @@ class SubpixelAutoencoder(Autoencoder):
         return 2
 
     def setup(self):
-        self.encoder = [Conv(features) for features in self.features]
-        self.output = Conv(4 * self.channels)
+        self.encoder = [Conv(features, 1, nn.relu, True) for features in self.features]
+        self.output = Conv(4 * self.channels, 1, None if self.residual else nn.sigmoid, True)
 
     def encode(self, images):
         phases = split_phases(images)
         codes = phases
         for layer in self.encoder:
-            codes = nn.relu(layer(codes))
+            codes = layer(codes)
         # What is corrected is part of the code.
         return jnp.concatenate([codes, phases], axis=3) if self.residual else codes
 
     def decode(self, codes):
         codes, phases = jnp.split(codes, [self.features[-1]], axis=3)
         output = self.output(codes)
-        return merge_phases(output + phases if self.residual else nn.sigmoid(output))
+        return merge_phases(output + phases if self.residual else output)
 
 
 class _Block(nn.Module):

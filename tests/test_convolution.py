@@ -1,5 +1,9 @@
 """Every lowering against `jax.lax`'s own convolutions, values and gradients."""
 
+import functools
+import re
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,9 +67,10 @@ SIZES = [(8, 8), (7, 10), (1, 1)]
 @pytest.mark.parametrize(("channels", "features"), CHANNELS)
 @pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_convolutions(height, width, channels, features, stride):
+@pytest.mark.parametrize("batch_last", [False, True])
+def test_convolutions(height, width, channels, features, stride, batch_last):
     check(
-        lambda images, kernel: convolution.conv(images, kernel, stride),
+        lambda images, kernel: convolution.conv(images, kernel, stride, batch_last),
         lambda images, kernel: reference_conv(images, kernel, stride),
         *arrays(height, width, channels, features),
     )
@@ -73,7 +78,14 @@ def test_convolutions(height, width, channels, features, stride):
 
 @pytest.mark.parametrize(("channels", "features"), CHANNELS)
 @pytest.mark.parametrize(("height", "width"), SIZES)
-@pytest.mark.parametrize("ours", [convolution.conv_transpose, to_phases])
+@pytest.mark.parametrize(
+    "ours",
+    [
+        convolution.conv_transpose,
+        functools.partial(convolution.conv_transpose, batch_last=True),
+        to_phases,
+    ],
+)
 def test_transposed_convolutions(height, width, channels, features, ours):
     check(ours, reference_conv_transpose, *arrays(height, width, channels, features))
 
@@ -101,3 +113,34 @@ def test_other_platforms_get_the_compilers_own_convolution():
     assert "stablehlo.convolution" in lowered.as_text()
     lowered = jax.jit(convolution.conv).trace(images, kernel).lower(lowering_platforms=("cpu",))
     assert "stablehlo.convolution" not in lowered.as_text()
+
+
+@pytest.mark.parametrize("batch_last", [True, False])
+def test_between_layers_with_the_batch_last_nothing_is_turned_around(batch_last):
+    class Layers(nn.Module):
+        @nn.compact
+        def __call__(self, images):
+            for _ in range(3):
+                layer = convolution.Conv(16, activation=nn.relu, batch_last=batch_last)
+                images = layer(images)
+            return images
+
+    images = jnp.zeros((64, 12, 12, 16))
+    params = Layers().init(jax.random.key(0), images)
+
+    def loss(params, images):
+        return jnp.sum(Layers().apply(params, images) ** 2)
+
+    program = jax.jit(jax.grad(loss)).lower(params, images).compile().as_text()
+    made_channels_last = re.findall(r"= f32\[64,12,12,16\]\S* (?!parameter)", program)
+    assert bool(made_channels_last) != batch_last
+
+
+def test_activations_and_biases_of_both_layouts():
+    images, kernel = arrays(6, 8, 4, 5)
+    bias = np.linspace(-0.5, 0.5, 5, dtype=np.float32)
+    wanted = nn.relu(reference_conv(images, kernel) + bias)
+    for batch_last in (False, True):
+        layer = convolution.Conv(5, activation=nn.relu, batch_last=batch_last)
+        result = layer.apply({"params": {"kernel": kernel, "bias": bias}}, images)
+        np.testing.assert_allclose(result, wanted, atol=1e-5)

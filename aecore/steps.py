@@ -59,9 +59,7 @@ def train_step(
       The state after the step, and the loss before it: float32 scalar, the mean over images.
     """
 
-    def gradient(params, batch, keys):
-        degraded, original = prepare(batch, keys)
-
+    def gradient(params, degraded, original):
         def loss_of(params):
             return jnp.mean(loss(apply(params, degraded), original))
 
@@ -71,7 +69,9 @@ def train_step(
     first = 0 if axis_name is None else lax.axis_index(axis_name) * size
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, first + jnp.arange(size))
-    value, gradients = _mean_over_parts(gradient, parts, state.params, batch, keys)
+    # Before the parts, so that no compiler draws the noise again wherever the network reads it.
+    prepared = prepare(batch, keys)
+    value, gradients = _mean_over_parts(gradient, parts, state.params, *prepared)
     if axis_name is not None:
         value, gradients = lax.pmean((value, gradients), axis_name)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

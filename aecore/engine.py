@@ -114,8 +114,8 @@ class Engine:
         """Restores images, of which consecutive ones of one shape are batched.
 
         Args:
-          images: taken as they are needed, some ahead. If taking one fails, those before it are
-            restored first.
+          images: `(N, H, W, C)`, taken as they are needed, some ahead. If taking some fails, those
+            before them are restored first.
           shapes: what `shared_shapes` gave for the images' sizes.
 
         Yields:
@@ -364,14 +364,25 @@ def _as_out_of_memory(error: Exception, kind: Kind) -> Exception:
     return OutOfMemoryError(kind, False) if "RESOURCE_EXHAUSTED" in str(error) else error
 
 
-class _Picture:
-    """An image of which some windows are not restored yet."""
+class _Stack:
+    """Images of one size, of which some windows are not restored yet."""
 
     def __init__(self, array: np.ndarray, windows: list[Window]):
         self.array = array
         self.windows = windows
         self.result = np.empty_like(array)
-        self.missing = len(windows)
+        self.missing = len(array) * len(windows)
+
+
+class _Piece(NamedTuple):
+    """What goes into a batch: a window of some images."""
+
+    stack: _Stack
+    window: Window
+    part: slice
+
+    def __len__(self) -> int:
+        return self.part.stop - self.part.start
 
 
 class _Run:
@@ -382,7 +393,7 @@ class _Run:
         self._shapes = shapes
         self._tile = engine.tile
         self._waiting = collections.deque()
-        self._pictures = collections.deque()
+        self._stacks = collections.deque()
         self._kind = None
         self._collected = []
         self._computing = collections.deque()
@@ -399,15 +410,15 @@ class _Run:
                 failure = error
             self._go_on(self._start)
             yield from self._finished()
-        while self._pictures:
+        while self._stacks:
             self._go_on(self._finish)
             yield from self._finished()
         if failure is not None:
             raise failure
 
     def _finished(self) -> Iterator[np.ndarray]:
-        while self._pictures and not self._pictures[0].missing:
-            yield self._pictures.popleft().result
+        while self._stacks and not self._stacks[0].missing:
+            yield self._stacks.popleft().result
 
     def _go_on(self, work: Callable[[], None]) -> None:
         """Does some work; where memory is short, starts what is unfinished anew, in tiles."""
@@ -419,27 +430,35 @@ class _Run:
                 # They were chosen for larger tiles.
                 self._tile, self._shapes = self._engine.tile, ()
                 self._counts.clear()
-                self._waiting.extendleft(picture.array for picture in reversed(self._pictures))
-                self._pictures.clear()
+                self._waiting.extendleft(stack.array for stack in reversed(self._stacks))
+                self._stacks.clear()
                 self._collected.clear()
                 self._computing.clear()
                 work = self._start
 
     def _start(self) -> None:
         while self._waiting:
-            image = self._waiting.popleft()
-            picture = _Picture(image, self._engine.windows(image.shape[:2]))
-            self._pictures.append(picture)
-            for window in picture.windows:
+            images = self._waiting.popleft()
+            stack = _Stack(images, self._engine.windows(images.shape[1:3]))
+            self._stacks.append(stack)
+            for window in stack.windows:
                 shape = tiling.smallest_containing(window.size, self._shapes)
                 shape = shape or self._engine.shape_for(window.size)
-                kind = Kind(shape, image.dtype, image.shape[2])
+                kind = Kind(shape, images.dtype, images.shape[3])
                 if kind != self._kind:
                     self._flush()
                     self._kind = kind
-                self._collected.append((picture, window))
-                if len(self._collected) == self._engine.most_images(kind.shape):
-                    self._flush()
+                self._collect(stack, window)
+
+    def _collect(self, stack: _Stack, window: Window) -> None:
+        first, most = 0, self._engine.most_images(self._kind.shape)
+        while first < len(stack.array):
+            room = most - sum(map(len, self._collected))
+            part = slice(first, min(first + room, len(stack.array)))
+            self._collected.append(_Piece(stack, window, part))
+            if len(self._collected[-1]) == room:
+                self._flush()
+            first = part.stop
 
     def _finish(self) -> None:
         self._flush()
@@ -453,16 +472,16 @@ class _Run:
         kind, pieces = self._kind, self._collected
         engine = self._engine
         # A batch that isn't full is filled up, as another size would be compiled anew.
-        count = self._counts.setdefault(
-            kind, _next_power_of_2(len(pieces), engine.most_images(kind.shape))
-        )
-        if count < len(pieces):
-            count = self._counts[kind] = engine.most_images(kind.shape)
+        wanted, most = sum(map(len, pieces)), engine.most_images(kind.shape)
+        count = self._counts.setdefault(kind, _next_power_of_2(wanted, most))
+        if count < wanted:
+            count = self._counts[kind] = most
         batch = np.zeros((count, *kind.shape, kind.channels), kind.dtype)
         sizes = np.full((count, 2), kind.shape, np.int32)
-        for index, (picture, window) in enumerate(pieces):
-            height, width = sizes[index] = window.size
-            batch[index, :height, :width] = _cut(picture.array, window)
+        for piece, place in _places(pieces):
+            height, width = piece.window.size
+            sizes[place] = height, width
+            batch[place, :height, :width] = _cut(piece.stack.array[piece.part], piece.window)
         within = bool((sizes != kind.shape).any())
         execute = engine.executable(kind, count, within)
         try:
@@ -482,20 +501,29 @@ class _Run:
         except jax.errors.JaxRuntimeError as error:
             raise _as_out_of_memory(error, kind) from error
         self._computing.popleft()
-        for part, (picture, (rows, columns, _)) in zip(restored, pieces, strict=False):
-            target = picture.result[rows.first : rows.last, columns.first : columns.last]
-            height, width = target.shape[:2]
+        for piece, place in _places(pieces):
+            (rows, columns, _), stack = piece.window, piece.stack
+            target = stack.result[piece.part, rows.first : rows.last, columns.first : columns.last]
+            height, width = target.shape[1:3]
             top, left = rows.first - rows.start, columns.first - columns.start
-            target[:] = part[top : top + height, left : left + width]
-            picture.missing -= 1
+            target[:] = restored[place, top : top + height, left : left + width]
+            stack.missing -= len(piece)
 
 
-def _cut(image: np.ndarray, window: Window) -> np.ndarray:
-    """What a window shows; beyond the image's end, its reflection."""
+def _places(pieces: list[_Piece]) -> Iterator[tuple[_Piece, slice]]:
+    """Each piece, and where its images are in the batch."""
+    first = 0
+    for piece in pieces:
+        yield piece, slice(first, first + len(piece))
+        first += len(piece)
+
+
+def _cut(images: np.ndarray, window: Window) -> np.ndarray:
+    """What a window shows; beyond the images' end, their reflection."""
     (top, *_), (left, *_), (height, width) = window
-    part = image[top : top + height, left : left + width]
-    missing = [(0, height - part.shape[0]), (0, width - part.shape[1]), (0, 0)]
-    return np.pad(part, missing, mode="reflect") if missing[0][1] or missing[1][1] else part
+    part = images[:, top : top + height, left : left + width]
+    missing = [(0, 0), (0, height - part.shape[1]), (0, width - part.shape[2]), (0, 0)]
+    return np.pad(part, missing, mode="reflect") if missing[1][1] or missing[2][1] else part
 
 
 def _next_power_of_2(number: int, most: int) -> int:

@@ -107,10 +107,7 @@ class Restorer:
         if frame is not None:
             restored = self(frame.values)
             return images.to_pillow(frame.replace(restored, frame.alpha))
-        array = _checked(image)
-        if array.ndim == 4:
-            return np.stack(list(self.each(array)))
-        return next(self.each([array]))
+        return next(self._restored([_checked(image)]))
 
     def each(
         self, arrays: Iterable[np.ndarray], shapes: Sequence[Size] = ()
@@ -128,10 +125,23 @@ class Restorer:
         Raises:
           ImageError: as for calling; the images before the one in question are yielded first.
         """
+
+        def checked():
+            for array in map(_checked, arrays):
+                if array.ndim == 4:
+                    raise ImageError(f"an array of shape {array.shape} is several images, not one")
+                yield array
+
+        return self._restored(checked(), shapes)
+
+    def _restored(
+        self, arrays: Iterable[np.ndarray], shapes: Sequence[Size] = ()
+    ) -> Iterator[np.ndarray]:
+        """Restores arrays that are each an image, or several."""
         under_way = collections.deque()
 
         def adapted():
-            for array in map(_to_array, arrays):
+            for array in arrays:
                 parts = self._adapt(array)
                 under_way.append((array, len(parts)))
                 yield from parts
@@ -140,7 +150,7 @@ class Restorer:
         for first in restored:
             array, count = under_way.popleft()
             parts = [first, *(next(restored) for _ in range(count - 1))]
-            result = parts[0] if count == 1 else np.concatenate(parts, axis=2)
+            result = parts[0] if count == 1 else np.concatenate(parts, axis=3)
             yield result.reshape(array.shape).astype(array.dtype, copy=False)
 
     def shared_shapes(self, sizes: Iterable[Size]) -> list[Size]:
@@ -217,22 +227,20 @@ class Restorer:
         return frame
 
     def _adapt(self, array: np.ndarray) -> list[np.ndarray]:
-        """An image as those `(H, W, C)` ones that the engine takes."""
-        array = _checked(array)
-        if array.ndim == 4:
-            raise ImageError(f"an array of shape {array.shape} is several images, not one")
-        channels = array.shape[2] if array.ndim == 3 else 1
-        image = array.reshape(*array.shape[:2], channels)
-        if image.dtype.kind == "f":
-            image = _to_float(image)
+        """An array as those `(N, H, W, C)` ones that the engine takes."""
+        values = array[None] if array.ndim < 4 else array
+        values = values[..., None] if array.ndim == 2 else values
+        channels = values.shape[3]
+        if values.dtype.kind == "f":
+            values = _to_float(values)
         if channels == self.network.channels:
-            return [image]
+            return [values]
         if (channels, self.network.channels) == (3, 1):
             self._say("colour pictures are restored channel by channel: the network is for gray")
-            return [image[..., channel : channel + 1] for channel in range(channels)]
+            return [values[..., channel : channel + 1] for channel in range(channels)]
         if (channels, self.network.channels) == (1, 3):
             self._say("gray pictures are restored as if in colour: the network is for colour")
-            return [image]
+            return [values]
         raise self._channels_error(array, channels)
 
     def _channels_error(self, array: np.ndarray, channels: int) -> ImageError:

@@ -134,7 +134,7 @@ def _steps(
             chosen = with_training(experiment, parallel=form, precision=precision)
             devices = assembly.devices(chosen.training)
             name = f"{form} {precision}"
-            works[name] = _one_batch(chosen, image_shape)
+            works[name] = one_batch(chosen, image_shape)
             first, second = (_seconds(works[name]) for _ in range(2))
             costs = planning.cost(chosen, image_shape, list(devices.mesh.devices.flat))
             reports[name] = {
@@ -153,7 +153,7 @@ def _steps(
     return reports
 
 
-def _one_batch(experiment: Experiment, image_shape: tuple[int, int, int]) -> Callable[[float], int]:
+def one_batch(experiment: Experiment, image_shape: tuple[int, int, int]) -> Callable[[float], int]:
     """Training on one batch, again and again; it compiles when it is first called."""
     training = experiment.training
     devices = assembly.devices(training)
@@ -202,7 +202,7 @@ def _loops(
     for name, settings in _FEEDS.items():
         waiting[name] = []
         works[name] = _loop(with_training(experiment, **settings), array, waiting[name])
-    works["one batch"] = _one_batch(experiment, array.shape[1:])
+    works["one batch"] = one_batch(experiment, array.shape[1:])
     rates = take_turns(works, seconds, repeats)
     reports = {}
     for name, rate in rates.items():

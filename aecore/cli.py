@@ -275,14 +275,15 @@ class Evaluate:
             save=self.save,
             progress=True,
         )
-        print(
-            f"{self.run_dir}: {scores['evaluation']['images']:,} validation images, "
-            f"checkpoint of step {scores['evaluation']['step']:,}\n\n"
-            f"{evaluation.table(**scores)}"
-        )
-        if self.json is not None:
-            epath.Path(self.json).write_text(json.dumps(scores, indent=2) + "\n")
-        return 0
+
+        def table(scores):
+            return (
+                f"{self.run_dir}: {scores['evaluation']['images']:,} validation images, "
+                f"checkpoint of step {scores['evaluation']['step']:,}\n\n"
+                f"{evaluation.table(**scores)}"
+            )
+
+        return _show(scores, table, self.json)
 
 
 @dataclasses.dataclass(frozen=True)

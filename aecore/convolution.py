@@ -107,9 +107,7 @@ def conv(
     """`(B, H, W, C)` to `(B, H / stride, W / stride, K)`, rounded up; stride 1 or 2."""
 
     def plain(images, kernel):
-        return lax.conv_general_dilated(
-            images, kernel, (stride, stride), "SAME", dimension_numbers=_LAYOUT
-        )
+        return _plain_conv(images, kernel, stride=stride)
 
     def product(images, kernel, axis):
         return _product(images, kernel.reshape(9, *kernel.shape[2:]), _ALL, axis)
@@ -146,13 +144,7 @@ def conv_transpose_to_phases(images: jax.Array, kernel: jax.Array) -> jax.Array:
     def plain(images, kernel):
         # A 2×2 kernel, which looks one pixel back.
         kernel = _transposed_kernel(kernel)
-        return lax.conv_general_dilated(
-            images,
-            kernel.reshape(2, 2, *kernel.shape[1:]),
-            (1, 1),
-            ((1, 0), (1, 0)),
-            dimension_numbers=_LAYOUT,
-        )
+        return _plain_conv(images, kernel.reshape(2, 2, *kernel.shape[1:]), ((1, 0), (1, 0)))
 
     def on_cpu(images, kernel):
         return _product(images, _transposed_kernel(kernel), _BEFORE, 0)
@@ -168,13 +160,7 @@ def conv_on_phases(phases: jax.Array, kernel: jax.Array) -> jax.Array:
 
     def plain(phases, kernel):
         kernel = _phases_kernel(kernel)
-        return lax.conv_general_dilated(
-            phases,
-            kernel.reshape(3, 3, *kernel.shape[1:]),
-            (1, 1),
-            "SAME",
-            dimension_numbers=_LAYOUT,
-        )
+        return _plain_conv(phases, kernel.reshape(3, 3, *kernel.shape[1:]))
 
     return _by_platform(plain, _with_batch_last(_product_on_phases))(phases, kernel)
 
@@ -187,6 +173,13 @@ def split_phases(images: jax.Array) -> jax.Array:
 def merge_phases(phases: jax.Array) -> jax.Array:
     """Phases `(B, H, W, 4 C)` to the image that they make up, `(B, 2 H, 2 W, C)`."""
     return _merge(phases, 3)
+
+
+def _plain_conv(images: jax.Array, kernel: jax.Array, padding="SAME", stride: int = 1):
+    """The compiler's own convolution."""
+    return lax.conv_general_dilated(
+        images, kernel, (stride, stride), padding, dimension_numbers=_LAYOUT
+    )
 
 
 def _by_platform(plain: Callable, on_cpu: Callable) -> Callable:

@@ -51,10 +51,9 @@ def apply_within(model: nn.Module, params: Any, images: jax.Array, sizes: jax.Ar
         for axis in (1, 2):
             # Not a Python number, since it may be symbolic where the network is exported.
             scale = jnp.asarray(images.shape[axis] // array.shape[axis])
-            end = sizes[:, axis - 1] // scale
             shape = [-1 if i == axis else 1 for i in range(4)]
-            place = jnp.arange(array.shape[axis]).reshape(shape)
-            within &= place < end.reshape(-1, 1, 1, 1)
+            place = scale * jnp.arange(array.shape[axis]).reshape(shape)
+            within &= place < sizes[:, axis - 1].reshape(-1, 1, 1, 1)
         return jnp.where(within, array, 0)
 
     def intercept(function, args, kwargs, context):

@@ -119,7 +119,7 @@ def conv(
         on_cpu = _winograd
     elif stride == 1:
         on_cpu = _in_layout(product, batch_last)
-    elif images.shape[1] % 2 == 0 and images.shape[2] % 2 == 0:
+    elif stride == 2 and images.shape[1] % 2 == 0 and images.shape[2] % 2 == 0:
         on_cpu = _in_layout(strided, batch_last)
     else:
         return plain(images, kernel)
@@ -155,7 +155,7 @@ def conv_transpose_to_phases(images: jax.Array, kernel: jax.Array) -> jax.Array:
 def conv_on_phases(phases: jax.Array, kernel: jax.Array) -> jax.Array:
     """`(B, H, W, 4 C)` to `(B, H, W, 4 K)`: `conv` with stride 1, from phases to phases.
 
-    Meant for a small K: but on CPUs, it makes four times the products.
+    Meant for a small K: except on CPUs, it makes four times the products.
     """
 
     def plain(phases, kernel):

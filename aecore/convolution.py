@@ -129,13 +129,10 @@ def conv(
 def conv_transpose(images: jax.Array, kernel: jax.Array, batch_last: bool = False) -> jax.Array:
     """`(B, H, W, C)` to `(B, 2 H, 2 W, K)`: `lax.conv_transpose` with stride 2."""
 
-    def plain(images, kernel):
-        return lax.conv_transpose(images, kernel, (2, 2), "SAME", dimension_numbers=_LAYOUT)
-
     def on_cpu(images, kernel, axis):
         return _merge(_product(images, _transposed_kernel(kernel), _BEFORE, axis), axis)
 
-    return _by_platform(plain, _in_layout(on_cpu, batch_last))(images, kernel)
+    return _by_platform(_plain_conv_transpose, _in_layout(on_cpu, batch_last))(images, kernel)
 
 
 def conv_transpose_to_phases(images: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -180,6 +177,34 @@ def _plain_conv(images: jax.Array, kernel: jax.Array, padding="SAME", stride: in
     return lax.conv_general_dilated(
         images, kernel, (stride, stride), padding, dimension_numbers=_LAYOUT
     )
+
+
+@jax.custom_vjp
+def _plain_conv_transpose(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The compiler's own transposed convolution of stride 2.
+
+    It is the gradient of a strided convolution, and its own gradients are written as that one's:
+    of a dilated convolution, GPUs would compute the kernel's gradient as one with a kernel as
+    large as the image.
+    """
+    return lax.conv_transpose(images, kernel, (2, 2), "SAME", dimension_numbers=_LAYOUT)
+
+
+def _plain_conv_transpose_forward(images, kernel):
+    return _plain_conv_transpose(images, kernel), (images, kernel)
+
+
+def _plain_conv_transpose_backward(saved, cotangent):
+    images, kernel = saved
+    strided, gradient_of_kernel = jax.vjp(
+        lambda kernel: _plain_conv(cotangent, kernel, stride=2),
+        kernel[::-1, ::-1].transpose(0, 1, 3, 2),
+    )
+    (kernel_cotangent,) = gradient_of_kernel(images)
+    return strided, kernel_cotangent.transpose(0, 1, 3, 2)[::-1, ::-1]
+
+
+_plain_conv_transpose.defvjp(_plain_conv_transpose_forward, _plain_conv_transpose_backward)
 
 
 def _by_platform(plain: Callable, on_cpu: Callable) -> Callable:
@@ -396,17 +421,37 @@ def _multiply_phases(matrix: jax.Array, phases: jax.Array) -> jax.Array:
 def _place(selection: np.ndarray, kernel: jax.Array) -> jax.Array:
     """Puts the nine `(C, K)` matrices of a kernel where `(9, T, P, Q)` `selection` has ones.
 
-    The result is `(T, P C, Q K)`: T taps from P to Q phases.
+    The result is `(T, P C, Q K)`: T taps from P to Q phases. No place has two matrices, and each
+    matrix has as many places as any other.
     """
     taps, phases_in, phases_out = selection.shape[1:]
     channels, features = kernel.shape[2:]
-    placed = jnp.einsum(
-        "ntpq,nck->tpcqk",
-        selection.astype(kernel.dtype),
-        kernel.reshape(9, channels, features),
-        precision=lax.Precision.HIGHEST,
-    )
-    return placed.reshape(taps, phases_in * channels, phases_out * features)
+    numbers = np.where(selection.any(0), selection.argmax(0), _ZEROS).flatten()
+    placed = _take(kernel.reshape(9, channels, features), tuple(numbers.tolist()))
+    placed = placed.reshape(taps, phases_in, phases_out, channels, features)
+    return placed.transpose(0, 1, 3, 2, 4).reshape(taps, phases_in * channels, -1)
+
+
+_ZEROS = 9
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _take(matrices: jax.Array, numbers: tuple[int, ...]) -> jax.Array:
+    """Of nine matrices those of some numbers, each of which is there equally often, and zeros."""
+    return jnp.concatenate([matrices, jnp.zeros_like(matrices[:1])])[np.array(numbers)]
+
+
+def _take_forward(matrices, numbers):
+    return _take(matrices, numbers), None
+
+
+def _take_backward(numbers, _, cotangent):
+    # Taken again, rather than scattered, which is slow and on GPUs adds in any order.
+    places = np.stack([np.flatnonzero(np.equal(numbers, n)) for n in range(_ZEROS)])
+    return (cotangent[places].sum(1),)
+
+
+_take.defvjp(_take_forward, _take_backward)
 
 
 def _outer(rows: np.ndarray) -> np.ndarray:

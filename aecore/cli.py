@@ -252,7 +252,7 @@ class Evaluate:
     data_dir: str | None = None
     """Where the data are now; None: where they were."""
     batch_size: int | None = None
-    """Images at a time; None: as in training."""
+    """Images at a time; None: as many as are fast."""
     classical: bool = True
     """Whether to score classical methods too, each tuned on training images alone."""
     methods: tuple[str, ...] | None = None

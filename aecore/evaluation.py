@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -25,6 +26,10 @@ _log = logging.getLogger(__name__)
 # that every run and every model is scored on the same inputs.
 _SEED = 20070607
 
+# Values of the images, all channels, that a device is given at a time: enough that what a call
+# costs doesn't matter, and for CPUs so few that what the layers give stays in their caches.
+_VALUES, _VALUES_ON_CPU = 2**20, 2**17
+
 Scores = dict[str, Any]
 """`images`, their number; the means `mse`, `psnr` in dB and `ssim`; and `ci95`, for each of these
 means the half width of its 95 % confidence interval, if the images are independent. One image has
@@ -41,7 +46,8 @@ class Evaluator:
       apply: `(params, images) -> images`, on `(B, H, W, C)` float32.
       degradation: what is done to the images first, with noise that depends on their index.
       parallel: the devices to use.
-      batch_size: images at a time, rounded up to what the devices can divide.
+      batch_size: images at a time, rounded up to what the devices can divide; None: as many as
+        are fast.
     """
 
     def __init__(
@@ -49,7 +55,7 @@ class Evaluator:
         apply: steps.Apply,
         degradation: Degradation,
         parallel: DataParallel,
-        batch_size: int,
+        batch_size: int | None = None,
     ):
         prepare = steps.degrading(degradation)
 
@@ -57,8 +63,38 @@ class Evaluator:
             return steps.eval_step(params, images, keys(indices), apply=apply, prepare=prepare)
 
         self._parallel = parallel
-        self._batch_size = parallel.round_up(batch_size)
+        self._batch_size = batch_size
         self._eval_step = parallel.compile_eval_step(eval_step)
+        self._compiled = None
+
+    def compile_ahead(self, params: Any, array: np.ndarray) -> None:
+        """Starts to compile in the background what a later call with the same arguments needs.
+
+        Args:
+          params: the network's parameters; their shapes alone matter.
+          array: `(N, H, W, C)` uint8; its shape alone matters.
+        """
+        size = self._size_of_batches(array)
+        sharding = self._parallel.sharded
+        arguments = (
+            jax.tree.map(
+                # The arrays themselves may be donated to a step meanwhile.
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+                params,
+            ),
+            jax.ShapeDtypeStruct((size, *array.shape[1:]), np.uint8, sharding=sharding),
+            jax.ShapeDtypeStruct((size,), np.int32, sharding=sharding),
+        )
+        executor = ThreadPoolExecutor(1)
+        self._compiled = executor.submit(lambda: self._eval_step.lower(*arguments).compile())
+        executor.shutdown(wait=False)
+
+    def _size_of_batches(self, array: np.ndarray) -> int:
+        if self._batch_size is not None:
+            return self._parallel.round_up(self._batch_size)
+        values = _VALUES_ON_CPU if self._parallel.platform == "cpu" else _VALUES
+        most = max(1, values // array[0].size) * self._parallel.device_count
+        return self._parallel.round_up(min(most, len(array)))
 
     def __call__(
         self, params: Any, array: np.ndarray, stop: Callable[[], bool] = lambda: False
@@ -86,6 +122,8 @@ class Evaluator:
         Returns:
           `mse`, `psnr` in dB and `ssim`, each `(N,)`; None if it was given up.
         """
+        size = self._size_of_batches(array)
+        eval_step = self._compiled.result() if self._compiled else self._eval_step
         values = []
         running = collections.deque()
 
@@ -93,12 +131,12 @@ class Evaluator:
             results, count = running.popleft()
             values.append({name: v[:count] for name, v in jax.device_get(results).items()})
 
-        for batch in data.evaluation_batches(array, self._batch_size):
+        share = self._parallel.share(size)
+        for batch in data.evaluation_batches(array, size):
             if stop():
                 return None
-            share = self._parallel.share(self._batch_size)
             placed = self._parallel.place((batch.images[share], batch.indices[share]))
-            running.append((self._eval_step(params, *placed), batch.count))
+            running.append((eval_step(params, *placed), batch.count))
             # The next batch starts before this one is waited for.
             if len(running) > 1:
                 collect()
@@ -168,7 +206,12 @@ def _degrade(degradation: Degradation) -> Callable[[jax.Array, jax.Array], jax.A
     return jax.jit(lambda images, indices: prepare(images, keys(indices))[0])
 
 
-def baseline(degradation: Degradation, parallel: DataParallel, batch_size: int, array: np.ndarray):
+def baseline(
+    degradation: Degradation,
+    parallel: DataParallel,
+    array: np.ndarray,
+    batch_size: int | None = None,
+) -> Scores:
     """The scores of the degraded images themselves."""
     return Evaluator(lambda _, images: images, degradation, parallel, batch_size)({}, array)
 
@@ -212,7 +255,7 @@ def evaluate(
     Args:
       run: a run directory.
       data_dir: where the data are now, if they have moved.
-      batch_size: images at a time; as in training by default.
+      batch_size: images at a time; None: as many as are fast.
       model: needed if the checkpoint's model is not in `aecore.models.REGISTRY`.
       degradation: what is done to the images; the run's own by default.
       classical: whether to score classical methods too, tuned on the training images; or names of
@@ -259,7 +302,6 @@ def evaluate(
             "leave out save"
         )
     parallel = DataParallel()
-    batch_size = batch_size or experiment.training.batch_size
     evaluator = Evaluator(
         restorer.network.apply,
         degradation,
@@ -269,7 +311,7 @@ def evaluate(
     values = evaluator.per_image(parallel.replicate(restorer.params), dataset.validation)
     scores = {
         "evaluation": {"step": restorer.description["step"], **summarize(values)},
-        "baseline": baseline(degradation, parallel, batch_size, dataset.validation),
+        "baseline": baseline(degradation, parallel, dataset.validation, batch_size),
     }
     if classical:
         scores["classical"] = classical_methods.scores(

@@ -140,9 +140,7 @@ class _Run:
         self.feed = feeds.create(
             dataset.train, experiment.degradation, training, parallel, parts.train_step
         )
-        self.evaluator = evaluation.Evaluator(
-            parts.apply, experiment.degradation, parallel, training.batch_size
-        )
+        self.evaluator = evaluation.Evaluator(parts.apply, experiment.degradation, parallel)
         self.description = config.to_json(experiment) | {
             "aecore": aecore.__version__,
             "image_size": list(dataset.image_shape[:2]),
@@ -170,6 +168,8 @@ class _Run:
 
     def fit(self, bar: tqdm) -> None:
         """Trains to the end, or until the validation loss no longer falls."""
+        if self.step < self.last_step:
+            self.evaluator.compile_ahead(self.state.inference_params, self.dataset.validation)
         while True:
             if self._evaluation_is_due():
                 self._collect_losses(bar)
@@ -232,10 +232,7 @@ class _Run:
             **self.clock.to_json(),
             "evaluation": scores,
             "baseline": evaluation.baseline(
-                self.experiment.degradation,
-                self.parallel,
-                self.experiment.training.batch_size,
-                self.dataset.validation,
+                self.experiment.degradation, self.parallel, self.dataset.validation
             ),
             "parameters": state.count_parameters(self.state.params),
             "device": jax.devices()[0].device_kind,

@@ -60,14 +60,24 @@ class _Pictures(NamedTuple):
     """Pictures before they are brought to working size."""
 
     count: int
-    read: Callable[[], Iterable[epath.Path | np.ndarray]]
-    """Yields each picture in order: its file, or `(H, W, C)` uint8."""
+    read: Callable[[], Iterable[Sequence[epath.Path | np.ndarray]]]
+    """Yields runs of pictures, in order; each is a file, or `(H, W, C)` uint8."""
     shape: tuple[int | None, int | None, int]
     """Their height, width and channels; None where they differ."""
     is_train: np.ndarray | None
     """`(N,)` bool where the source has its own split, else None."""
     groups: Sequence[Any] | None = None
     """What must not be divided between training and validation, such as people; None: nothing."""
+
+
+_RUN = 64
+"""Pictures that are read, decoded and counted together."""
+
+
+def _runs(pictures: Iterable[Any]) -> Iterator[Sequence[Any]]:
+    pictures = iter(pictures)
+    while run := list(itertools.islice(pictures, _RUN)):
+        yield run
 
 
 def load(data: Data) -> Dataset:
@@ -141,7 +151,7 @@ def _folder(data: Data) -> _Pictures:
     readable = list(shapes)
     return _Pictures(
         count=len(readable),
-        read=lambda: readable,
+        read=lambda: _runs(readable),
         shape=(
             heights.pop() if len(heights) == 1 else None,
             widths.pop() if len(widths) == 1 else None,
@@ -174,16 +184,20 @@ def _tfds(data: Data) -> _Pictures:
     splits = splits[:2] or list(builder.info.splits)[:1]
     counts = [builder.info.splits[name].num_examples for name in splits]
 
-    def read(feature: str) -> Iterator[Any]:
-        decoders = tfds.decode.PartialDecoding({feature: True})
+    def read(feature: str) -> Iterator[Sequence[Any]]:
         try:
             for split in splits:
-                dataset = builder.as_dataset(split=split, decoders=decoders, shuffle_files=False)
+                dataset = builder.as_dataset(
+                    split=split,
+                    decoders=tfds.decode.PartialDecoding({feature: True}),
+                    shuffle_files=False,
+                    # It is read once, and a copy in TensorFlow's memory would be too many.
+                    read_config=tfds.ReadConfig(try_autocache=False),
+                )
                 if None in features[feature].shape:
-                    yield from (example[feature] for example in dataset.as_numpy_iterator())
+                    yield from _runs(example[feature] for example in dataset.as_numpy_iterator())
                 else:  # Each turn of the iterator is slow, whatever it brings.
-                    for batch in dataset.batch(64).as_numpy_iterator():
-                        yield from batch[feature]
+                    yield from (e[feature] for e in dataset.batch(_RUN).as_numpy_iterator())
         except tf.errors.OpError as error:
             raise DataError(f"{builder.data_dir} is damaged: {error.message}") from error
 
@@ -197,7 +211,7 @@ def _tfds(data: Data) -> _Pictures:
         read=lambda: read("image"),
         shape=(height, width, 1 if channels == 1 else 3),
         is_train=np.repeat([True, False], counts) if len(counts) == 2 else None,
-        groups=list(read("label")) if people else None,
+        groups=list(itertools.chain(*read("label"))) if people else None,
     )
 
 
@@ -307,12 +321,18 @@ def _decode(source: _Pictures, data: Data) -> Dataset:
             _log.warning("skipped: %s", error if named else f"{content}: {error}")
 
     # Pillow releases the interpreter's lock while it decodes and resizes.
-    with ThreadPoolExecutor() as pool:
-        pictures = tqdm(
-            enumerate(source.read()), f"decoding {data.dataset}", len(array), delay=2, leave=False
-        )
-        while chunk := list(itertools.islice(pictures, 64)):
-            list(pool.map(decode, *zip(*chunk, strict=True)))
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(desc=f"decoding {data.dataset}", total=len(array), delay=2, leave=False) as bar,
+    ):
+        stop = 0
+        for run in source.read():
+            place = slice(stop, stop := stop + len(run))
+            if isinstance(run, np.ndarray) and run.shape[1:] == shape:
+                array[place], good[place] = run, True
+            else:
+                list(pool.map(decode, range(place.start, place.stop), run))
+            bar.update(len(run))
 
     if not good.any():
         raise DataError(f"none of the {len(array)} pictures of {data.dataset} can be decoded")

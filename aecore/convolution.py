@@ -1,7 +1,7 @@
 """How a convolution is lowered on each platform, where the compiler's own way is slow.
 
-All functions take `(B, H, W, C)` images and `(3, 3, C, K)` kernels of one float dtype, pad to keep
-the size ("same", as XLA and Keras do), and agree with `jax.lax`'s convolutions but for rounding.
+Convolutions take `(B, H, W, C)` images and `(3, 3, C, K)` kernels of one float dtype, pad to keep
+the size ("same", as XLA and Keras do), and agree with `jax.lax`'s own but for rounding.
 XLA's CPU backend has slow code for the gradients of small convolutions; there, all are written as
 matrix products:
 
@@ -160,6 +160,20 @@ def conv_on_phases(phases: jax.Array, kernel: jax.Array) -> jax.Array:
         return _plain_conv(phases, kernel.reshape(3, 3, *kernel.shape[1:]))
 
     return _by_platform(plain, _with_batch_last(_product_on_phases))(phases, kernel)
+
+
+def max_pool(images: jax.Array) -> jax.Array:
+    """`(B, 2 H, 2 W, C)` to `(B, H, W, C)`: the largest value of each 2×2 block."""
+
+    def windows(images):
+        return nn.max_pool(images, (2, 2), (2, 2))
+
+    def blocks(images):
+        batch, height, width, channels = images.shape
+        return images.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+
+    # The gradient of windows is a scatter, which only TPUs have an operation for.
+    return lax.platform_dependent(images, tpu=windows, default=blocks)
 
 
 def split_phases(images: jax.Array) -> jax.Array:

@@ -11,10 +11,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from aecore.convolution import Conv, ConvTranspose, merge_phases, split_phases
+from aecore.convolution import Conv, ConvTranspose, max_pool, merge_phases, split_phases
 from aecore.errors import ConfigError
 
 REGISTRY: dict[str, type[nn.Module]] = {}
+
+
+@jax.custom_jvp
+def _relu(values: jax.Array) -> jax.Array:
+    """`nn.relu`, whose gradient needs what came out alone: the next layer keeps that anyway."""
+    return jnp.maximum(values, 0)
+
+
+# Written as `output > 0`, XLA would make `values > 0` of it again.
+_relu.defjvps(lambda tangent, output, values: jnp.where(output == 0, 0, tangent))
 
 
 def register(cls: type[nn.Module]) -> type[nn.Module]:
@@ -116,7 +126,7 @@ class NoiseReducer(Autoencoder):
         return 2 ** len(self.features)
 
     def setup(self):
-        relu = dict(activation=nn.relu, batch_last=True)
+        relu = dict(activation=_relu, batch_last=True)
         self.encoder = [Conv(features, stride=2, **relu) for features in self.features]
         self.decoder = [ConvTranspose(features, **relu) for features in self.features[::-1]]
         self.output = Conv(self.channels, activation=nn.sigmoid, batch_last=True)
@@ -155,15 +165,15 @@ class ResolutionEnhancer(Autoencoder):
         return 2
 
     def setup(self):
-        self.encoder = [Conv(features, activation=nn.relu) for features in self.features]
-        self.decoder = [Conv(features, activation=nn.relu) for features in self.features[::-1]]
+        self.encoder = [Conv(features, activation=_relu) for features in self.features]
+        self.decoder = [Conv(features, activation=_relu) for features in self.features[::-1]]
         self.output = Conv(self.channels)
 
     def encode(self, images):
         *before, last = self.encoder
         for layer in before:
             images = layer(images)
-        return last(nn.max_pool(images, (2, 2), (2, 2)))
+        return last(max_pool(images))
 
     def decode(self, codes):
         first, *after = self.decoder
@@ -200,7 +210,7 @@ class SubpixelAutoencoder(Autoencoder):
         return 2
 
     def setup(self):
-        self.encoder = [Conv(features, 1, nn.relu, True) for features in self.features]
+        self.encoder = [Conv(features, 1, _relu, True) for features in self.features]
         self.output = Conv(4 * self.channels, 1, None if self.residual else nn.sigmoid, True)
 
     def encode(self, images):
@@ -229,7 +239,7 @@ class _Block(nn.Module):
         for _ in range(2):
             if self.norm == "group":
                 change = nn.GroupNorm(num_groups=math.gcd(self.features, 8))(change)
-            change = Conv(self.features)(nn.relu(change))
+            change = Conv(self.features)(_relu(change))
         return images + change
 
 
@@ -329,7 +339,7 @@ class UNet(Autoencoder):
                 level = self.up[index](level) + finer[index]
             for block in self.decoder[index]:
                 level = block(level)
-        output = self.output(nn.relu(level))
+        output = self.output(_relu(level))
         output = images + output if self.residual else nn.sigmoid(output)
         return merge_phases(output) if self.patch == 2 else output
 

@@ -115,6 +115,42 @@ def test_other_platforms_get_the_compilers_own_convolution():
     assert "stablehlo.convolution" not in lowered.as_text()
 
 
+@pytest.mark.parametrize(("channels", "features"), CHANNELS)
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_transposed_convolutions_of_other_platforms(height, width, channels, features):
+    check(
+        convolution._plain_conv_transpose,
+        reference_conv_transpose,
+        *arrays(height, width, channels, features),
+    )
+
+
+def test_a_transposed_convolutions_kernel_has_the_gradient_of_a_strided_ones():
+    images, kernel = arrays(16, 16, 8, 4)
+    gradient = jax.jit(jax.grad(lambda kernel: convolution.conv_transpose(images, kernel).sum()))
+    program = gradient.trace(kernel).lower(lowering_platforms=("cuda",)).as_text()
+    assert "rhs_dilate = [2, 2]" in program
+    assert "lhs_dilate = [2, 2]" not in program
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_max_pool(dtype):
+    images = np.random.default_rng(0).random((2, 6, 10, 3)).astype(dtype)
+    wanted, gradient = jax.vjp(lambda images: nn.max_pool(images, (2, 2), (2, 2)), images)
+    result, our_gradient = jax.vjp(convolution.max_pool, images)
+    np.testing.assert_array_equal(result, wanted)
+    weights = np.random.default_rng(1).normal(size=result.shape).astype(dtype)
+    if dtype == jnp.float32:  # With fewer bits, the largest value of a block may be there twice.
+        np.testing.assert_array_equal(*our_gradient(weights), *gradient(weights))
+
+
+@pytest.mark.parametrize(("platform", "scatters"), [("cpu", 0), ("cuda", 0), ("tpu", 1)])
+def test_the_gradient_of_max_pool_scatters_where_that_is_fast(platform, scatters):
+    gradient = jax.jit(jax.grad(lambda images: convolution.max_pool(images).sum()))
+    lowered = gradient.trace(jnp.zeros((1, 4, 4, 1))).lower(lowering_platforms=(platform,))
+    assert lowered.as_text().count('"stablehlo.select_and_scatter"') == scatters
+
+
 @pytest.mark.parametrize("batch_last", [True, False])
 def test_between_layers_with_the_batch_last_nothing_is_turned_around(batch_last):
     class Layers(nn.Module):

@@ -1,9 +1,11 @@
 """The recipes' networks against Keras, and what the others promise."""
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
+from aecore import models
 from aecore.errors import ConfigError
 from aecore.models import (
     LinearAutoencoder,
@@ -154,3 +156,12 @@ def test_without_parameters_a_residual_network_is_the_identity(residual):
 def test_impossible_settings_are_refused(build, message):
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+def test_the_relu_of_the_networks_is_flaxs():
+    values = np.array([-np.inf, -1.0, -0.0, 0.0, 1e-30, 2.0, np.inf], np.float32)
+    (result, gradient), (wanted, wanted_gradient) = (
+        jax.vjp(function, values) for function in (models._relu, nn.relu)
+    )
+    np.testing.assert_array_equal(result, wanted)
+    np.testing.assert_array_equal(*gradient(values), *wanted_gradient(values))

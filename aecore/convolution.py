@@ -162,18 +162,31 @@ def conv_on_phases(phases: jax.Array, kernel: jax.Array) -> jax.Array:
     return _by_platform(plain, _with_batch_last(_product_on_phases))(phases, kernel)
 
 
+@jax.custom_vjp
 def max_pool(images: jax.Array) -> jax.Array:
     """`(B, 2 H, 2 W, C)` to `(B, H, W, C)`: the largest value of each 2×2 block."""
+    return nn.max_pool(images, (2, 2), (2, 2))
 
-    def windows(images):
-        return nn.max_pool(images, (2, 2), (2, 2))
 
-    def blocks(images):
+def _max_pool_forward(images):
+    return max_pool(images), images
+
+
+def _max_pool_backward(images, cotangent):
+    def of_windows(images, cotangent):
+        return jax.vjp(lambda images: nn.max_pool(images, (2, 2), (2, 2)), images)[1](cotangent)
+
+    def of_blocks(images, cotangent):
         batch, height, width, channels = images.shape
-        return images.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+        blocks = images.reshape(batch, height // 2, 2, width // 2, 2, channels)
+        (gradient,) = jax.vjp(lambda blocks: blocks.max((2, 4)), blocks)[1](cotangent)
+        return (gradient.reshape(images.shape),)
 
     # The gradient of windows is a scatter, which only TPUs have an operation for.
-    return lax.platform_dependent(images, tpu=windows, default=blocks)
+    return lax.platform_dependent(images, cotangent, tpu=of_windows, default=of_blocks)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def split_phases(images: jax.Array) -> jax.Array:

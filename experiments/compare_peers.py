@@ -9,7 +9,8 @@ measure training steps, and restoring many images: `Restorer` on bytes and on fl
 Images are made in memory beforehand; no pipeline takes part but that of Keras's `fit`. Each library
 takes steps for some seconds, in turns, several times; the medians are printed, with the lowest and
 highest, and the ratio of aecore's median to each. A step is: add noise and clip (denoise only),
-forward, mean squared error, backward, Adam.
+forward, mean squared error, backward, Adam. aecore takes one a call, as the others do, and besides
+several a call, as its training loop does where steps are short.
 
 Keras runs on TensorFlow, once as `fit` runs it (which compiles with XLA), once as a `tf.function`
 written by hand (which doesn't). PyTorch takes part where it is installed, in its default layout and
@@ -30,10 +31,12 @@ Step = Callable[[], object]
 
 SHAPES = {"denoise": (28, 28, 1), "enhance": (80, 80, 3)}
 SIGMA = 0.4
+STEPS = 8
+"""Steps a call, where there are several."""
 
 
-def aecore_step(task: str, images: np.ndarray, precision: str) -> Step:
-    """aecore's own training step, compiled by `jit`."""
+def aecore_step(task: str, images: np.ndarray, precision: str, *, several: bool = False) -> Step:
+    """aecore's own training step, compiled by `jit`; or several steps, as one program."""
     import functools
 
     import jax
@@ -53,17 +56,24 @@ def aecore_step(task: str, images: np.ndarray, precision: str) -> Step:
     devices = assembly.devices(experiment.training)
     parts = assembly.assemble(experiment, images.shape[1:], devices, last_step=1)
     prepare = steps.degrading(experiment.degradation) if denoise else steps.pairs
-    step = devices.compile_train_step(functools.partial(parts.train_step, prepare=prepare))
+    train_step = functools.partial(parts.train_step, prepare=prepare)
     floats = images.astype(np.float32) / 255
-    batch = devices.place_batch(images if denoise else (floats, floats))
+    batch = images if denoise else (floats, floats)
     state = devices.compile_create(parts.create)()
+    if several:
+        step = devices.compile_train_steps(train_step, STEPS)
+        batches = jax.tree.map(lambda array: array[None], batch)
+        arguments = devices.place_batch(batches, axis=1), devices.replicate(np.int32(STEPS))
+    else:
+        step = devices.compile_train_step(train_step)
+        arguments = (devices.place_batch(batch),)
 
     def take():
         nonlocal state
-        state, loss = step(state, batch)
-        return loss
+        state, loss = step(state, *arguments)
+        return loss[-1] if several else loss
 
-    jax.block_until_ready(batch)
+    jax.block_until_ready(arguments)
     return take
 
 
@@ -163,7 +173,7 @@ def torch_step(task: str, images: np.ndarray, precision: str, *, channels_last: 
     network = network.to(device=device, memory_format=layout)
     original = torch.from_numpy(images.astype(np.float32).transpose(0, 3, 1, 2) / 255)
     original = original.to(device=device).contiguous(memory_format=layout)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=device == "cuda")
 
     def loss_of(original):
         degraded = original
@@ -237,8 +247,10 @@ def main(
     shape = (count, side, side, SHAPES[task][2])
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     args = (task, images, precision)
+    several = f"aecore, {STEPS} steps a call"
     makers = {
         "aecore": lambda: aecore_step(*args),
+        several: lambda: aecore_step(*args, several=True),
         "Keras, fit": lambda: keras_step(*args, fit=True),
         "Keras, tf.function": lambda: keras_step(*args, fit=False),
         "PyTorch": lambda: torch_step(*args, channels_last=False),
@@ -265,7 +277,7 @@ def main(
         while time.perf_counter() - start < seconds:
             for _ in range(4 if (task, measure) == ("denoise", "train") else 1):
                 result = steps[name]()
-                done += count
+                done += STEPS * count if name == several else count
             float(result)
         speeds[name].append(done / (time.perf_counter() - start))
     print(

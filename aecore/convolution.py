@@ -38,8 +38,10 @@ _AFTER = tuple((di, dj) for di in (0, 1) for dj in (0, 1))
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
-# The fewest channels, in and out, for which fewer products outweigh the transforms.
-_WINOGRAD_CHANNELS = 32
+
+def _suits_winograd(kernel: jax.Array, stride: int) -> bool:
+    """Whether channels, in and out, are so many that fewer products outweigh the transforms."""
+    return stride == 1 and min(kernel.shape[2:]) >= 32
 
 
 class Conv(nn.Module):
@@ -65,14 +67,15 @@ class Conv(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """`(B, H, W, C)` to `(B, H / stride, W / stride, features)`, rounded up."""
         images, kernel, bias = self._weights(images, images.shape[-1])
-        return self._finish(conv(images, kernel, self.stride, self.batch_last), bias)
+        batch_last = self.batch_last and not _suits_winograd(kernel, self.stride)
+        return self._finish(conv(images, kernel, self.stride, batch_last), bias, batch_last)
 
     def on_phases(self, phases: jax.Array) -> jax.Array:
         """`(B, H, W, 4 C)` to `(B, H, W, 4 features)`: both are the phases of a larger image."""
         phases, kernel, bias = self._weights(phases, phases.shape[-1] // 4)
-        return self._finish(conv_on_phases(phases, kernel), jnp.tile(bias, 4))
+        return self._finish(conv_on_phases(phases, kernel), jnp.tile(bias, 4), True)
 
-    def _finish(self, features: jax.Array, bias: jax.Array) -> jax.Array:
+    def _finish(self, features: jax.Array, bias: jax.Array, batch_last: bool) -> jax.Array:
         def finish(features, bias):
             features += bias
             return self.activation(features) if self.activation else features
@@ -80,7 +83,7 @@ class Conv(nn.Module):
         def finish_batch_last(features, bias):
             return finish(features, bias[:, None, None, None])
 
-        if self.batch_last:
+        if batch_last:
             return _by_platform(finish, _with_batch_last(finish_batch_last))(features, bias)
         return finish(features, bias)
 
@@ -93,12 +96,13 @@ class ConvTranspose(Conv):
     def __call__(self, images: jax.Array) -> jax.Array:
         """`(B, H, W, C)` to `(B, 2 H, 2 W, features)`."""
         images, kernel, bias = self._weights(images, images.shape[-1])
-        return self._finish(conv_transpose(images, kernel, self.batch_last), bias)
+        features = conv_transpose(images, kernel, self.batch_last)
+        return self._finish(features, bias, self.batch_last)
 
     def to_phases(self, images: jax.Array) -> jax.Array:
         """`(B, H, W, C)` to `(B, H, W, 4 features)`: the phases of the result."""
         images, kernel, bias = self._weights(images, images.shape[-1])
-        return self._finish(conv_transpose_to_phases(images, kernel), jnp.tile(bias, 4))
+        return self._finish(conv_transpose_to_phases(images, kernel), jnp.tile(bias, 4), True)
 
 
 def conv(
@@ -115,7 +119,7 @@ def conv(
     def strided(images, kernel, axis):
         return _product(_split(images, axis), _strided_kernel(kernel), _AFTER, axis)
 
-    if stride == 1 and min(kernel.shape[2:]) >= _WINOGRAD_CHANNELS:
+    if _suits_winograd(kernel, stride):
         on_cpu = _winograd
     elif stride == 1:
         on_cpu = _in_layout(product, batch_last)

@@ -53,7 +53,7 @@ class Conv(nn.Module):
     """What is done to each number that comes out, such as `nn.relu`."""
     batch_last: bool = False
     """Whether CPUs compute with the batch last: for layers that have few channels and follow one
-    another directly."""
+    another directly. Winograd's way doesn't, whatever this says; ways with phases always do."""
 
     @nn.compact
     def _weights(self, images: jax.Array, channels: int) -> Sequence[jax.Array]:
@@ -168,7 +168,10 @@ def conv_on_phases(phases: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def max_pool(images: jax.Array) -> jax.Array:
-    """`(B, 2 H, 2 W, C)` to `(B, H, W, C)`: the largest value of each 2×2 block."""
+    """`(B, 2 H, 2 W, C)` to `(B, H, W, C)`: the largest value of each 2×2 block.
+
+    Equal largest values share the gradient, but on TPUs the first one gets all of it.
+    """
     return nn.max_pool(images, (2, 2), (2, 2))
 
 

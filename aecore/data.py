@@ -61,7 +61,8 @@ class _Pictures(NamedTuple):
 
     count: int
     read: Callable[[], Iterable[Sequence[epath.Path | np.ndarray]]]
-    """Yields runs of pictures, in order; each is a file, or `(H, W, C)` uint8."""
+    """Yields runs of pictures, in order; each is a file, or `(H, W, C)` uint8. Where all have one
+    size, a run may be one array."""
     shape: tuple[int | None, int | None, int]
     """Their height, width and channels; None where they differ."""
     is_train: np.ndarray | None

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -28,7 +29,7 @@ _SEED = 20070607
 
 # Values of the images, all channels, that a device is given at a time: enough that what a call
 # costs doesn't matter, and for CPUs so few that what the layers give stays in their caches.
-_VALUES, _VALUES_ON_CPU = 2**20, 2**17
+_VALUES, _VALUES_ON_CPU = 2**18, 2**17
 
 Scores = dict[str, Any]
 """`images`, their number; the means `mse`, `psnr` in dB and `ssim`; and `ci95`, for each of these
@@ -68,7 +69,7 @@ class Evaluator:
         self._compiled = None
 
     def compile_ahead(self, params: Any, array: np.ndarray) -> None:
-        """Starts to compile in the background what a later call with the same arguments needs.
+        """Starts to compile in the background what a call with the same arguments needs.
 
         Args:
           params: the network's parameters; their shapes alone matter.
@@ -93,8 +94,9 @@ class Evaluator:
         if self._batch_size is not None:
             return self._parallel.round_up(self._batch_size)
         values = _VALUES_ON_CPU if self._parallel.platform == "cpu" else _VALUES
-        most = max(1, values // array[0].size) * self._parallel.device_count
-        return self._parallel.round_up(min(most, len(array)))
+        most = max(1, values // math.prod(array.shape[1:])) * self._parallel.device_count
+        count = -(-len(array) // most)
+        return self._parallel.round_up(-(-len(array) // count))
 
     def __call__(
         self, params: Any, array: np.ndarray, stop: Callable[[], bool] = lambda: False
@@ -123,7 +125,8 @@ class Evaluator:
           `mse`, `psnr` in dB and `ssim`, each `(N,)`; None if it was given up.
         """
         size = self._size_of_batches(array)
-        eval_step = self._compiled.result() if self._compiled else self._eval_step
+        if self._compiled:
+            self._compiled.result()  # JAX remembers what was compiled.
         values = []
         running = collections.deque()
 
@@ -136,7 +139,7 @@ class Evaluator:
             if stop():
                 return None
             placed = self._parallel.place((batch.images[share], batch.indices[share]))
-            running.append((eval_step(params, *placed), batch.count))
+            running.append((self._eval_step(params, *placed), batch.count))
             # The next batch starts before this one is waited for.
             if len(running) > 1:
                 collect()

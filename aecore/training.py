@@ -168,7 +168,7 @@ class _Run:
 
     def fit(self, bar: tqdm) -> None:
         """Trains to the end, or until the validation loss no longer falls."""
-        if self.step < self.last_step:
+        if self.step < self.last_step and not self._loss_no_longer_falls():
             self.evaluator.compile_ahead(self.state.inference_params, self.dataset.validation)
         while True:
             if self._evaluation_is_due():
@@ -368,7 +368,8 @@ class _Run:
 
 
 class _Interruption:
-    """Turns SIGINT and SIGTERM into a request to stop; a second Ctrl-C stops at once."""
+    """Turns SIGINT and SIGTERM into a request to stop; a second Ctrl-C stops at once,
+    but for a compilation that is under way."""
 
     def __init__(self):
         self.requested = False
@@ -400,7 +401,7 @@ class _Interruption:
 class _Clock:
     """How long a run has taken, over all its sessions, and how fast its steps are.
 
-    The speed leaves out compilation, evaluation and saving.
+    The speed leaves out the step's compilation, evaluation and saving.
     """
 
     def __init__(self, batch_size: int, description: Mapping[str, Any]):

@@ -9,8 +9,8 @@ measure training steps, and restoring many images: `Restorer` on bytes and on fl
 Images are made in memory beforehand; no pipeline takes part but that of Keras's `fit`. Each library
 takes steps for some seconds, in turns, several times; the medians are printed, with the lowest and
 highest, and the ratio of aecore's median to each. A step is: add noise and clip (denoise only),
-forward, mean squared error, backward, Adam. aecore takes one a call, as the others do, and besides
-several a call, as its training loop does where steps are short.
+forward, mean squared error, backward, Adam. aecore takes one a call, as the others do, and
+for denoise besides several a call, as its training loop does where steps are short.
 
 Keras runs on TensorFlow, once as `fit` runs it (which compiles with XLA), once as a `tf.function`
 written by hand (which doesn't). PyTorch takes part where it is installed, in its default layout and
@@ -250,7 +250,7 @@ def main(
     several = f"aecore, {STEPS} steps a call"
     makers = {
         "aecore": lambda: aecore_step(*args),
-        several: lambda: aecore_step(*args, several=True),
+        **({several: lambda: aecore_step(*args, several=True)} if task == "denoise" else {}),
         "Keras, fit": lambda: keras_step(*args, fit=True),
         "Keras, tf.function": lambda: keras_step(*args, fit=False),
         "PyTorch": lambda: torch_step(*args, channels_last=False),

@@ -144,6 +144,13 @@ def test_max_pool(dtype):
         np.testing.assert_array_equal(*our_gradient(weights), *gradient(weights))
 
 
+def test_equal_largest_values_share_the_gradient():
+    _, gradient = jax.vjp(convolution.max_pool, jnp.ones((1, 4, 4, 2)))
+    weights = np.random.default_rng(0).random((1, 2, 2, 2), np.float32)
+    wanted = weights.repeat(2, axis=1).repeat(2, axis=2) / 4
+    np.testing.assert_allclose(*gradient(weights), wanted)
+
+
 @pytest.mark.parametrize(("platform", "scatters"), [("cpu", 0), ("cuda", 0), ("tpu", 1)])
 def test_the_gradient_of_max_pool_scatters_where_that_is_fast(platform, scatters):
     gradient = jax.jit(jax.grad(lambda images: convolution.max_pool(images).sum()))
@@ -172,11 +179,12 @@ def test_between_layers_with_the_batch_last_nothing_is_turned_around(batch_last)
     assert bool(made_channels_last) != batch_last
 
 
-def test_activations_and_biases_of_both_layouts():
-    images, kernel = arrays(6, 8, 4, 5)
-    bias = np.linspace(-0.5, 0.5, 5, dtype=np.float32)
+@pytest.mark.parametrize(("channels", "features"), [(4, 5), (32, 40)])
+def test_activations_and_biases_of_both_layouts(channels, features):
+    images, kernel = arrays(6, 8, channels, features)
+    bias = np.linspace(-0.5, 0.5, features, dtype=np.float32)
     wanted = nn.relu(reference_conv(images, kernel) + bias)
     for batch_last in (False, True):
-        layer = convolution.Conv(5, activation=nn.relu, batch_last=batch_last)
+        layer = convolution.Conv(features, activation=nn.relu, batch_last=batch_last)
         result = layer.apply({"params": {"kernel": kernel, "bias": bias}}, images)
         np.testing.assert_allclose(result, wanted, atol=1e-5)

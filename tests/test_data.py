@@ -280,6 +280,15 @@ def test_lfw_from_prepared_tfds_is_split_by_person(made_tfds, name):
     assert not people[0] & people[1]
 
 
+def test_pictures_of_one_size_are_taken_as_they_are(made_tfds, monkeypatch):
+    monkeypatch.setattr(data, "_RUN", 5)
+    settings = dict(dataset="lfw", data_dir=str(made_tfds), validation_fraction=0.3)
+    resized = data.load(Data(**settings, image_size=(20, 20)))
+    whole = data.load(Data(**settings))
+    for small, large in zip(resized, whole, strict=True):  # Each picture has one color.
+        np.testing.assert_array_equal(large, np.broadcast_to(small[:, :1, :1], large.shape))
+
+
 def test_damaged_tfds_is_named(made_tfds):
     (record,) = made_tfds.rglob("*.tfrecord*")
     record.write_bytes(record.read_bytes()[:-100])

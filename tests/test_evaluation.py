@@ -22,9 +22,13 @@ def identity(params, images):
 
 @pytest.mark.parametrize(
     ("devices", "batch_size"),
-    [(1, 1), (1, 21), (1, 64), (8, 1), (8, 21), (8, 64), *((n, 5) for n in range(1, 9))],
+    [(1, 1), (1, 21), (1, 64), (8, 1), (8, 21), (8, 64), *((n, 5) for n in range(1, 9))]
+    + [(n, None) for n in (1, 2, 3, 8)],
 )
-def test_each_image_counts_once_at_any_batch_size_on_any_number_of_devices(devices, batch_size):
+def test_each_image_counts_once_at_any_batch_size_on_any_number_of_devices(
+    devices, batch_size, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "_VALUES_ON_CPU", 5 * IMAGES[0].size)
     parallel = DataParallel(jax.devices()[:devices])
     scores = evaluation.Evaluator(identity, GaussianNoise(0.3), parallel, batch_size)({}, IMAGES)
 
@@ -34,6 +38,32 @@ def test_each_image_counts_once_at_any_batch_size_on_any_number_of_devices(devic
     assert scores["images"] == 21
     assert scores["mse"] == pytest.approx(mse.mean(), rel=1e-5)
     assert scores["psnr"] == pytest.approx((-10 * np.log10(mse)).mean(), abs=1e-4)
+
+
+def test_batches_are_as_large_as_devices_like_and_alike(monkeypatch):
+    monkeypatch.setattr(evaluation, "_VALUES_ON_CPU", 5 * IMAGES[0].size)
+    for devices, size in [(1, 5), (2, 8), (8, 24)]:
+        evaluator = evaluation.Evaluator(
+            identity, GaussianNoise(0.3), DataParallel(jax.devices()[:devices])
+        )
+        assert evaluator._size_of_batches(IMAGES) == size
+
+
+def test_what_is_compiled_ahead_is_not_compiled_again():
+    traced = []
+
+    def network(params, images):
+        traced.append(images.shape)
+        return images * params
+
+    params = DataParallel().replicate(np.float32(0.5))
+    evaluator = evaluation.Evaluator(network, GaussianNoise(0.3), DataParallel())
+    evaluator.compile_ahead(params, IMAGES)
+    scores = evaluator(params, IMAGES)
+    assert len(traced) == 1
+    expected = evaluation.Evaluator(network, GaussianNoise(0.3), DataParallel())
+    assert scores == expected(params, IMAGES)
+    assert evaluator(params, IMAGES[:3]) == expected(params, IMAGES[:3])
 
 
 def test_mse_is_of_the_output_as_it_is_and_psnr_of_the_clipped_one():

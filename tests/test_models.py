@@ -165,3 +165,6 @@ def test_the_relu_of_the_networks_is_flaxs():
     )
     np.testing.assert_array_equal(result, wanted)
     np.testing.assert_array_equal(*gradient(values), *wanted_gradient(values))
+    program = str(jax.make_jaxpr(jax.grad(lambda values: models._relu(values).sum()))(values))
+    assert " eq " in program
+    assert " gt " not in program

@@ -172,6 +172,10 @@ def max_pool(images: jax.Array) -> jax.Array:
 
     Equal largest values share the gradient, but on TPUs the first one gets all of it.
     """
+    return _max_pool_of_windows(images)
+
+
+def _max_pool_of_windows(images):
     return nn.max_pool(images, (2, 2), (2, 2))
 
 
@@ -181,7 +185,7 @@ def _max_pool_forward(images):
 
 def _max_pool_backward(images, cotangent):
     def of_windows(images, cotangent):
-        return jax.vjp(lambda images: nn.max_pool(images, (2, 2), (2, 2)), images)[1](cotangent)
+        return jax.vjp(_max_pool_of_windows, images)[1](cotangent)
 
     def of_blocks(images, cotangent):
         batch, height, width, channels = images.shape
@@ -452,6 +456,10 @@ def _multiply_phases(matrix: jax.Array, phases: jax.Array) -> jax.Array:
 # ---- Kernels between phases
 
 
+# The number, after those of a kernel's nine matrices, of one of zeros.
+_ZEROS = 9
+
+
 def _place(selection: np.ndarray, kernel: jax.Array) -> jax.Array:
     """Puts the nine `(C, K)` matrices of a kernel where `(9, T, P, Q)` `selection` has ones.
 
@@ -464,9 +472,6 @@ def _place(selection: np.ndarray, kernel: jax.Array) -> jax.Array:
     placed = _take(kernel.reshape(9, channels, features), tuple(numbers.tolist()))
     placed = placed.reshape(taps, phases_in, phases_out, channels, features)
     return placed.transpose(0, 1, 3, 2, 4).reshape(taps, phases_in * channels, -1)
-
-
-_ZEROS = 9
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

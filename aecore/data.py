@@ -212,7 +212,7 @@ def _tfds(data: Data) -> _Pictures:
         read=lambda: read("image"),
         shape=(height, width, 1 if channels == 1 else 3),
         is_train=np.repeat([True, False], counts) if len(counts) == 2 else None,
-        groups=list(itertools.chain(*read("label"))) if people else None,
+        groups=list(itertools.chain.from_iterable(read("label"))) if people else None,
     )
 
 

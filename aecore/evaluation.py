@@ -72,17 +72,13 @@ class Evaluator:
         """Starts to compile in the background what a call with the same arguments needs.
 
         Args:
-          params: the network's parameters; their shapes alone matter.
+          params: the network's parameters, or their shapes, dtypes and shardings.
           array: `(N, H, W, C)` uint8; its shape alone matters.
         """
         size = self._size_of_batches(array)
         sharding = self._parallel.sharded
         arguments = (
-            jax.tree.map(
-                # The arrays themselves may be donated to a step meanwhile.
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-                params,
-            ),
+            params,
             jax.ShapeDtypeStruct((size, *array.shape[1:]), np.uint8, sharding=sharding),
             jax.ShapeDtypeStruct((size,), np.int32, sharding=sharding),
         )

@@ -150,7 +150,8 @@ class _Run:
                 evaluation.degraded(experiment.degradation, dataset.validation[:_LOOKED_AT])
             ),
         }
-        restored = checkpoints.restore(parallel.abstract(parts.create))
+        self.abstract_state = parallel.abstract(parts.create)
+        restored = checkpoints.restore(self.abstract_state)
         if restored:
             self.state, description = restored
             self._check_same_run(description)
@@ -169,7 +170,9 @@ class _Run:
     def fit(self, bar: tqdm) -> None:
         """Trains to the end, or until the validation loss no longer falls."""
         if self.step < self.last_step and not self._loss_no_longer_falls():
-            self.evaluator.compile_ahead(self.state.inference_params, self.dataset.validation)
+            # Not of the state's own arrays, which are donated to the steps meanwhile.
+            params = self.abstract_state.inference_params
+            self.evaluator.compile_ahead(params, self.dataset.validation)
         while True:
             if self._evaluation_is_due():
                 self._collect_losses(bar)

@@ -21,6 +21,9 @@ from aecore.errors import ConfigError
 AXIS = "batch"
 """Name of the devices' axis."""
 
+_RUNS_ONCE = {"xla_backend_optimization_level": 1}
+"""Compiler options of a program whose optimization would take longer than its only run."""
+
 
 def join_processes(distributed: str | None) -> None:
     """Connects this process with those that train with it; must come before JAX is used.
@@ -127,7 +130,7 @@ class DataParallel:
 
     def compile_create(self, create: Callable[[], Any]) -> Callable:
         """Compiles `() -> state`, whose result is born on every device."""
-        return jax.jit(create, out_shardings=self.replicated)
+        return jax.jit(create, out_shardings=self.replicated, compiler_options=_RUNS_ONCE)
 
     def compile_train_step(self, train_step: Callable) -> Callable:
         """Compiles `(state, batch) -> (state, loss)`; the state is donated.

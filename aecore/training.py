@@ -141,14 +141,14 @@ class _Run:
             dataset.train, experiment.degradation, training, parallel, parts.train_step
         )
         self.evaluator = evaluation.Evaluator(parts.apply, experiment.degradation, parallel)
+        degraded = evaluation.degraded(experiment.degradation, dataset.validation[:_LOOKED_AT])
+        self.degraded_samples = degraded[:_SAMPLES].copy()
         self.description = config.to_json(experiment) | {
             "aecore": aecore.__version__,
             "image_size": list(dataset.image_shape[:2]),
             "channels": dataset.image_shape[2],
             "fingerprint": dataset.fingerprint(),
-            "inputs": expectations.describe(
-                evaluation.degraded(experiment.degradation, dataset.validation[:_LOOKED_AT])
-            ),
+            "inputs": expectations.describe(degraded),
         }
         self.abstract_state = parallel.abstract(parts.create)
         restored = checkpoints.restore(self.abstract_state)
@@ -245,10 +245,8 @@ class _Run:
         if not self.is_first:
             return summary
         summary |= self._classical_scores()
-        original = self.dataset.validation[:_SAMPLES].astype(np.float32) / 255
-        degraded = evaluation.degraded(
-            self.experiment.degradation, self.dataset.validation[:_SAMPLES]
-        )
+        degraded = self.degraded_samples
+        original = self.dataset.validation[: len(degraded)].astype(np.float32) / 255
         reports.save_samples(
             {"degraded": degraded, "restored": restorer(degraded), "original": original},
             self.directory / "samples.png",

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-# All must be set before JAX is imported. The cache spares compiling the same network in each test.
-_CACHE = tempfile.TemporaryDirectory(prefix="aecore-tests-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+# All must be set before JAX is imported; processes that run tests side by side inherit them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # The cache spares compiling the same network in each test.
+    _CACHE = tempfile.TemporaryDirectory(prefix="aecore-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    )
 
 import aecore
 from aecore.degradations import GaussianNoise

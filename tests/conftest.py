@@ -19,7 +19,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     )
 
+import jax
+
 import aecore
+from aecore import state
 from aecore.degradations import GaussianNoise
 from aecore.models import NoiseReducer
 
@@ -41,6 +44,18 @@ def save_pictures(folder: Path, count: int, size=(16, 16), mode="L", seed=0) -> 
         coarse = random.integers(0, 256, (4, 4) if mode == "L" else (4, 4, 3), np.uint8)
         picture = Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
         picture.save(folder / f"{index}.png")
+
+
+def random_params(model, seed=0):
+    """Parameters with which biases and borders matter, and values keep their magnitude."""
+    random = np.random.default_rng(seed)
+
+    def values(leaf):
+        scale = 0.3 if leaf.ndim == 1 else (2 / np.prod(leaf.shape[:-1])) ** 0.5
+        return random.normal(0, scale, leaf.shape).astype(np.float32)
+
+    side = 2 * model.stride
+    return jax.tree.map(values, state.abstract_params(model, (side, side, model.channels)))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import skimage.data
+from conftest import random_params
 from etils import epath
 from jax import export
 from PIL import Image
@@ -25,13 +26,7 @@ RANDOM = np.random.default_rng(0)
 
 
 def random_restorer(model):
-    images = np.zeros((1, 8 * model.stride, 8 * model.stride, model.channels), np.float32)
-    params = model.init(jax.random.key(0), images)["params"]
-    random = np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda leaf: leaf + random.normal(0, 0.1, leaf.shape).astype(np.float32), params
-    )
-    return aecore.Restorer(model, params, {})
+    return aecore.Restorer(model, random_params(model), {})
 
 
 def save(restorer, path, **options):

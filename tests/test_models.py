@@ -1,9 +1,12 @@
 """The recipes' networks against Keras, and what the others promise."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from conftest import random_params
 
 from aecore import models
 from aecore.errors import ConfigError
@@ -16,6 +19,11 @@ from aecore.models import (
 )
 
 RANDOM = np.random.default_rng(0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def apply(model, params, images, method=None):
+    return model.apply({"params": params}, images, method=method)
 
 
 def keras_noise_reducer(layers):
@@ -56,7 +64,7 @@ def test_the_same_function_as_the_keras_network(model, layers_of, shape, paramet
     import keras
 
     network = keras.Sequential([keras.Input(shape[1:]), *layers_of(keras.layers)])
-    params = model.init(jax.random.key(0), np.zeros(shape, np.float32))["params"]
+    params = random_params(model)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
     assert network.count_params() == parameters
 
@@ -76,12 +84,10 @@ def test_the_same_function_as_the_keras_network(model, layers_of, shape, paramet
         params[name] = {"kernel": kernel, "bias": bias}
 
     images = RANDOM.random(shape, np.float32)
-    outputs = model.apply({"params": params}, images)
+    outputs = apply(model, params, images)
     np.testing.assert_allclose(outputs, network(images), atol=1e-5)
-    codes = model.apply({"params": params}, images, method="encode")
-    np.testing.assert_allclose(
-        model.apply({"params": params}, codes, method="decode"), outputs, atol=1e-6
-    )
+    codes = apply(model, params, images, "encode")
+    np.testing.assert_allclose(apply(model, params, codes, "decode"), outputs, atol=1e-6)
     assert codes.shape[1] * model.stride == shape[1]
 
 
@@ -107,13 +113,12 @@ OTHERS = [
 def test_encoding_and_decoding_is_the_network(model):
     shape = (2, 3 * model.stride, 2 * model.stride, model.channels)
     images = RANDOM.random(shape, np.float32)
-    params = model.init(jax.random.key(0), images)["params"]
-    outputs = model.apply({"params": params}, images)
+    params = random_params(model)
+    outputs = apply(model, params, images)
     assert outputs.shape == images.shape
-    codes = model.apply({"params": params}, images, method="encode")
+    codes = apply(model, params, images, "encode")
     assert codes.shape[:3] == (2, 3, 2)
-    decoded = model.apply({"params": params}, codes, method="decode")
-    np.testing.assert_allclose(decoded, outputs, atol=1e-6)
+    np.testing.assert_allclose(apply(model, params, codes, "decode"), outputs, atol=1e-6)
 
 
 def test_the_subpixel_network_is_no_larger_than_the_recipes():
@@ -137,8 +142,8 @@ def test_a_unet_comes_in_many_sizes():
 def test_without_parameters_a_residual_network_is_the_identity(residual):
     for model in (UNet((4, 6), residual=residual), SubpixelAutoencoder((4,), residual=residual)):
         images = RANDOM.random((1, 8, 8, 1), np.float32)
-        params = model.init(jax.random.key(0), images)["params"]
-        outputs = model.apply({"params": jax.tree.map(np.zeros_like, params)}, images)
+        params = jax.tree.map(np.zeros_like, random_params(model))
+        outputs = apply(model, params, images)
         np.testing.assert_allclose(outputs, images if residual else 0.5)
 
 

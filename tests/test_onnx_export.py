@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_params
 from jax import lax
 
 import aecore
@@ -28,16 +29,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 def function_of(model, seed=0):
     """The model with random parameters, biases and scales included."""
-    sample = jnp.zeros((1, 2 * model.stride, 2 * model.stride, model.channels))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), sample)["params"]
-    random = np.random.default_rng(seed)
-
-    def values(leaf):
-        scale = 0.3 if leaf.ndim == 1 else (2 / np.prod(leaf.shape[:-1])) ** 0.5
-        return random.normal(0, scale, leaf.shape).astype(np.float32)
-
-    params = jax.tree.map(values, shapes)
-    return functools.partial(model.apply, {"params": params})
+    return functools.partial(model.apply, {"params": random_params(model, seed)})
 
 
 def largest_difference(function, *, channels=2, stride=2, sizes=((1, 1, 1), (2, 3, 2), (3, 7, 9))):

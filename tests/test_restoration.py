@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_params
 from PIL import Image
 
 import aecore
@@ -32,16 +33,6 @@ class Identity(models.Autoencoder):
 class Doubling(Identity):
     def decode(self, codes):
         return 2 * codes
-
-
-def random_params(model):
-    """Parameters with which biases and borders matter."""
-    images = np.zeros((1, 8 * model.stride, 8 * model.stride, model.channels), np.float32)
-    params = model.init(jax.random.key(0), images)["params"]
-    random = np.random.default_rng(1)
-    return jax.tree.map(
-        lambda leaf: leaf + random.normal(0, 0.1, leaf.shape).astype(np.float32), params
-    )
 
 
 def compiled_shapes(restorer):

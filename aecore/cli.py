@@ -503,5 +503,5 @@ def _keep_compiled_programs() -> None:
         if not os.access(cache, os.W_OK):
             return
         jax.config.update("jax_compilation_cache_dir", str(cache))
-        # Small networks compile in less time than JAX thinks worth keeping.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        # All of it: with a threshold, chance would decide about what takes about as long.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -168,6 +168,7 @@ def test_a_restart_compiles_nothing_anew(tmp_path):
     kept = []
     for steps in ("3", "6"):
         flags = ["--run-dir", str(tmp_path / "run"), "--training.steps", steps]
+        flags += ["--training.feed", "resident"]  # Which starts sooner.
         command = [sys.executable, EXPERIMENT, *flags]
         subprocess.run(command, env=environment, check=True, capture_output=True)
         files = (tmp_path / "cache" / "aecore" / "jax").iterdir()

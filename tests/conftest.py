@@ -27,6 +27,12 @@ from aecore.degradations import GaussianNoise
 from aecore.models import NoiseReducer
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many `-n auto` is: each takes 2 GB or so, and uses several cores at times."""
+    return min(4, os.cpu_count() or 1)
+
+
 @pytest.fixture(scope="session")
 def tfds_dir() -> str:
     """The folder of prepared TFDS data, where there is one."""

@@ -181,6 +181,11 @@ def _local(path: Any) -> str:
     return f"file:{os.fspath(path)}"
 
 
+def _metadata_options(av: ModuleType) -> dict[str, str]:
+    """With these, text that is no UTF-8 comes out as it was; from PyAV 19 on, it does anyway."""
+    return {"metadata_errors": "surrogateescape"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
 @contextlib.contextmanager
 def _open(av: ModuleType, path: Any) -> Iterator[Any]:
     """Opens a video for reading."""
@@ -189,7 +194,7 @@ def _open(av: ModuleType, path: Any) -> Iterator[Any]:
             _local(path),
             # A playlist, which any ending may hide, opens nothing on the network.
             container_options={"protocol_whitelist": "file"},
-            metadata_errors="surrogateescape",
+            **_metadata_options(av),
         )
     except (OSError, av.FFmpegError) as error:
         if isinstance(error, OSError):
@@ -420,7 +425,7 @@ class _Writer:
             "w",
             format=container,
             container_options=options,
-            metadata_errors="surrogateescape",
+            **_metadata_options(self._av),
         )
         self._output.metadata.update(metadata)
         if reader.chapters():

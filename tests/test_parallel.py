@@ -89,7 +89,7 @@ def test_the_average_is_the_exponential_one():
     optimizer = aecore.Optimizer(learning_rate=1e-2, ema=0.3)
     _, state = run(0, optimizer=optimizer, **settings)
     expected = jax.tree.map(np.array, state.params)
-    for step in range(6):  # It is reached in the fourth.
+    for step in range(6):  # The decay is at its limit from the fourth on.
         _, state = run(1, start=state, optimizer=optimizer, **settings)
         decay = min(0.3, (1 + step) / (10 + step))
         expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, expected, state.params)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aecore.config import Data, Experiment, Optimizer, Training
-    from aecore.evaluation import evaluate
-    from aecore.restoration import Restorer, restore
-    from aecore.training import train
+    from aecore.restoring.restorer import Restorer, restore
+    from aecore.scoring.evaluation import evaluate
+    from aecore.training.loop import train
 
 __version__ = "0.1.0"
 
@@ -22,10 +22,10 @@ _HOME = {
     "Experiment": "config",
     "Optimizer": "config",
     "Training": "config",
-    "Restorer": "restoration",
-    "restore": "restoration",
-    "evaluate": "evaluation",
-    "train": "training",
+    "Restorer": "restoring.restorer",
+    "restore": "restoring.restorer",
+    "evaluate": "scoring.evaluation",
+    "train": "training.loop",
 }
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "Restorer",
     "Training",
     "config",
-    "data",
     "degradations",
     "errors",
     "evaluate",

@@ -38,9 +38,10 @@ def main(
         chosen = tyro.cli(Experiment, default=experiment, args=args)
         import jax
 
-        from aecore import evaluation, training
+        from aecore.scoring import evaluation
+        from aecore.training import loop
 
-        summary = training.train(chosen)
+        summary = loop.train(chosen)
         if jax.process_index() > 0:  # The first process speaks for all.
             return
         run = chosen.directory
@@ -98,7 +99,8 @@ class Restore:
     """Only say what would be written."""
 
     def run(self) -> int:
-        from aecore import bulk, files, images
+        from aecore.media import images
+        from aecore.restoring import bulk, files
 
         jobs, failures = files.find(
             self.inputs,
@@ -135,7 +137,7 @@ class Restore:
 
     def _collect(self, results: Iterator[Any], skipped: Sequence[Any], total: int) -> list[Any]:
         """Reports results as they come."""
-        from aecore.files import Failure
+        from aecore.restoring.files import Failure
 
         outcomes, said = [], set()
         try:
@@ -165,7 +167,7 @@ class Restore:
     def _restorer(self) -> Any:
         import jax
 
-        from aecore.restoration import Restorer
+        from aecore.restoring.restorer import Restorer
 
         try:
             device = None if self.device == "auto" else jax.local_devices(backend=self.device)[0]
@@ -212,8 +214,8 @@ class Export:
     else stablehlo."""
 
     def run(self) -> int:
-        from aecore import exporting
-        from aecore.restoration import Restorer
+        from aecore.restoring.restorer import Restorer
+        from aecore.saved import exported
 
         restorer = Restorer.load(self.model)
         path = epath.Path(self.output).expanduser()
@@ -222,9 +224,9 @@ class Export:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = (restorer.network, restorer.params, restorer.description)
         if self.format == "onnx" or (self.format == "auto" and path.suffix.lower() == ".onnx"):
-            exporting.export_onnx(path, *content)
+            exported.export_onnx(path, *content)
         else:
-            exporting.save(path, *content, with_functions=self.format != "weights")
+            exported.save(path, *content, with_functions=self.format != "weights")
         print(f"{path}: {path.stat().length:,} bytes")
         return 0
 
@@ -237,7 +239,7 @@ class Summary:
     """A run directory, an exported file, or the name of weights that ship with aecore."""
 
     def run(self) -> int:
-        from aecore.restoration import Restorer
+        from aecore.restoring.restorer import Restorer
 
         print(Restorer.load(self.model).summary())
         return 0
@@ -265,7 +267,7 @@ class Evaluate:
     """A file to write the scores to."""
 
     def run(self) -> int:
-        from aecore import evaluation
+        from aecore.scoring import evaluation
 
         scores = evaluation.evaluate(
             self.run_dir,
@@ -303,7 +305,7 @@ class Plan:
     def run(self, flags: Sequence[str]) -> int:
         import jax
 
-        from aecore import planning
+        from aecore.measuring import planning
 
         if self.topology not in ("cpu", "gpu"):
             # Compiling for a slice needs no device of this machine, which libtpu may wait for.
@@ -332,7 +334,7 @@ class Bench:
     """How often each is repeated, taking turns."""
 
     def run(self, flags: Sequence[str]) -> int:
-        from aecore import benchmarking
+        from aecore.measuring import benchmarking
 
         experiment = _experiment(self.experiment, flags)
         report = benchmarking.bench(experiment, seconds=self.seconds, repeats=self.repeats)
@@ -340,7 +342,7 @@ class Bench:
 
 
 def _write_report(path: Any, outcomes: Sequence[Any], skipped: Sequence[Any]) -> None:
-    from aecore.files import Failure
+    from aecore.restoring.files import Failure
     from aecore.storage import write_whole
 
     entries = [
@@ -399,17 +401,14 @@ def _notes_on_stdout() -> Iterator[None]:
         def emit(self, record):
             tqdm.write(f"note: {record.getMessage()}", file=sys.stdout)
 
-    loggers = [logging.getLogger(f"aecore.{name}") for name in ("restoration", "engine")]
-    handler = Printing()
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.propagate = False
+    logger, handler = logging.getLogger("aecore.restoring"), Printing()
+    logger.addHandler(handler)
+    logger.propagate = False
     try:
         yield
     finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
-            logger.propagate = True
+        logger.removeHandler(handler)
+        logger.propagate = True
 
 
 def _experiment(file: str, flags: Sequence[str]) -> Experiment:
@@ -427,9 +426,9 @@ def _image_shape(experiment: Experiment) -> tuple[int, int, int]:
     """Of an experiment's images, without loading them where it says so."""
     if experiment.data.image_size is not None:
         return (*experiment.data.image_size, experiment.model.channels)
-    from aecore import data
+    from aecore.data import sources
 
-    return data.load(experiment.data).image_shape
+    return sources.load(experiment.data).image_shape
 
 
 def _show(

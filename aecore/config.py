@@ -11,10 +11,11 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from aecore import degradations, losses, models
+from aecore import degradations, losses
 from aecore.degradations import Degradation
 from aecore.errors import ConfigError
 from aecore.metrics import SSIM_WINDOW
+from aecore.networks import models
 
 
 def _require(condition: bool, message: str) -> None:

@@ -42,9 +42,10 @@ def aecore_step(task: str, images: np.ndarray, precision: str, *, several: bool 
     import jax
 
     import aecore
-    from aecore import assembly, steps
     from aecore.degradations import GaussianNoise
     from aecore.models import NoiseReducer, ResolutionEnhancer
+    from aecore.steps.step import degrading, pairs
+    from aecore.training import assembly
 
     denoise = task == "denoise"
     experiment = aecore.Experiment(
@@ -55,7 +56,7 @@ def aecore_step(task: str, images: np.ndarray, precision: str, *, several: bool 
     )
     devices = assembly.devices(experiment.training)
     parts = assembly.assemble(experiment, images.shape[1:], devices, last_step=1)
-    prepare = steps.degrading(experiment.degradation) if denoise else steps.pairs
+    prepare = degrading(experiment.degradation) if denoise else pairs
     train_step = functools.partial(parts.train_step, prepare=prepare)
     floats = images.astype(np.float32) / 255
     batch = images if denoise else (floats, floats)

@@ -17,10 +17,12 @@ import json
 import numpy as np
 from etils import epath
 
-from aecore import Data, Experiment, Optimizer, Restorer, Training, data, reports
+from aecore import Data, Experiment, Optimizer, Restorer, Training
 from aecore.cli import main
+from aecore.data import sources
 from aecore.degradations import Compose
 from aecore.models import LinearAutoencoder
+from aecore.scoring import reports
 
 experiment = Experiment(
     name="fashion_mnist_pca",
@@ -40,7 +42,7 @@ def compare(trained: Experiment) -> None:
     directory = epath.Path(trained.directory)
     restorer = Restorer.load(directory)
     components = trained.model.components
-    train, test = (images.reshape(len(images), -1) / 255 for images in data.load(trained.data))
+    train, test = (images.reshape(len(images), -1) / 255 for images in sources.load(trained.data))
     pca = PCA(components, svd_solver="full").fit(train)
     mse = np.mean((pca.inverse_transform(pca.transform(test)) - test) ** 2)
     own = json.loads((directory / "summary.json").read_text())["evaluation"]["mse"]

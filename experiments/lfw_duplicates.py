@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 import aecore
-from aecore import data
+from aecore.data import sources
 
 _SIDE = 20
 _SAME = 0.98
@@ -49,7 +49,7 @@ def main(data_dir: str | None = None) -> None:
         data_dir: Folder of prepared TFDS data.
     """
     settings = aecore.Data("lfw", data_dir, image_size=(80, 80), resize="bilinear")
-    dataset = data.load(settings)
+    dataset = sources.load(settings)
     equal = shared(*dataset)
     indices, correlations = nearest(*dataset)
     print(f"{len(dataset.train):,} training and {len(dataset.validation):,} validation images")

@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 
 import aecore
-from aecore import data
+from aecore.data import sources
 
 
 def main(data_dir: str, out: Path = Path("aecore/sample/fashion_mnist.npz")) -> None:
@@ -23,7 +23,7 @@ def main(data_dir: str, out: Path = Path("aecore/sample/fashion_mnist.npz")) -> 
         data_dir: Folder of Fashion-MNIST's IDX files.
         out: The file to write.
     """
-    full = data.load(aecore.Data(dataset="fashion_mnist", data_dir=data_dir))
+    full = sources.load(aecore.Data(dataset="fashion_mnist", data_dir=data_dir))
     out.parent.mkdir(exist_ok=True)
     np.savez_compressed(
         out, train=full.train[:6000, ..., 0], validation=full.validation[:1000, ..., 0]

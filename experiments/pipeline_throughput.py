@@ -18,7 +18,8 @@ import numpy as np
 import tyro
 
 import aecore
-from aecore import data
+from aecore.data import sources
+from aecore.data.batches import training_batches
 from aecore.degradations import GaussianNoise
 
 
@@ -32,7 +33,7 @@ def per_image_batches(images: np.ndarray, batch_size: int) -> Iterator:
         return tf.clip_by_value(image + noise, 0.0, 1.0), image
 
     return (
-        tf.data.Dataset.from_tensor_slices(images)
+        tf.sources.Dataset.from_tensor_slices(images)
         .shuffle(len(images))
         .repeat()
         .map(degrade, num_parallel_calls=tf.data.AUTOTUNE)
@@ -50,10 +51,10 @@ def main(batch_size: int = 32, seconds: float = 4.0, repeats: int = 5) -> None:
         seconds: How long each measurement lasts.
         repeats: Measurements of each pipeline.
     """
-    images = np.tile(data.load(aecore.Data()).train, (10, 1, 1, 1))
+    images = np.tile(sources.load(aecore.Data()).train, (10, 1, 1, 1))
     pipelines = {
         "per image": per_image_batches(images, batch_size),
-        "aecore": data.training_batches(images, GaussianNoise(0.4), batch_size=batch_size, seed=0),
+        "aecore": training_batches(images, GaussianNoise(0.4), batch_size=batch_size, seed=0),
     }
     speeds = {name: [] for name in pipelines}
     for name in itertools.chain.from_iterable([*pipelines] for _ in range(repeats + 1)):

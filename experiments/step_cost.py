@@ -9,8 +9,10 @@ NoiseReducer 10,264 images/s, SubpixelAutoencoder 10,832, 1.06 times as many, UN
 import tyro
 
 import aecore
-from aecore import benchmarking, models, state
 from aecore.degradations import GaussianNoise
+from aecore.measuring import benchmarking
+from aecore.networks import models
+from aecore.steps import state
 
 SHAPE = (28, 28, 1)
 NETWORKS = {

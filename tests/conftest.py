@@ -22,9 +22,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import jax
 
 import aecore
-from aecore import state
 from aecore.degradations import GaussianNoise
 from aecore.models import NoiseReducer
+from aecore.steps import state
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -13,9 +13,11 @@ from conftest import save_pictures
 from PIL import Image
 
 import aecore
-from aecore import bulk, cli, files, images
+from aecore import cli
 from aecore.errors import ConfigError
+from aecore.media import images
 from aecore.models import Autoencoder, register
+from aecore.restoring import bulk, files
 
 RANDOM = np.random.default_rng(0)
 
@@ -41,11 +43,12 @@ def save_unchanged(path, channels=3):
     """Writes an identity as an exported file."""
     from etils import epath
 
-    from aecore import exporting, networks
+    from aecore.networks import network
+    from aecore.saved import exported
 
-    network = networks.LinenNetwork(Unchanged(channels))
+    network = network.LinenNetwork(Unchanged(channels))
     params = {"unused": np.zeros(1, np.float32)}
-    exporting.save(epath.Path(path), network, params, {})
+    exported.save(epath.Path(path), network, params, {})
     return str(path)
 
 

@@ -9,10 +9,10 @@ import scipy.ndimage
 from PIL import Image
 
 import aecore
-from aecore import classical, evaluation
-from aecore.data import Dataset
+from aecore.data.sources import Dataset
 from aecore.degradations import Compose, GaussianBlur, GaussianNoise, Pixelate
 from aecore.errors import ConfigError
+from aecore.scoring import classical, evaluation
 
 RANDOM = np.random.default_rng(0)
 QUICK = ("median", "gaussian", "total variation")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from aecore import convolution
+from aecore.networks import convolution
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 

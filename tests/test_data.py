@@ -8,7 +8,9 @@ import pytest
 from conftest import save_pictures
 from PIL import Image
 
-from aecore import Data, data
+from aecore import Data
+from aecore.data import sources
+from aecore.data.batches import evaluation_batches, training_batches
 from aecore.degradations import Compose, GaussianNoise, Pixelate
 from aecore.errors import DataError
 
@@ -21,7 +23,7 @@ NOISE = GaussianNoise(0.1)
 
 def take(array, count, degradation=NOISE, **options):
     options = {"batch_size": 8, "seed": 0} | options
-    batches = data.training_batches(array, degradation, **options)
+    batches = training_batches(array, degradation, **options)
     return list(itertools.islice(batches, count))
 
 
@@ -68,7 +70,7 @@ def test_batches_are_float32_in_0_1():
 
 def test_evaluation_batches_count_each_image_once():
     for batch_size in (1, 7, 50, 64):
-        batches = list(data.evaluation_batches(NUMBERED, batch_size))
+        batches = list(evaluation_batches(NUMBERED, batch_size))
         assert {len(batch.images) for batch in batches} == {batch_size}
         counted = np.concatenate([batch.indices[: batch.count] for batch in batches])
         np.testing.assert_array_equal(counted, np.arange(50))
@@ -78,8 +80,8 @@ def test_evaluation_batches_count_each_image_once():
 
 def test_what_does_not_fit_in_memory_is_read_by_index_from_a_file(pictures):
     settings = dict(dataset="folder", data_dir=str(pictures))
-    held = data.load(Data(**settings))
-    on_disk = data.load(Data(**settings, memory_limit=0))
+    held = sources.load(Data(**settings))
+    on_disk = sources.load(Data(**settings, memory_limit=0))
     assert isinstance(on_disk.train, np.memmap)
     assert on_disk.fingerprint() == held.fingerprint()
     for expected, batch in zip(take(held.train, 6), take(on_disk.train, 6), strict=True):
@@ -90,14 +92,14 @@ def test_what_does_not_fit_in_memory_is_read_by_index_from_a_file(pictures):
 
 
 def test_sample():
-    sample = data.load(Data())
+    sample = sources.load(Data())
     assert sample.train.shape == (6000, 28, 28, 1)
     assert sample.validation.shape == (1000, 28, 28, 1)
     assert sample.train.dtype == np.uint8
 
 
 def test_resizing_and_channels_of_the_sample():
-    sample = data.load(Data(image_size=(32, 20), channels=3))
+    sample = sources.load(Data(image_size=(32, 20), channels=3))
     assert sample.image_shape == (32, 20, 3)
     assert np.ptp(sample.train, axis=-1).max() == 0  # Gray, three times.
 
@@ -115,7 +117,7 @@ def test_fashion_mnist_from_idx_files(tmp_path, compressed):
         content = idx_file(expected[name])
         path = tmp_path / f"{name}-images-idx3-ubyte{'.gz' * compressed}"
         path.write_bytes(gzip.compress(content) if compressed else content)
-    loaded = data.load(Data(dataset="fashion_mnist", data_dir=str(tmp_path)))
+    loaded = sources.load(Data(dataset="fashion_mnist", data_dir=str(tmp_path)))
     np.testing.assert_array_equal(loaded.train[..., 0], expected["train"])
     np.testing.assert_array_equal(loaded.validation[..., 0], expected["t10k"])
 
@@ -125,7 +127,7 @@ def test_broken_idx_files_are_named(tmp_path, content):
     for name in ("train", "t10k"):
         (tmp_path / f"{name}-images-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte.gz is not an IDX file"):
-        data.load(Data(dataset="fashion_mnist", data_dir=str(tmp_path)))
+        sources.load(Data(dataset="fashion_mnist", data_dir=str(tmp_path)))
 
 
 def test_folder_with_nested_folders_differing_sizes_and_gray_among_colour(tmp_path, caplog):
@@ -134,27 +136,27 @@ def test_folder_with_nested_folders_differing_sizes_and_gray_among_colour(tmp_pa
     save_pictures(tmp_path / "a" / "b", 3, (16, 16), "RGB", seed=2)
     (tmp_path / "a" / "broken.png").write_text("not a picture")
     (tmp_path / ".hidden").write_text("not looked at")
-    loaded = data.load(Data(dataset="folder", data_dir=str(tmp_path), image_size=(24, 16)))
+    loaded = sources.load(Data(dataset="folder", data_dir=str(tmp_path), image_size=(24, 16)))
     assert loaded.image_shape == (24, 16, 3)
     assert len(loaded.train) == 9
     assert len(loaded.validation) == 1
     assert [r.message for r in caplog.records] == [
         f"skipped: {tmp_path}/a/broken.png is not a picture in a format that Pillow knows"
     ]
-    gray = data.load(
+    gray = sources.load(
         Data(dataset="folder", data_dir=str(tmp_path), image_size=(24, 16), channels=1)
     )
     assert gray.image_shape == (24, 16, 1)
 
     with pytest.raises(DataError, match="differ in size; choose one with --data.image-size"):
-        data.load(Data(dataset="folder", data_dir=str(tmp_path)))
+        sources.load(Data(dataset="folder", data_dir=str(tmp_path)))
 
 
 def test_truncated_pictures_are_skipped(tmp_path, caplog):
     save_pictures(tmp_path, 5, (64, 64))
     content = (tmp_path / "2.png").read_bytes()
     (tmp_path / "2.png").write_bytes(content[: len(content) // 2])
-    loaded = data.load(Data(dataset="folder", data_dir=str(tmp_path)))
+    loaded = sources.load(Data(dataset="folder", data_dir=str(tmp_path)))
     assert len(loaded.train) + len(loaded.validation) == 4
     assert "2.png can't be read" in caplog.text
 
@@ -163,7 +165,7 @@ def test_pictures_of_16_bits_are_scaled_to_8(tmp_path):
     ramp = np.linspace(0, 65535, 16 * 16).reshape(16, 16)
     for index in range(2):
         Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / f"{index}.png")
-    loaded = data.load(Data(dataset="folder", data_dir=str(tmp_path)))
+    loaded = sources.load(Data(dataset="folder", data_dir=str(tmp_path)))
     np.testing.assert_allclose(loaded.train[0, ..., 0], ramp / 257, atol=0.6)
 
 
@@ -175,11 +177,11 @@ def test_pictures_are_turned_upright_and_cropped_to_the_middle(tmp_path):
     exif[0x0112] = 6
     for index in range(2):
         Image.fromarray(array).save(tmp_path / f"{index}.png", exif=exif)
-    loaded = data.load(Data(dataset="folder", data_dir=str(tmp_path)))
+    loaded = sources.load(Data(dataset="folder", data_dir=str(tmp_path)))
     assert loaded.image_shape == (40, 20, 1)
     assert (loaded.train[0, :20] == 0).all()
     assert (loaded.train[0, 20:] == 255).all()
-    squares = data.load(Data(dataset="folder", data_dir=str(tmp_path), image_size=(20, 20)))
+    squares = sources.load(Data(dataset="folder", data_dir=str(tmp_path), image_size=(20, 20)))
     assert (squares.train[0, :10] == 0).all()
     assert (squares.train[0, 10:] == 255).all()
 
@@ -197,19 +199,19 @@ def test_pictures_are_turned_upright_and_cropped_to_the_middle(tmp_path):
 )
 def test_missing_sources(settings, message):
     with pytest.raises(DataError, match=message):
-        data.load(Data(**settings))
+        sources.load(Data(**settings))
 
 
 def test_a_folder_without_pictures(tmp_path, caplog):
     with pytest.raises(DataError, match="holds no pictures"):
-        data.load(Data(dataset="folder", data_dir=str(tmp_path)))
+        sources.load(Data(dataset="folder", data_dir=str(tmp_path)))
     (tmp_path / "text.jpg").write_text("text")
     with pytest.raises(DataError, match="holds no pictures"):
-        data.load(Data(dataset="folder", data_dir=str(tmp_path)))
+        sources.load(Data(dataset="folder", data_dir=str(tmp_path)))
     assert "text.jpg is not a picture" in caplog.text
     save_pictures(tmp_path, 1)
     with pytest.raises(DataError, match=r"1 image\(s\) can't be split"):
-        data.load(Data(dataset="folder", data_dir=str(tmp_path)))
+        sources.load(Data(dataset="folder", data_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -223,10 +225,10 @@ def test_no_network_and_nothing_prepared_says_all_the_ways(tmp_path, monkeypatch
     def refuse(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(data.socket, "create_connection", refuse)
-    monkeypatch.setattr(data.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(sources.socket, "create_connection", refuse)
+    monkeypatch.setattr(sources.urllib.request, "getproxies", dict)
     with pytest.raises(DataError) as raised:
-        data.load(Data(dataset=dataset, data_dir=str(tmp_path)))
+        sources.load(Data(dataset=dataset, data_dir=str(tmp_path)))
     for way in ways:
         assert way in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -270,7 +272,7 @@ def made_tfds(tmp_path):
 
 @pytest.mark.parametrize("name", ["lfw", "LFW", "lfw:0.1.1"])
 def test_lfw_from_prepared_tfds_is_split_by_person(made_tfds, name):
-    loaded = data.load(
+    loaded = sources.load(
         Data(dataset=name, data_dir=str(made_tfds), image_size=(20, 20), validation_fraction=0.3)
     )
     assert len(loaded.train) + len(loaded.validation) == 42
@@ -281,10 +283,10 @@ def test_lfw_from_prepared_tfds_is_split_by_person(made_tfds, name):
 
 
 def test_pictures_of_one_size_are_taken_as_they_are(made_tfds, monkeypatch):
-    monkeypatch.setattr(data, "_RUN", 5)
+    monkeypatch.setattr(sources, "_RUN", 5)
     settings = dict(dataset="lfw", data_dir=str(made_tfds), validation_fraction=0.3)
-    resized = data.load(Data(**settings, image_size=(20, 20)))
-    whole = data.load(Data(**settings))
+    resized = sources.load(Data(**settings, image_size=(20, 20)))
+    whole = sources.load(Data(**settings))
     for small, large in zip(resized, whole, strict=True):  # Each picture has one color.
         np.testing.assert_array_equal(large, np.broadcast_to(small[:, :1, :1], large.shape))
 
@@ -293,17 +295,17 @@ def test_damaged_tfds_is_named(made_tfds):
     (record,) = made_tfds.rglob("*.tfrecord*")
     record.write_bytes(record.read_bytes()[:-100])
     with pytest.raises(DataError, match="lfw/0.1.1 is damaged"):
-        data.load(Data(dataset="lfw", data_dir=str(made_tfds), image_size=(20, 20)))
+        sources.load(Data(dataset="lfw", data_dir=str(made_tfds), image_size=(20, 20)))
 
 
 def test_prepared_fashion_mnist(tfds_dir):
-    loaded = data.load(Data(dataset="fashion_mnist", data_dir=tfds_dir))
+    loaded = sources.load(Data(dataset="fashion_mnist", data_dir=tfds_dir))
     assert loaded.train.shape == (60_000, 28, 28, 1)
     assert loaded.validation.shape == (10_000, 28, 28, 1)
 
 
 def test_prepared_lfw(tfds_dir):
-    loaded = data.load(Data(dataset="lfw", data_dir=tfds_dir, image_size=(80, 80)))
+    loaded = sources.load(Data(dataset="lfw", data_dir=tfds_dir, image_size=(80, 80)))
     assert loaded.image_shape == (80, 80, 3)
     total = len(loaded.train) + len(loaded.validation)
     assert len(loaded.validation) / total == pytest.approx(0.1, abs=0.01)

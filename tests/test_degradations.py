@@ -8,7 +8,7 @@ import scipy.ndimage
 import scipy.stats
 from PIL import Image
 
-from aecore import data
+from aecore.data.batches import _TensorFlowOps, training_batches
 from aecore.degradations import (
     JPEG,
     Compose,
@@ -28,9 +28,9 @@ def run_in_tf_data(degradation, images, seed=(3, 4)):
     import tensorflow as tf
 
     def degrade(batch):
-        return degradation.apply(batch, data._TensorFlowOps(tf.constant(seed, tf.int64)))
+        return degradation.apply(batch, _TensorFlowOps(tf.constant(seed, tf.int64)))
 
-    dataset = tf.data.Dataset.from_tensors(tf.constant(images)).map(degrade)
+    dataset = tf.sources.Dataset.from_tensors(tf.constant(images)).map(degrade)
     return next(dataset.as_numpy_iterator())
 
 
@@ -257,7 +257,7 @@ def test_noise_of_an_image_depends_on_its_key_alone(degradation):
 def test_a_share_of_a_batch_is_degraded_in_tf_data_as_in_the_whole_batch(degradation):
     array = RANDOM.integers(0, 256, (20, 12, 12, 1), np.uint8)
     whole, share = (
-        next(data.training_batches(array, degradation, batch_size=8, seed=3, flip=True, share=part))
+        next(training_batches(array, degradation, batch_size=8, seed=3, flip=True, share=part))
         for part in (slice(0, 8), slice(4, 8))
     )
     np.testing.assert_array_equal(share.original, whole.original[4:])

@@ -7,10 +7,10 @@ import pytest
 from conftest import save_pictures
 
 import aecore
-from aecore import evaluation
 from aecore.degradations import GaussianNoise, Pixelate
 from aecore.errors import CheckpointError, ConfigError
-from aecore.parallel import DataParallel
+from aecore.scoring import evaluation
+from aecore.steps.devices import DataParallel
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (21, 16, 16, 1), np.uint8)
 

@@ -17,10 +17,11 @@ from jax import export
 from PIL import Image
 
 import aecore
-from aecore import exporting, networks, weights
 from aecore.degradations import Pixelate
 from aecore.errors import CheckpointError
 from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer, UNet
+from aecore.networks import network
+from aecore.saved import exported, weights
 
 RANDOM = np.random.default_rng(0)
 
@@ -30,7 +31,7 @@ def random_restorer(model):
 
 
 def save(restorer, path, **options):
-    exporting.save(
+    exported.save(
         epath.Path(path), restorer.network, restorer.params, restorer.description, **options
     )
     return path
@@ -101,7 +102,7 @@ def test_parameters_may_have_16_bits(tmp_path):
     restorer = random_restorer(NoiseReducer())
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), restorer.params)
     path = epath.Path(tmp_path / "half.aecore")
-    exporting.save(path, restorer.network, params, {}, with_functions=True)
+    exported.save(path, restorer.network, params, {}, with_functions=True)
     image = RANDOM.random((16, 20), np.float32)
     restored = aecore.Restorer.load(path)(image)
     np.testing.assert_allclose(restored, restorer(image), atol=0.02)
@@ -334,7 +335,7 @@ class Reversing(Autoencoder):
 
 def test_networks_of_ones_own_can_be_exported(tmp_path):
     restorer = aecore.Restorer(Reversing(), {}, {})
-    assert networks.fits_within(restorer.network, {})
+    assert network.fits_within(restorer.network, {})
     path = save(restorer, tmp_path / "own.aecore")
     image = RANDOM.random((5, 7), np.float32)
     np.testing.assert_allclose(aecore.Restorer.load(path)(image), 1 - image, atol=1e-6)

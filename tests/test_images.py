@@ -21,9 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
-from aecore import images
 from aecore.errors import ImageError
-from aecore.images import (
+from aecore.media import images
+from aecore.media.images import (
     Frame,
     Picture,
     encoders,

@@ -11,10 +11,11 @@ import pytest
 from jax.experimental import topologies
 
 import aecore
-from aecore import cli, planning
+from aecore import cli
 from aecore.config import with_training
 from aecore.degradations import GaussianNoise, Pixelate
 from aecore.errors import ConfigError
+from aecore.measuring import planning
 from aecore.models import NoiseReducer, ResolutionEnhancer
 
 EXPERIMENT = str(Path(__file__).with_name("tiny_experiment.py"))

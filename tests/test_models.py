@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from conftest import random_params
 
-from aecore import models
 from aecore.errors import ConfigError
 from aecore.models import (
     LinearAutoencoder,
@@ -17,6 +16,7 @@ from aecore.models import (
     SubpixelAutoencoder,
     UNet,
 )
+from aecore.networks import models
 
 RANDOM = np.random.default_rng(0)
 

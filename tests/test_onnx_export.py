@@ -13,7 +13,6 @@ from conftest import random_params
 from jax import lax
 
 import aecore
-from aecore import onnx_export
 from aecore.errors import ConfigError
 from aecore.models import (
     LinearAutoencoder,
@@ -22,6 +21,7 @@ from aecore.models import (
     SubpixelAutoencoder,
     UNet,
 )
+from aecore.saved import onnx as onnx_export
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -296,7 +296,7 @@ def test_refused(function, message):
 def test_without_onnx(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.setattr(aecore, "onnx_export", None)
-    monkeypatch.delitem(sys.modules, "aecore.onnx_export")
-    module = importlib.import_module("aecore.onnx_export")
+    monkeypatch.delitem(sys.modules, "aecore.saved.onnx")
+    module = importlib.import_module("aecore.saved.onnx")
     with pytest.raises(ConfigError, match=r'pip install "aecore\[onnx\]"'):
         module.convert(lambda x: x, channels=1, stride=1)

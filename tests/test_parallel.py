@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 import aecore
-from aecore import assembly, data, feeds, steps
+from aecore.data.batches import epoch_order, training_batches
 from aecore.degradations import Compose, GaussianBlur, GaussianNoise
 from aecore.errors import ConfigError
 from aecore.models import NoiseReducer, ResolutionEnhancer
+from aecore.steps.step import degrading
+from aecore.training import assembly, feeds
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 1), np.uint8)
 ADAM = aecore.Optimizer()
@@ -102,12 +104,12 @@ def test_flips_mirror_half_of_the_images_left_to_right(run_in):
     array = np.random.default_rng(0).integers(0, 256, (200, 12, 14, 1), np.uint8)
     identity = Compose(())
     if run_in == "tf":
-        batches = data.training_batches(array, identity, batch_size=200, seed=0, flip=True)
+        batches = training_batches(array, identity, batch_size=200, seed=0, flip=True)
         degraded, original = next(batches)
-        order = data.epoch_order(0, 0, 200)
+        order = epoch_order(0, 0, 200)
     else:
         keys = jax.random.split(jax.random.key(0), 200)
-        degraded, original = map(np.asarray, steps.degrading(identity, flip=True)(array, keys))
+        degraded, original = map(np.asarray, degrading(identity, flip=True)(array, keys))
         order = np.arange(200)
     source = array[order] / np.float32(255)
     np.testing.assert_array_equal(degraded, original)
@@ -247,7 +249,7 @@ def test_impossible_settings_are_refused(training):
 @pytest.mark.parametrize("count", [2, 4])
 def test_shares_of_a_batch_are_the_batch(count):
     def batches(**share):
-        return data.training_batches(
+        return training_batches(
             IMAGES[:, :15, :15], DEGRADATION, batch_size=20, seed=1, start_step=3, **share
         )
 

@@ -9,9 +9,10 @@ from conftest import random_params
 from PIL import Image
 
 import aecore
-from aecore import engine, models
 from aecore.errors import CheckpointError, ConfigError, ImageError
 from aecore.models import NoiseReducer, ResolutionEnhancer, SubpixelAutoencoder, UNet
+from aecore.networks import models
+from aecore.restoring import engine
 
 RANDOM = np.random.default_rng(0)
 

@@ -16,10 +16,15 @@ import pytest
 from conftest import save_pictures
 
 import aecore
-from aecore import assembly, checkpoint, data, feeds, parallel, state, steps
+from aecore.data.batches import training_batches
 from aecore.degradations import GaussianNoise
 from aecore.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError
 from aecore.models import NoiseReducer, ResolutionEnhancer
+from aecore.saved import checkpoints
+from aecore.steps import state
+from aecore.steps.devices import DataParallel
+from aecore.steps.step import of_model, pairs, train_step
+from aecore.training import assembly, feeds
 
 
 def change(experiment, **fields):
@@ -34,14 +39,12 @@ def newest(run):
     """Step and exact contents of a run's newest checkpoint."""
     run = Path(run)
     experiment = aecore.config.from_json(json.loads((run / "experiment.json").read_text()))
-    devices = parallel.DataParallel()
-    with checkpoint.Checkpoints(run / "checkpoints", keep=100) as checkpoints:
-        description = checkpoint._read_description(
-            checkpoints._manager, max(checkpoints._manager.all_steps())
-        )
+    devices = DataParallel()
+    with checkpoints.Checkpoints(run / "checkpoints", keep=100) as saved:
+        description = checkpoints._read_description(saved._manager, max(saved._manager.all_steps()))
         shape = (*description["image_size"], description["channels"])
         parts = assembly.assemble(experiment, shape, devices, last_step=8)
-        restored, description = checkpoints.restore(devices.abstract(parts.create))
+        restored, description = saved.restore(devices.abstract(parts.create))
     return restored, description
 
 
@@ -74,13 +77,13 @@ def assert_identical(run, other):
 def test_the_loss_falls_on_one_batch(model, channels):
     original = np.random.default_rng(0).random((8, 16, 16, channels), np.float32)
     degraded = np.asarray(GaussianNoise(0.1)(original, jax.random.key(0)))
-    devices = parallel.DataParallel()
+    devices = DataParallel()
     optimizer = optax.adam(1e-2)
     step = devices.compile_train_step(
         functools.partial(
-            steps.train_step,
-            apply=steps.of_model(model),
-            prepare=steps.pairs,
+            train_step,
+            apply=of_model(model),
+            prepare=pairs,
             optimizer=optimizer,
             seed=0,
         )
@@ -330,15 +333,15 @@ def test_a_checkpoint_stays_until_its_replacement_is_whole(tmp_path):
         abstract = {"a": jax.ShapeDtypeStruct((3,), np.float32, sharding=device)}
         return checkpoints.restore(state.TrainState(step, abstract, {}))[0].params["a"][0]
 
-    with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
-        save(checkpoints, 1)
-        save(checkpoints, 2)
+    with checkpoints.Checkpoints(folder, keep=1) as saved:
+        save(saved, 1)
+        save(saved, 2)
     assert [path.name for path in folder.glob("5*")] == ["5"]
-    with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
+    with checkpoints.Checkpoints(folder, keep=1) as saved:
         assert restore(checkpoints) == 2
     # What is left of one that was killed before its replacement was whole.
     (folder / "5").rename(folder / "5.replaced")
-    with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
+    with checkpoints.Checkpoints(folder, keep=1) as saved:
         assert restore(checkpoints) == 2
 
 
@@ -376,18 +379,18 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     run = tmp_path / "run"
     history = []
     described = {"metrics": None, "image_size": [8, 8], "channels": 1}
-    with checkpoint.Checkpoints(run / "checkpoints", keep=2) as checkpoints:
+    with checkpoints.Checkpoints(run / "checkpoints", keep=2) as saved:
         for step in (10, 15, 20, 30, 35, 40, 50):
             if step in losses:
                 history.append({"step": step, "mse": losses[step]})
-            checkpoints.save(
+            saved.save(
                 state.TrainState(jax.numpy.int32(step), {"a": np.zeros(3, np.float32)}, {}),
                 {"step": step, "history": history} | described,
             )
     assert steps_kept(run) == [20, 40, 50]
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {"a": jax.ShapeDtypeStruct((3,), np.float32, sharding=device)}
-    assert checkpoint.load(run, lambda _: abstract)[1]["step"] == 20
+    assert checkpoints.load(run, lambda _: abstract)[1]["step"] == 20
 
 
 def test_a_different_experiment_is_refused(tiny):
@@ -428,13 +431,13 @@ def test_early_stopping(tiny):
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tiny, monkeypatch):
     aecore.train(change(tiny, steps=4), progress=False)
-    real_batches = data.training_batches
+    real_batches = training_batches
 
     def poisoned(*args, **options):
         for count, batch in enumerate(real_batches(*args, **options)):
             yield batch._replace(degraded=batch.degraded * np.nan) if count == 2 else batch
 
-    monkeypatch.setattr(data, "training_batches", poisoned)
+    monkeypatch.setattr(feeds, "training_batches", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"loss became nan at step 7; .*of step 4 is kept"):
         aecore.train(tiny, progress=False)
     assert steps_kept(tiny.run_dir) == [4]

@@ -11,8 +11,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from aecore import videos
 from aecore.errors import ImageError
+from aecore.media import videos
 
 av = pytest.importorskip("av")
 
@@ -183,7 +183,7 @@ def test_the_codec_that_has_a_voice_of_its_own_is_silent(tmp_path):
     script = """
 import os, pathlib, sys
 import test_videos
-from aecore import videos
+from aecore.media import videos
 folder = pathlib.Path(sys.argv[1])
 os.environ["SVT_LOG"] = "0"
 test_videos.make(folder / "source.mkv", "libx264", sound=None)

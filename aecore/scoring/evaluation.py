@@ -14,11 +14,16 @@ import jax
 import numpy as np
 from etils import epath
 
-from aecore import config, data, reports, steps
+from aecore import config
+from aecore.data import sources
+from aecore.data.batches import evaluation_batches
 from aecore.degradations import Degradation
 from aecore.errors import ConfigError
-from aecore.parallel import DataParallel
-from aecore.restoration import Restorer
+from aecore.restoring.restorer import Restorer
+from aecore.scoring import reports
+from aecore.steps import step
+from aecore.steps.devices import DataParallel
+from aecore.steps.step import Apply, degrading, score
 from aecore.storage import write_json
 
 _log = logging.getLogger(__name__)
@@ -53,15 +58,15 @@ class Evaluator:
 
     def __init__(
         self,
-        apply: steps.Apply,
+        apply: Apply,
         degradation: Degradation,
         parallel: DataParallel,
         batch_size: int | None = None,
     ):
-        prepare = steps.degrading(degradation)
+        prepare = degrading(degradation)
 
         def eval_step(params, images, indices):
-            return steps.eval_step(params, images, keys(indices), apply=apply, prepare=prepare)
+            return step.eval_step(params, images, keys(indices), apply=apply, prepare=prepare)
 
         self._parallel = parallel
         self._batch_size = batch_size
@@ -131,7 +136,7 @@ class Evaluator:
             values.append({name: v[:count] for name, v in jax.device_get(results).items()})
 
         share = self._parallel.share(size)
-        for batch in data.evaluation_batches(array, size):
+        for batch in evaluation_batches(array, size):
             if stop():
                 return None
             placed = self._parallel.place((batch.images[share], batch.indices[share]))
@@ -175,7 +180,7 @@ def image_scores(restored: np.ndarray, originals: np.ndarray) -> PerImage:
 
 @jax.jit
 def _score(restored: jax.Array, originals: jax.Array) -> dict[str, jax.Array]:
-    return steps.score(restored, originals.astype(np.float32) / 255)
+    return score(restored, originals.astype(np.float32) / 255)
 
 
 def keys(indices: jax.Array) -> jax.Array:
@@ -201,7 +206,7 @@ def _degraded_at(degradation: Degradation, images: np.ndarray, indices: np.ndarr
 
 @functools.lru_cache(maxsize=8)
 def _degrade(degradation: Degradation) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    prepare = steps.degrading(degradation)
+    prepare = degrading(degradation)
     return jax.jit(lambda images, indices: prepare(images, keys(indices))[0])
 
 
@@ -280,7 +285,7 @@ def evaluate(
     own = degradation in (None, experiment.degradation)
     degradation = degradation or experiment.degradation
     if classical:
-        from aecore import classical as classical_methods
+        from aecore.scoring import classical as classical_methods
 
         names = (classical,) if isinstance(classical, str) else classical
         methods = classical_methods.methods(degradation, None if names is True else names)
@@ -290,7 +295,7 @@ def evaluate(
     settings = experiment.data
     if data_dir is not None:
         settings = dataclasses.replace(settings, data_dir=data_dir)
-    dataset = data.load(settings)
+    dataset = sources.load(settings)
     experiment.check_images(*dataset.image_shape)
     if dataset.fingerprint() != restorer.description["fingerprint"]:
         own = False
@@ -348,7 +353,7 @@ def _save_ranked(
     directory: epath.Path,
     restorer: Restorer,
     degradation: Degradation,
-    dataset: data.Dataset,
+    dataset: sources.Dataset,
     psnr: np.ndarray,
 ) -> None:
     chosen = ranked(psnr)

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from aecore import descriptions
 from aecore.errors import CheckpointError
-from aecore.networks import Network
-from aecore.receptive_field import ReceptiveField
+from aecore.networks.network import Network
+from aecore.networks.receptive_field import ReceptiveField
+from aecore.saved import descriptions
 from aecore.storage import write_whole
 
 SUFFIX = ".aecore"
@@ -132,9 +132,9 @@ def export_onnx(path: Any, network: Network, params: Any, description: Mapping[s
     Raises:
       ConfigError: onnx is not installed, or the network does what can't be written.
     """
-    from aecore import onnx_export
+    from aecore.saved import onnx
 
-    graph = onnx_export.convert(
+    graph = onnx.convert(
         functools.partial(network.apply, params),
         channels=network.channels,
         stride=network.stride,
@@ -276,8 +276,9 @@ def _check_params(network: ExportedNetwork, params: Any) -> None:
 
 
 def _registered(path, params, description):
-    from aecore import config, state
+    from aecore import config
     from aecore.errors import ConfigError
+    from aecore.steps import state
 
     try:
         model = config.model_from_json(description)

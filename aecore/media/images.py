@@ -30,8 +30,8 @@ from PIL import (
 )
 
 from aecore.errors import ImageError
-from aecore.images.encoders import FORMATS, STRUCTURAL_TAGS, encode
-from aecore.images.frames import KINDS, Frame, Picture, from_pillow, to_pillow
+from aecore.media.encoders import FORMATS, STRUCTURAL_TAGS, encode
+from aecore.media.frames import KINDS, Frame, Picture, from_pillow, to_pillow
 from aecore.storage import write_whole
 
 SUFFIXES = frozenset(

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from aecore import exporting
 from aecore.errors import CheckpointError
+from aecore.saved import exported
 
 NAMES: Mapping[str, str] = {
     "fashion-mnist-denoise": "d9bde09ac9599da285bf5ff9ad6a85170a00abd4e6fe22b57907f82df5756217",
@@ -16,7 +16,7 @@ NAMES: Mapping[str, str] = {
 }
 """Weights that ship with aecore, and the SHA-256 of their files."""
 
-_FOLDER = epath.resource_path("aecore") / "pretrained"
+_FOLDER = epath.resource_path("aecore.saved") / "pretrained"
 
 
 def load(source: str | os.PathLike, *, model: Any = None) -> tuple[Any, Any, Mapping[str, Any]]:
@@ -36,10 +36,10 @@ def load(source: str | os.PathLike, *, model: Any = None) -> tuple[Any, Any, Map
         raise CheckpointError(f"{source!r} names no run directory, exported file, or weights")
     path = epath.Path(source).expanduser()
     if not path.exists() and str(source) in NAMES:
-        shipped = _FOLDER / f"{source}{exporting.SUFFIX}"
-        return exporting.load(shipped, sha256=NAMES[str(source)])
+        shipped = _FOLDER / f"{source}{exported.SUFFIX}"
+        return exported.load(shipped, sha256=NAMES[str(source)])
     if path.is_file():
-        return exporting.load(path)
+        return exported.load(path)
     if not path.is_dir():
         raise CheckpointError(
             f"{source} does not exist; name a run directory, a file that `aecore export` wrote, "
@@ -49,8 +49,10 @@ def load(source: str | os.PathLike, *, model: Any = None) -> tuple[Any, Any, Map
 
 
 def _of_run(run: epath.Path, model: Any) -> tuple[Any, Any, Mapping[str, Any]]:
-    from aecore import checkpoint, config, state
+    from aecore import config
     from aecore.errors import ConfigError
+    from aecore.saved import checkpoints
+    from aecore.steps import state
 
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -67,5 +69,5 @@ def _of_run(run: epath.Path, model: Any) -> tuple[Any, Any, Mapping[str, Any]]:
             state.abstract_params(build_model(description), shape),
         )
 
-    params, description = checkpoint.load(run, abstract)
+    params, description = checkpoints.load(run, abstract)
     return build_model(description), params, description

@@ -11,9 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from aecore import assembly, hardware, parallel, steps
 from aecore.config import Experiment, with_training
 from aecore.errors import ConfigError
+from aecore.measuring import hardware
+from aecore.steps.devices import FORMS, DataParallel
+from aecore.steps.step import degrading, pairs
+from aecore.training import assembly
 
 _LARGEST_BATCH = 2**16
 """Images a device; where more than this would fit, memory is not what limits a batch."""
@@ -62,15 +65,15 @@ def compile_step(
       The compiled step, with `memory_analysis()`, `cost_analysis()` and `as_text()`.
     """
     training = experiment.training
-    form = parallel.FORMS[training.parallel](devices)
+    form = FORMS[training.parallel](devices)
     form.check_batch_size(training.batch_size)
     parts = assembly.assemble(experiment, image_shape, form, last_step=1)
     shape = form.batch_shape(training.batch_size)
     if training.degrade_on == "device" or training.feed == "resident":
-        prepare = steps.degrading(experiment.degradation, training.flip)
+        prepare = degrading(experiment.degradation, training.flip)
         batch = jax.ShapeDtypeStruct((*shape, *image_shape), np.uint8, sharding=form.sharded)
     else:
-        prepare = steps.pairs
+        prepare = pairs
         image = jax.ShapeDtypeStruct((*shape, *image_shape), np.float32, sharding=form.sharded)
         batch = (image, image)
     step = form.compile_train_step(functools.partial(parts.train_step, prepare=prepare))
@@ -111,15 +114,15 @@ def plan(
       ConfigError: there is no such topology.
     """
     devices = devices_of(topology)
-    batch_size = parallel.DataParallel(devices).round_up(experiment.training.batch_size)
+    batch_size = DataParallel(devices).round_up(experiment.training.batch_size)
     share = batch_size // len(devices)
     limits = hardware.limits(devices[0], experiment.training.precision)
     forms = {}
-    for form in parallel.FORMS:
+    for form in FORMS:
         chosen = with_training(experiment, batch_size=batch_size, parallel=form)
         compiled = compile_step(chosen, image_shape, devices)
         collectives = _collectives(compiled.as_text(), len(devices))
-        parts = assembly.assemble(chosen, image_shape, parallel.FORMS[form](devices), 1)
+        parts = assembly.assemble(chosen, image_shape, FORMS[form](devices), 1)
         divided = parts.train_step.keywords["parts"] > 1
         costs = cost(chosen, image_shape, devices) if divided else _cost(compiled, share)
         forms[form] = {

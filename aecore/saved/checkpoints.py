@@ -17,9 +17,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from aecore import descriptions
 from aecore.errors import CheckpointError
-from aecore.state import TrainState
+from aecore.saved import descriptions
+from aecore.steps.state import TrainState
 
 _log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aecore import receptive_field
-from aecore.receptive_field import ReceptiveField
+from aecore.networks import receptive_field
+from aecore.networks.receptive_field import ReceptiveField
 
 _CHECKED_BLOCKS = (3, 2)
 """Height and width, in blocks of the stride, of the image with which masking is checked."""
@@ -63,7 +63,7 @@ class LinenNetwork:
         return self.model.apply({"params": params}, codes, method="decode")
 
     def apply_within(self, params, images, sizes):
-        from aecore import models
+        from aecore.networks import models
 
         return models.apply_within(self.model, params, images, sizes)
 

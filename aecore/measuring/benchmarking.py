@@ -14,9 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from aecore import assembly, data, feeds, hardware, parallel, planning, steps
 from aecore.config import Experiment, with_training
-from aecore.restoration import Restorer
+from aecore.data import sources
+from aecore.data.batches import training_batches
+from aecore.measuring import hardware, planning
+from aecore.restoring.restorer import Restorer
+from aecore.steps.devices import FORMS, DataParallel
+from aecore.steps.step import pairs
+from aecore.training import assembly, feeds
 
 _FEEDS = {
     "stream": dict(feed="stream", degrade_on="host"),
@@ -71,7 +76,7 @@ def bench(experiment: Experiment, *, seconds: float = 2.0, repeats: int = 5) -> 
       DataError: the data can't be loaded.
     """
     devices = assembly.devices(experiment.training)
-    dataset = data.load(experiment.data)
+    dataset = sources.load(experiment.data)
     experiment.check_images(*dataset.image_shape)
     device = devices.mesh.devices.flat[0]
     limits = {
@@ -105,7 +110,7 @@ def _pipelines(experiment: Experiment, array: np.ndarray) -> dict[str, Callable[
     return {
         name: functools.partial(
             work,
-            data.training_batches(
+            training_batches(
                 array,
                 degradation,
                 batch_size=training.batch_size,
@@ -129,7 +134,7 @@ def _steps(
 ) -> dict[str, Any]:
     """The training step alone, on one batch of random images that stays on the devices."""
     works, reports = {}, {}
-    for form in parallel.FORMS:
+    for form in FORMS:
         for precision in limits:
             chosen = with_training(experiment, parallel=form, precision=precision)
             devices = assembly.devices(chosen.training)
@@ -158,7 +163,7 @@ def one_batch(experiment: Experiment, image_shape: tuple[int, int, int]) -> Call
     training = experiment.training
     devices = assembly.devices(training)
     parts = assembly.assemble(experiment, image_shape, devices, last_step=1)
-    step = devices.compile_train_step(functools.partial(parts.train_step, prepare=steps.pairs))
+    step = devices.compile_train_step(functools.partial(parts.train_step, prepare=pairs))
     random = np.random.default_rng(0)
     share = devices.share(training.batch_size)
     shape = (share.stop - share.start, *image_shape)
@@ -188,7 +193,7 @@ def _seconds(work: Callable[[float], int]) -> float:
     return time.perf_counter() - start
 
 
-def _peak_memory(devices: parallel.DataParallel) -> int | None:
+def _peak_memory(devices: DataParallel) -> int | None:
     """Bytes that were in use at most on a device, where it counts them."""
     statistics = devices.mesh.local_devices[0].memory_stats() or {}
     return statistics.get("peak_bytes_in_use")

@@ -23,7 +23,7 @@ from PIL import (
 )
 
 from aecore.errors import ImageError
-from aecore.images.frames import (
+from aecore.media.frames import (
     KINDS,
     MODES,
     Frame,

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from aecore import augmentations, losses, metrics
-from aecore.degradations import Degradation, JaxOps
-from aecore.state import TrainState
+from aecore import losses, metrics
+from aecore.degradations import Degradation, JaxOps, augmentations
+from aecore.steps.state import TrainState
 
 Apply = Callable[[Any, jax.Array], jax.Array]
 """`(params, images) -> images`."""

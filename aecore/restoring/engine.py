@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aecore import networks, tiling
 from aecore.errors import ConfigError, ImageError
-from aecore.networks import Network
-from aecore.receptive_field import ReceptiveField
-from aecore.tiling import Size, Window
+from aecore.networks.network import Network, fits_within, in_precision
+from aecore.networks.receptive_field import ReceptiveField
+from aecore.restoring import tiling
+from aecore.restoring.tiling import Size, Window
 
 _log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class Engine:
 
     @property
     def _can_share(self) -> bool:
-        return self._once("can share", lambda: networks.fits_within(self.network, self.params))
+        return self._once("can share", lambda: fits_within(self.network, self.params))
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What is found out or compiled once: by one thread, while the others wait."""
@@ -285,7 +285,7 @@ class Engine:
     def _in_precision(self, function: Callable) -> Callable:
         if self._dtype == jnp.float32:
             return function
-        return networks.in_precision(function, self._dtype)
+        return in_precision(function, self._dtype)
 
     @functools.cached_property
     def _memory(self) -> float:

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aecore import losses, networks, parallel, state, steps
+from aecore import losses
 from aecore.config import Experiment, Optimizer, Training
 from aecore.errors import ConfigError
-from aecore.parallel import DataParallel
+from aecore.networks.network import in_precision
+from aecore.steps import state, step
+from aecore.steps.devices import FORMS, DataParallel
+from aecore.steps.step import Apply, of_model
 
 _CACHE_BYTES = 12 * 2**20
 """Activations, as `activation_bytes` counts them, with which a step is fastest on CPUs."""
@@ -21,12 +24,12 @@ _CACHE_BYTES = 12 * 2**20
 class Assembly(NamedTuple):
     """What an experiment comes to, for images of one size on some devices."""
 
-    apply: steps.Apply
+    apply: Apply
     """The network in float32."""
     create: Callable
     """`() -> TrainState` at step 0."""
     train_step: Callable
-    """`steps.train_step` but for `prepare` and `axis_name`."""
+    """`train_step` but for `prepare` and `axis_name`."""
 
 
 def devices(training: Training) -> DataParallel:
@@ -41,7 +44,7 @@ def devices(training: Training) -> DataParallel:
             f"training.devices {training.devices} is more than the {len(available)} there are; "
             "use fewer, or None for all"
         )
-    chosen = parallel.FORMS[training.parallel](available[: training.devices])
+    chosen = FORMS[training.parallel](available[: training.devices])
     chosen.check_batch_size(training.batch_size)
     return chosen
 
@@ -64,7 +67,7 @@ def assemble(
       ConfigError: a device's share of a batch can't be divided as `accumulation` says.
     """
     training = experiment.training
-    apply = steps.of_model(experiment.model)
+    apply = of_model(experiment.model)
     settings = experiment.optimizer
     transformation = optimizer(settings, last_step)
     create = functools.partial(
@@ -77,10 +80,10 @@ def assemble(
     )
     share = training.batch_size // parallel.device_count
     train_step = functools.partial(
-        steps.train_step,
+        step.train_step,
         apply=apply
         if training.precision == "float32"
-        else networks.in_precision(apply, jnp.dtype(training.precision)),
+        else in_precision(apply, jnp.dtype(training.precision)),
         optimizer=transformation,
         seed=training.seed,
         loss=losses.LOSSES[training.loss],
@@ -138,7 +141,7 @@ def _parts(
 def activation_bytes(model, image_shape: tuple[int, int, int]) -> int:
     """What a float32 training step keeps of each image for the backward pass."""
     params = state.abstract_params(model, image_shape)
-    apply = steps.of_model(model)
+    apply = of_model(model)
 
     def kept(count):
         images = jax.ShapeDtypeStruct((count, *image_shape), np.float32)

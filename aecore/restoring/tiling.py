@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aecore.receptive_field import ReceptiveField
+from aecore.networks.receptive_field import ReceptiveField
 
 Size = tuple[int, int]
 """Height and width."""

@@ -10,11 +10,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from aecore import images, networks
-from aecore.engine import Engine
 from aecore.errors import ImageError
-from aecore.receptive_field import ReceptiveField
-from aecore.tiling import Size
+from aecore.media import images
+from aecore.networks.network import LinenNetwork
+from aecore.networks.receptive_field import ReceptiveField
+from aecore.restoring.engine import Engine
+from aecore.restoring.tiling import Size
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Restorer:
         self.model = model
         self.params = params
         self.description = description
-        self.network = model if hasattr(model, "apply_within") else networks.LinenNetwork(model)
+        self.network = model if hasattr(model, "apply_within") else LinenNetwork(model)
         self._engine = Engine(
             self.network,
             params,
@@ -79,7 +80,7 @@ class Restorer:
         Raises:
           CheckpointError: there is nothing that can be used, or its model is unknown.
         """
-        from aecore import weights
+        from aecore.saved import weights
 
         return cls(*weights.load(run, model=model), **settings)
 
@@ -209,9 +210,9 @@ class Restorer:
 
     def summary(self) -> str:
         """The network layer by layer, what it was trained on, and its scores, as a table."""
-        from aecore import summaries
+        from aecore.networks import summary
 
-        return summaries.summarize(self.network, self.params, self.description)
+        return summary.summarize(self.network, self.params, self.description)
 
     def _frame(self, image: Any) -> images.Frame | None:
         """A picture or path as a frame; None for an array."""

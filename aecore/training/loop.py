@@ -19,25 +19,21 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import aecore
-from aecore import (
-    assembly,
-    checkpoint,
-    config,
-    data,
-    evaluation,
-    expectations,
-    feeds,
-    images,
-    reports,
-    state,
-)
-from aecore.checkpoint import Checkpoints
+from aecore import config
 from aecore.config import Experiment
-from aecore.data import Dataset
+from aecore.data import sources
+from aecore.data.sources import Dataset
 from aecore.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError
-from aecore.parallel import DataParallel, join_processes
-from aecore.restoration import Restorer
+from aecore.media import images
+from aecore.restoring import expectations
+from aecore.restoring.restorer import Restorer
+from aecore.saved import checkpoints
+from aecore.saved.checkpoints import Checkpoints
+from aecore.scoring import evaluation, reports
+from aecore.steps import state
+from aecore.steps.devices import DataParallel, join_processes
 from aecore.storage import write_json
+from aecore.training import assembly, feeds
 
 _WHEN_IT_ENDS = frozenset({"training.epochs", "training.steps"})
 
@@ -84,7 +80,7 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
     directory = epath.Path(experiment.directory).expanduser()
     _check_same_experiment(experiment, directory)
     parallel = assembly.devices(experiment.training)
-    dataset = data.load(experiment.data)
+    dataset = sources.load(experiment.data)
     experiment.check_images(*dataset.image_shape)
     if experiment.training.batch_size > len(dataset.train):
         raise ConfigError(
@@ -547,7 +543,7 @@ def _with_absolute_data_dir(experiment: Experiment) -> Experiment:
 
 def _check_same_experiment(experiment: Experiment, directory: epath.Path) -> None:
     path = directory / "experiment.json"
-    if not (path.exists() and checkpoint.exists(directory)):
+    if not (path.exists() and checkpoints.exists(directory)):
         return
     try:
         old = json.loads(path.read_text())

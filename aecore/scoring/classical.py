@@ -17,10 +17,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from aecore import evaluation
-from aecore.data import Dataset
+from aecore.data.sources import Dataset
 from aecore.degradations import Compose, Degradation, Pixelate, enlarging
 from aecore.errors import ConfigError
+from aecore.scoring import evaluation
 
 _log = logging.getLogger(__name__)
 

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from aecore import data, steps
 from aecore.config import Training
+from aecore.data.batches import epoch_order, training_batches
 from aecore.degradations import Degradation
 from aecore.errors import ConfigError
-from aecore.parallel import DataParallel
-from aecore.state import TrainState
+from aecore.steps.devices import DataParallel
+from aecore.steps.state import TrainState
+from aecore.steps.step import degrading, pairs
 
 _AHEAD = 2
 """Groups of batches that are on their way to the devices while a call runs."""
@@ -75,7 +76,7 @@ def create(
       degradation: what is done to the images.
       training: batch size, seed and feed.
       parallel: the devices, and how the step is compiled for them.
-      step: `steps.train_step` but for `prepare` and `axis_name`.
+      step: `train_step` but for `prepare` and `axis_name`.
 
     Raises:
       ConfigError: the devices can't hold the images.
@@ -106,7 +107,7 @@ class Stream:
 
     def __init__(self, array, degradation, training, parallel, step):
         on_device = training.degrade_on == "device"
-        prepare = steps.degrading(degradation, training.flip) if on_device else steps.pairs
+        prepare = degrading(degradation, training.flip) if on_device else pairs
         share = parallel.share(training.batch_size)
         self._group = min(max(1, _GROUP_IMAGES // (share.stop - share.start)), _MOST_BATCHES)
         self._steps = parallel.compile_train_steps(
@@ -114,7 +115,7 @@ class Stream:
         )
         self._parallel = parallel
         self._batches = functools.partial(
-            data.training_batches,
+            training_batches,
             array,
             None if on_device else degradation,
             batch_size=training.batch_size,
@@ -171,7 +172,7 @@ class Resident:
     def __init__(self, array, degradation, training, parallel, step):
         _check_memory(array, parallel)
         shape = array.shape[1:]
-        degrade = steps.degrading(degradation, training.flip)
+        degrade = degrading(degradation, training.flip)
 
         def prepare(rows, keys):
             return degrade(rows.reshape(-1, *shape), keys)
@@ -196,7 +197,7 @@ class Resident:
         steps_per_epoch = self._count // self._batch_size
         epoch, done = divmod(step, steps_per_epoch)
         if epoch != self._epoch:
-            order = data.epoch_order(self._seed, epoch, self._count)
+            order = epoch_order(self._seed, epoch, self._count)
             indices = order[: steps_per_epoch * self._batch_size].astype(np.int32)
             self._batches = None  # Its memory is free before the next one is made.
             self._batches = self._arrange(

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from etils import epath
 
-from aecore import images, videos
 from aecore.errors import ConfigError
+from aecore.media import images, videos
 
 COMPARISON = "_compare.png"
 """What is appended to an output's stem to name the comparison with its input."""

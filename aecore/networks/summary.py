@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from aecore import receptive_field
-from aecore.networks import LinenNetwork, Network
+from aecore.networks import receptive_field
+from aecore.networks.network import LinenNetwork, Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ def layers(model: Any, params: Any, image_shape: tuple[int, int, int]) -> list[L
     """
     import flax.linen as nn
 
-    from aecore.convolution import merge_phases
+    from aecore.networks.convolution import merge_phases
 
     calls = []
 

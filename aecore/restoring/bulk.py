@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from aecore import expectations, images, tiling, videos
 from aecore.errors import ImageError
-from aecore.files import Failure, Job
-from aecore.images import Picture
-from aecore.restoration import Restorer
+from aecore.media import images, videos
+from aecore.media.images import Picture
+from aecore.restoring import expectations, tiling
+from aecore.restoring.files import Failure, Job
+from aecore.restoring.restorer import Restorer
 
 _THREADS = min(8, os.cpu_count() or 1)
 

@@ -1,0 +1,43 @@
+"""TensorFlow, imported where it is first needed and kept away from the accelerators."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from aecore.errors import DataError
+
+
+@functools.cache
+def import_tensorflow():
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        # Before it has set up its log, TensorFlow ignores that level.
+        with _silent_stderr():
+            import tensorflow as tf
+
+            # JAX owns the accelerators: TensorFlow would reserve their memory. A program that
+            # has already used TensorFlow has made its own choice.
+            with contextlib.suppress(RuntimeError):
+                for kind in ("GPU", "TPU"):
+                    tf.config.set_visible_devices([], kind)
+    except ImportError as error:
+        raise DataError(
+            f"images are streamed with tensorflow, which can't be imported ({error}); "
+            "install tensorflow-cpu"
+        ) from error
+    return tf
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drops what native code writes to the standard error stream."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as sink:
+        os.dup2(sink.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

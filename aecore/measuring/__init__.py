@@ -1,0 +1,1 @@
+"""How fast an experiment is, here or on devices that are not here."""

@@ -1,0 +1,1 @@
+"""`(B, H, W, C)` images to restored images."""

@@ -1,0 +1,1 @@
+"""A trained network in, a function on pictures out."""

@@ -1,0 +1,1 @@
+"""Restored and original images in, numbers and pictures of them out."""

@@ -1,0 +1,1 @@
+"""One step as a pure function, and its compiled forms."""

@@ -7,6 +7,17 @@ import os
 import threading
 from typing import Any
 
+from etils import epath
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """A path that means the same in any working directory, with `~` expanded.
+
+    Addresses such as `gs://bucket/folder` stay as they are: etils would take them for local paths.
+    """
+    expanded = epath.Path(path).expanduser()
+    return expanded if "://" in os.fspath(path) else expanded.absolute()
+
 
 def write_whole(path: Any, data: bytes) -> None:
     """Writes a file by way of a temporary one beside it, of which nothing is left in any case.

@@ -14,14 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from aecore.config import Experiment, with_training
+from aecore.config import Experiment
 from aecore.data import sources
 from aecore.data.batches import training_batches
 from aecore.measuring import hardware, planning
 from aecore.restoring.restorer import Restorer
+from aecore.saved.descriptions import Description
 from aecore.steps.devices import FORMS, DataParallel
-from aecore.steps.step import pairs
 from aecore.training import assembly, feeds
+from aecore.training.assembly import Assembly
 
 _FEEDS = {
     "stream": dict(feed="stream", degrade_on="host"),
@@ -136,12 +137,14 @@ def _steps(
     works, reports = {}, {}
     for form in FORMS:
         for precision in limits:
-            chosen = with_training(experiment, parallel=form, precision=precision)
-            devices = assembly.devices(chosen.training)
+            devices = assembly.devices(experiment.training, form)
             name = f"{form} {precision}"
-            works[name] = one_batch(chosen, image_shape)
+            assembled = assembly.assemble(
+                experiment, image_shape, devices, 1, precision=precision, degrades_on_device=False
+            )
+            works[name] = one_batch(assembled)
             first, second = (_seconds(works[name]) for _ in range(2))
-            costs = planning.cost(chosen, image_shape, list(devices.mesh.devices.flat))
+            costs = planning.cost(assembled)
             reports[name] = {
                 "compile_seconds": first - second,
                 "flops_per_image": costs["flops"],
@@ -158,19 +161,17 @@ def _steps(
     return reports
 
 
-def one_batch(experiment: Experiment, image_shape: tuple[int, int, int]) -> Callable[[float], int]:
-    """Training on one batch, again and again; it compiles when it is first called."""
-    training = experiment.training
-    devices = assembly.devices(training)
-    parts = assembly.assemble(experiment, image_shape, devices, last_step=1)
-    step = devices.compile_train_step(functools.partial(parts.train_step, prepare=pairs))
+def one_batch(assembled: Assembly) -> Callable[[float], int]:
+    """Training on one batch of pairs, again and again; it compiles when it is first called."""
+    devices = assembled.devices
+    step = devices.compile_train_step(assembled.train_step)
     random = np.random.default_rng(0)
-    share = devices.share(training.batch_size)
-    shape = (share.stop - share.start, *image_shape)
+    share = devices.share(assembled.batch_size)
+    shape = (share.stop - share.start, *assembled.image_shape)
     batch = devices.place_batch(
         (random.random(shape, np.float32), random.random(shape, np.float32))
     )
-    state = jax.block_until_ready(devices.compile_create(parts.create)())
+    state = jax.block_until_ready(devices.compile_create(assembled.create)())
 
     def work(seconds: float) -> int:
         nonlocal state
@@ -179,7 +180,7 @@ def one_batch(experiment: Experiment, image_shape: tuple[int, int, int]) -> Call
             # A few steps are under way at once, as in training.
             for _ in range(4):
                 state, loss = step(state, batch)
-                images += training.batch_size
+                images += assembled.batch_size
             jax.block_until_ready(loss)
         return images
 
@@ -206,8 +207,13 @@ def _loops(
     works, waiting = {}, {}
     for name, settings in _FEEDS.items():
         waiting[name] = []
-        works[name] = _loop(with_training(experiment, **settings), array, waiting[name])
-    works["one batch"] = one_batch(experiment, array.shape[1:])
+        training = dataclasses.replace(experiment.training, **settings)
+        chosen = dataclasses.replace(experiment, training=training)
+        works[name] = _loop(chosen, array, waiting[name])
+    devices = assembly.devices(experiment.training)
+    works["one batch"] = one_batch(
+        assembly.assemble(experiment, array.shape[1:], devices, 1, degrades_on_device=False)
+    )
     rates = take_turns(works, seconds, repeats)
     reports = {}
     for name, rate in rates.items():
@@ -225,9 +231,11 @@ def _loop(
 ) -> Callable[[float], int]:
     training = experiment.training
     devices = assembly.devices(training)
-    parts = assembly.assemble(experiment, array.shape[1:], devices, training.last_step(len(array)))
-    feed = feeds.create(array, experiment.degradation, training, devices, parts.train_step)
-    state = devices.compile_create(parts.create)()
+    assembled = assembly.assemble(
+        experiment, array.shape[1:], devices, training.last_step(len(array))
+    )
+    feed = feeds.create(array, experiment.degradation, training, assembled)
+    state = devices.compile_create(assembled.create)()
     step = 0
 
     def work(seconds: float) -> int:
@@ -252,7 +260,7 @@ def _restoring(experiment: Experiment, array: np.ndarray) -> dict[str, Callable[
     """`Restorer` on uint8 images, one at a time and many."""
     devices = assembly.devices(experiment.training)
     parts = assembly.assemble(experiment, array.shape[1:], devices, last_step=1)
-    restorer = Restorer(experiment.model, jax.jit(parts.create)().params, {})
+    restorer = Restorer(experiment.model, jax.jit(parts.create)().params, Description())
 
     def work(images: np.ndarray, seconds: float) -> int:
         end, count = time.perf_counter() + seconds, 0

@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
-from aecore.config import Experiment, with_training
+from aecore.config import Experiment
 from aecore.errors import ConfigError
 from aecore.measuring import hardware
 from aecore.steps.devices import FORMS, DataParallel
-from aecore.steps.step import degrading, pairs
 from aecore.training import assembly
+from aecore.training.assembly import Assembly
 
 _LARGEST_BATCH = 2**16
 """Images a device; where more than this would fit, memory is not what limits a batch."""
@@ -51,45 +50,26 @@ def devices_of(topology: str) -> list[Any]:
         ) from error
 
 
-def compile_step(
-    experiment: Experiment, image_shape: tuple[int, int, int], devices: list[Any]
-) -> Any:
+def compile_step(assembled: Assembly) -> Any:
     """Compiles an experiment's training step; nothing is allocated.
-
-    Args:
-      experiment: its `training.batch_size` must be divisible by the devices' number.
-      image_shape: height, width and channels.
-      devices: to compile for.
 
     Returns:
       The compiled step, with `memory_analysis()`, `cost_analysis()` and `as_text()`.
     """
-    training = experiment.training
-    form = FORMS[training.parallel](devices)
-    form.check_batch_size(training.batch_size)
-    parts = assembly.assemble(experiment, image_shape, form, last_step=1)
-    shape = form.batch_shape(training.batch_size)
-    if training.degrade_on == "device" or training.feed == "resident":
-        prepare = degrading(experiment.degradation, training.flip)
-        batch = jax.ShapeDtypeStruct((*shape, *image_shape), np.uint8, sharding=form.sharded)
-    else:
-        prepare = pairs
-        image = jax.ShapeDtypeStruct((*shape, *image_shape), np.float32, sharding=form.sharded)
-        batch = (image, image)
-    step = form.compile_train_step(functools.partial(parts.train_step, prepare=prepare))
-    return step.lower(form.abstract(parts.create), batch).compile()
+    devices = assembled.devices
+    step = devices.compile_train_step(assembled.train_step)
+    return step.lower(devices.abstract(assembled.create), assembled.abstract_batch()).compile()
 
 
-def cost(experiment: Experiment, image_shape: tuple[int, int, int], devices: list[Any]) -> Any:
+def cost(assembled: Assembly) -> dict[str, float]:
     """Floating-point operations and bytes of memory traffic an image, as compiled by XLA.
 
     Returns:
       `flops` and `bytes`.
     """
     # XLA counts a loop's body once, so that a batch must not be divided into parts.
-    whole = with_training(experiment, accumulation=1)
-    compiled = compile_step(whole, image_shape, devices)
-    return _cost(compiled, experiment.training.batch_size // len(devices))
+    compiled = compile_step(dataclasses.replace(assembled, parts=1))
+    return _cost(compiled, assembled.batch_size // assembled.devices.device_count)
 
 
 def _cost(compiled: Any, share: int) -> dict[str, float]:
@@ -119,19 +99,18 @@ def plan(
     limits = hardware.limits(devices[0], experiment.training.precision)
     forms = {}
     for form in FORMS:
-        chosen = with_training(experiment, batch_size=batch_size, parallel=form)
-        compiled = compile_step(chosen, image_shape, devices)
+        assembled = assembly.assemble(
+            experiment, image_shape, FORMS[form](devices), 1, batch_size=batch_size
+        )
+        compiled = compile_step(assembled)
         collectives = _collectives(compiled.as_text(), len(devices))
-        parts = assembly.assemble(chosen, image_shape, FORMS[form](devices), 1)
-        divided = parts.train_step.keywords["parts"] > 1
-        costs = cost(chosen, image_shape, devices) if divided else _cost(compiled, share)
+        costs = cost(assembled) if assembled.parts > 1 else _cost(compiled, share)
         forms[form] = {
             "memory": _memory(compiled),
             **{f"{name}_per_image": value for name, value in costs.items()},
             "collectives": collectives,
             "roofline": _roofline(costs, collectives, share, len(devices), limits),
         }
-    chosen = with_training(experiment, batch_size=batch_size)
     return {
         "name": experiment.name,
         "topology": topology,
@@ -142,7 +121,7 @@ def plan(
         "precision": experiment.training.precision,
         "limits": dataclasses.asdict(limits),
         "forms": forms,
-        "largest_images_per_device": _largest(chosen, image_shape, devices, limits.memory),
+        "largest_images_per_device": _largest(experiment, image_shape, devices, limits.memory),
     }
 
 
@@ -219,9 +198,12 @@ def _largest(
 
     @functools.cache
     def needed(share):
-        chosen = with_training(experiment, batch_size=share * len(devices), accumulation=1)
+        form = FORMS[experiment.training.parallel](devices)
+        assembled = assembly.assemble(
+            experiment, image_shape, form, 1, batch_size=share * len(devices), parts=1
+        )
         try:
-            return _memory(compile_step(chosen, image_shape, devices))["total"]
+            return _memory(compile_step(assembled))["total"]
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
                 return math.inf

@@ -15,6 +15,7 @@ from aecore.media.images import Picture
 from aecore.restoring import expectations, tiling
 from aecore.restoring.files import Failure, Job
 from aecore.restoring.restorer import Restorer
+from aecore.saved.descriptions import Description
 
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -157,7 +158,7 @@ def _extent(job: Job) -> tuple[tuple[int, int], int] | Failure:
         return _failure(job, error)
 
 
-def _read(job: Job, alpha: str, description: Mapping[str, Any]) -> tuple[Job, Picture] | Failure:
+def _read(job: Job, alpha: str, description: Description) -> tuple[Job, Picture] | Failure:
     try:
         picture = images.read_picture(job.source)
     except (ImageError, OSError) as error:

@@ -1,9 +1,10 @@
 """How a picture differs from the images that a network was trained on."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from aecore.saved.descriptions import Description
 
 _LARGER, _SMALLER = 4.0, 0.5
 """Sides that are so many times those of the training images are worth a word."""
@@ -25,7 +26,7 @@ def describe(degraded: np.ndarray) -> dict[str, Any]:
     return {"noise": [float(np.percentile(noise, share)) for share in (1, 99)]}
 
 
-def differences(description: Mapping[str, Any], values: np.ndarray) -> tuple[str, ...]:
+def differences(description: Description, values: np.ndarray) -> tuple[str, ...]:
     """What is unusual about a picture, for a network with this description; the words are the same
     for all such pictures.
 
@@ -34,8 +35,8 @@ def differences(description: Mapping[str, Any], values: np.ndarray) -> tuple[str
       values: `(H, W)` or `(H, W, C)`, uint8 or uint16.
     """
     found = []
-    if description.get("image_size"):
-        trained = np.array(description["image_size"])
+    if description.image_size:
+        trained = np.array(description.image_size)
         ratios = values.shape[:2] / trained
         if ratios.max() > _LARGER or ratios.min() < _SMALLER:
             size = "larger" if ratios.max() > _LARGER else "smaller"
@@ -43,7 +44,7 @@ def differences(description: Mapping[str, Any], values: np.ndarray) -> tuple[str
                 f"much {size} than the {trained[0]}x{trained[1]} pixels that the network was "
                 "trained on"
             )
-    noise = description.get("inputs", {}).get("noise")
+    noise = (description.inputs or {}).get("noise")
     if noise and min(values.shape[:2]) >= 3:
         low, high = noise
         estimated = estimate_noise(_middle(values) / np.float32(np.iinfo(values.dtype).max))

@@ -3,7 +3,7 @@
 import collections
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,6 +16,7 @@ from aecore.networks.network import LinenNetwork
 from aecore.networks.receptive_field import ReceptiveField
 from aecore.restoring.engine import Engine
 from aecore.restoring.tiling import Size
+from aecore.saved.descriptions import Description
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Restorer:
         self,
         model: Any,
         params: Any,
-        description: Mapping[str, Any],
+        description: Description,
         *,
         tile: Literal["auto"] | int = "auto",
         batch_size: int | None = None,
@@ -212,7 +213,7 @@ class Restorer:
         """The network layer by layer, what it was trained on, and its scores, as a table."""
         from aecore.networks import summary
 
-        return summary.summarize(self.network, self.params, self.description)
+        return summary.summarize(self.network, self.params, self.description.to_json())
 
     def _frame(self, image: Any) -> images.Frame | None:
         """A picture or path as a frame; None for an array."""

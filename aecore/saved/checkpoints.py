@@ -6,6 +6,7 @@ commits it whole or not at all; checksums in the description tell bytes that cha
 which the array format doesn't.
 """
 
+import dataclasses
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -18,12 +19,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from aecore.errors import CheckpointError
-from aecore.saved import descriptions
+from aecore.saved.descriptions import Description
 from aecore.steps.state import TrainState
+from aecore.storage import absolute
 
 _log = logging.getLogger(__name__)
-
-Description = Mapping[str, Any]
 
 _REPLACED = ".replaced"
 
@@ -31,7 +31,7 @@ _REPLACED = ".replaced"
 def best_step(steps: Iterable[int], description: Description) -> int | None:
     """Of the steps that have a checkpoint, the one with the lowest validation loss."""
     available = set(steps)
-    scored = [entry for entry in description["history"] if entry["step"] in available]
+    scored = [entry for entry in description.history if entry["step"] in available]
     return min(scored, key=lambda entry: entry["mse"])["step"] if scored else None
 
 
@@ -51,7 +51,7 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike, keep: int):
         self._policy = _NewestAndBest(keep)
-        self._directory = epath.Path(directory).expanduser().absolute()
+        self._directory = absolute(directory)
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -90,7 +90,7 @@ class Checkpoints:
 
         Args:
           state: what to save, under `state.step`.
-          description: JSON values; `history` lists `{"step": ..., "mse": ...}` of evaluations.
+          description: of the run at this step.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -105,7 +105,9 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-                description=ocp.args.JsonSave({**description, "checksums": checksums}),
+                description=ocp.args.JsonSave(
+                    dataclasses.replace(description, checksums=checksums).to_json()
+                ),
             ),
             force=True,
         )
@@ -185,7 +187,7 @@ def load(
     Raises:
       CheckpointError: the run has no checkpoint, or none that is whole.
     """
-    directory = epath.Path(run).expanduser().absolute() / "checkpoints"
+    directory = absolute(run) / "checkpoints"
     if not directory.is_dir():
         raise CheckpointError(
             f"{run} has no checkpoints: there is no folder {directory}; "
@@ -208,7 +210,7 @@ def load(
             try:
                 abstract = abstract_params(description)
                 # The checksums name the items that there are.
-                name = "ema" if "ema" in description["checksums"] else "params"
+                name = "ema" if "ema" in _checksums(description) else "params"
                 params = _restore(manager, step, description, {name: abstract})[name]
             except CheckpointError:
                 raise
@@ -224,9 +226,11 @@ def load(
 
 def _read_description(manager: ocp.CheckpointManager, step: int) -> Description:
     args = ocp.args.Composite(description=ocp.args.JsonRestore())
-    description = manager.restore(step, args=args).description
-    descriptions.check(description, descriptions.REQUIRED)
-    return description
+    return Description.from_json(manager.restore(step, args=args).description, of_run=True)
+
+
+def _checksums(description: Description) -> Mapping[str, Any]:
+    return description.checksums or {}
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -246,7 +250,7 @@ def _restore(
     args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
     items = manager.restore(step, args=ocp.args.Composite(**args))
     for name in abstract:
-        if _checksum(items[name]) != description["checksums"][name]:
+        if _checksum(items[name]) != _checksums(description)[name]:
             raise ValueError(f"the checksum of {name} is wrong")
     return items
 
@@ -296,7 +300,7 @@ class _NewestAndBest:
 
     def __init__(self, keep: int):
         self._keep = keep
-        self.description: Description = {"history": []}
+        self.description = Description()
 
     def should_preserve(self, checkpoints, *, context):
         del context

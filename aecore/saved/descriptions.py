@@ -1,37 +1,259 @@
-"""What a checkpoint says of itself: JSON values, checked before anything relies on them."""
+"""What a trained network says of itself, and an experiment as JSON.
 
+Nothing that a description names is imported or run: models and degradations are looked up in their
+registries. Settings that a description lacks, since they were added to aecore later, have their
+defaults.
+"""
+
+import contextlib
+import dataclasses
+import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-REQUIRED = frozenset({"step", "history", "metrics", "checksums", "image_size", "channels"})
-"""What the description of a run's checkpoint must have; that of an exported file may lack it."""
+from aecore import degradations, settings
+from aecore.config import Data, Experiment, Optimizer, Training
+from aecore.degradations import Degradation
+from aecore.errors import ConfigError
+from aecore.networks import models
+from aecore.settings import OnResume
+from aecore.storage import absolute
+
+Json = dict[str, Any]
 
 
-def check(description: Any, required: Iterable[str] = ()) -> None:
-    """Refuses a description of which a part that aecore uses is not what it should be.
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a checkpoint or an exported file says of its network.
 
-    Models, degradations and settings are checked when they are built from it.
+    A field is None where the description lacks it.
+    """
 
-    Args:
-      description: what was read.
-      required: keys that it must have.
+    model: Json | None = None
+    """`type`, a registered name, and the model's fields."""
+    degradation: Json | None = None
+    """`type`, a registered name, and the degradation's fields."""
+    data: Json | None = None
+    optimizer: Json | None = None
+    training: Json | None = None
+    name: str | None = None
+    """The run's."""
+    run_dir: str | None = None
+    aecore: str | None = None
+    """Version that wrote it."""
+    image_size: tuple[int, int] | None = None
+    """Height and width of the training images."""
+    channels: int | None = None
+    fingerprint: str | None = None
+    """Of the training and validation images."""
+    inputs: Json | None = None
+    """What the network's inputs are like; see `aecore.restoring.expectations`."""
+    step: int | None = None
+    """Steps of training done."""
+    history: tuple[Json, ...] = ()
+    """The evaluations so far: each `step`, `mse`, `psnr`, `ssim`, `images`, and more."""
+    metrics: Json | None = None
+    """The evaluation at this step, if there was one."""
+    checksums: Json | None = None
+    """CRC-32 of each of a checkpoint's items."""
+    unlogged: tuple[float, ...] = ()
+    """Losses of the last steps, which no line of the metrics has averaged yet."""
+    seconds: float = 0.0
+    """Training time so far."""
+    images_per_second: float = 0.0
+
+    def __post_init__(self):
+        for name, is_right in _CHECKS.items():
+            value = getattr(self, name)
+            if value is not None and not is_right(value):
+                raise ValueError(f"the description's {name} can't be {value!r:.80}")
+
+    @classmethod
+    def from_json(cls, value: Any, *, of_run: bool = False) -> "Description":
+        """Reads a description; keys that this version of aecore doesn't know are ignored.
+
+        Args:
+          value: what was read.
+          of_run: whether it must have all that a run's checkpoint needs.
+
+        Raises:
+          ValueError: says which part is missing or wrong.
+        """
+        if not isinstance(value, Mapping):
+            raise ValueError(f"the description can't be {value!r:.80}")
+        missing = sorted(_OF_RUN - value.keys()) if of_run else []
+        if missing:
+            raise ValueError(f"the description lacks {', '.join(missing)}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        given = {name: item for name, item in value.items() if name in known}
+        for name in ("image_size", "history", "unlogged"):
+            if isinstance(given.get(name), list):
+                given[name] = tuple(given[name])
+        return cls(**given)
+
+    def to_json(self) -> Json:
+        """JSON values; what is None is left out, but for the metrics."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        given = {name: value for name, value in values.items() if value is not None}
+        return given | {"metrics": self.metrics, "history": list(self.history)}
+
+    def without_places(self) -> "Description":
+        """Without what has a meaning, and tells something, only on the machine of the training."""
+        data = None if self.data is None else {**self.data, "data_dir": None}
+        return dataclasses.replace(self, data=data, run_dir=None, checksums=None)
+
+    def experiment(self, *, model: Any = None) -> Experiment:
+        """Rebuilds the experiment.
+
+        Args:
+          model: used in place of the described one; needed if that one isn't registered.
+
+        Raises:
+          ConfigError: a model or degradation is not registered, or a field is unknown or invalid.
+        """
+        return experiment_from_json(self.to_json(), model=model)
+
+    def build_model(self) -> Any:
+        """Rebuilds the model from the registry.
+
+        Raises:
+          ConfigError: it is not registered, or a field is unknown or invalid.
+        """
+        with _described():
+            return _build(self.model or {}, models.REGISTRY, "model", "aecore.models")
+
+
+def describe(experiment: Experiment) -> Json:
+    """An experiment as JSON values; models and degradations carry their registered `type`.
+
+    The data folder becomes absolute, so that it is found again from another working directory.
 
     Raises:
-      ValueError: which part, and what it is.
+      ConfigError: a field of the model or the degradation has no form in JSON.
     """
-    _require(isinstance(description, Mapping), "description", description)
-    missing = sorted(set(required) - description.keys())
-    if missing:
-        raise ValueError(f"the description lacks {', '.join(missing)}")
-    for key, is_right in _CHECKS.items():
-        if key in description:
-            _require(is_right(description[key]), key, description[key])
+    model = models.hyperparameters(experiment.model)
+    data = _encode_fields(experiment.data)
+    if data["data_dir"] is not None:
+        data["data_dir"] = os.fspath(absolute(data["data_dir"]))
+    description = {
+        "name": experiment.name,
+        "model": {
+            "type": type(experiment.model).__name__,
+            **{name: _encode(value) for name, value in model.items()},
+        },
+        "degradation": _encode(experiment.degradation),
+        "data": data,
+        "optimizer": _encode_fields(experiment.optimizer),
+        "training": _encode_fields(experiment.training),
+        "run_dir": experiment.run_dir,
+    }
+    try:
+        json.dumps(description)
+    except TypeError as error:
+        raise ConfigError(
+            f"a checkpoint could not describe this experiment: {error}; "
+            "use Python's numbers, strings and tuples for its fields"
+        ) from error
+    return description
 
 
-def _require(is_right: bool, name: str, value: Any) -> None:
-    if not is_right:
-        raise ValueError(f"the description's {name} can't be {value!r:.80}")
+def experiment_from_json(
+    description: Mapping[str, Any], *, model: Any = None, like: Any = None
+) -> Experiment:
+    """Rebuilds an experiment from what `describe` returned; other keys are ignored.
+
+    Args:
+      description: of the experiment.
+      model: used in place of the described one.
+      like: a model of the described class, if that class isn't registered.
+
+    Raises:
+      ConfigError: a model or degradation is not registered, or a field is unknown or invalid.
+    """
+    with _described():
+        if model is None:
+            own = {} if like is None else {type(like).__name__: type(like)}
+            registry = models.REGISTRY | own
+            model = _build(description["model"], registry, "model", "aecore.models")
+        return Experiment(
+            name=description["name"],
+            model=model,
+            degradation=_degradation(description["degradation"]),
+            data=Data(**_decode(description["data"])),
+            optimizer=Optimizer(**_decode(description["optimizer"])),
+            training=Training(**_decode(description["training"])),
+            run_dir=description.get("run_dir"),
+        )
+
+
+def changes(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, OnResume, Any, Any]]:
+    """The settings in which two experiments, or parts of them, differ.
+
+    Yields:
+      A field's path, whether a resumed run may change it, and both values.
+    """
+    for field in dataclasses.fields(old):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        name = f"{path}{field.name}"
+        if before == after or field.name in ("parent",):
+            continue
+        same_kind = type(before) is type(after) and dataclasses.is_dataclass(before)
+        if same_kind:
+            yield from changes(before, after, f"{name}.")
+        else:
+            yield name, settings.on_resume(field), before, after
+
+
+@contextlib.contextmanager
+def _described() -> Iterator[None]:
+    """Turns what malformed JSON makes fail into a ConfigError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"not the description of an experiment: {error!r}") from error
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_encode(item) for item in value]
+    if isinstance(value, Degradation):
+        return {"type": type(value).__name__, **_encode_fields(value)}
+    return value
+
+
+def _encode_fields(value: Any) -> Json:
+    return {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+
+
+def _decode(fields: Mapping[str, Any]) -> Json:
+    """JSON's lists as tuples, nested degradations as objects."""
+
+    def decode(value):
+        if isinstance(value, list):
+            return tuple(decode(item) for item in value)
+        return _degradation(value) if isinstance(value, Mapping) else value
+
+    return {name: decode(value) for name, value in fields.items()}
+
+
+def _degradation(fields: Mapping[str, Any]) -> Degradation:
+    return _build(fields, degradations.REGISTRY, "degradation", "aecore.degradations")
+
+
+def _build(fields: Mapping[str, Any], registry: Mapping[str, type], kind: str, home: str) -> Any:
+    name = fields["type"]
+    if name not in registry:
+        raise ConfigError(
+            f"{kind} {name!r} is not registered (known: {', '.join(sorted(registry))}); "
+            f"register its class with {home}.register"
+            + (", or pass model=" if kind == "model" else "")
+        )
+    return registry[name](**_decode({key: v for key, v in fields.items() if key != "type"}))
+
+
+# ---- What a description may hold
 
 
 def _is_number(value: Any) -> bool:
@@ -54,7 +276,7 @@ def _is_inputs(value: Any) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(_is_count(v) and v for v in value)
+    return isinstance(value, tuple) and len(value) == 2 and all(_is_count(v) and v for v in value)
 
 
 def _is_mapping(value: Any) -> bool:
@@ -70,9 +292,9 @@ _CHECKS = {
     "channels": lambda value: _is_count(value) and value > 0,
     "image_size": _is_size,
     "inputs": _is_inputs,
-    "metrics": lambda value: value is None or _is_scores(value),
+    "metrics": _is_scores,
     "history": lambda value: (
-        isinstance(value, list) and all(_has(v, step=_is_count, mse=_is_number) for v in value)
+        isinstance(value, tuple) and all(_has(v, step=_is_count, mse=_is_number) for v in value)
     ),
     "checksums": _is_mapping,
     "model": _is_mapping,
@@ -80,4 +302,9 @@ _CHECKS = {
     "data": _is_mapping,
     "optimizer": _is_mapping,
     "training": _is_mapping,
+    "unlogged": lambda value: isinstance(value, tuple) and all(map(_is_number, value)),
+    "seconds": _is_number,
+    "images_per_second": _is_number,
 }
+
+_OF_RUN = frozenset({"step", "history", "metrics", "checksums", "image_size", "channels"})

@@ -26,7 +26,7 @@ from jax import export
 from aecore.errors import CheckpointError
 from aecore.networks.network import Network
 from aecore.networks.receptive_field import ReceptiveField
-from aecore.saved import descriptions
+from aecore.saved.descriptions import Description
 from aecore.storage import write_whole
 
 SUFFIX = ".aecore"
@@ -47,7 +47,7 @@ def save(
     path: Any,
     network: Network,
     params: Any,
-    description: Mapping[str, Any],
+    description: Description,
     *,
     with_functions: bool = True,
 ) -> None:
@@ -57,7 +57,7 @@ def save(
       path: an `epath.Path`.
       network: what to write.
       params: its parameters, float32 or bfloat16 arrays in nested dictionaries.
-      description: of the network; JSON values.
+      description: of the network.
       with_functions: whether to write the functions too.
     """
     arrays = {name: np.asarray(jax.device_get(leaf)) for name, leaf in _flatten(params).items()}
@@ -76,7 +76,7 @@ def save(
             name: {"dtype": str(array.dtype), "shape": array.shape}
             for name, array in arrays.items()
         },
-        "description": _without_places(description),
+        "description": description.without_places().to_json(),
     }
     if with_functions:
         members |= {f"functions/{name}": data for name, data in _exported(network, params).items()}
@@ -89,14 +89,6 @@ def save(
             # With a fixed time, so that equal networks give equal files.
             archive.writestr(zipfile.ZipInfo(name), data)
     write_whole(path, file.getvalue())
-
-
-def _without_places(description: Mapping[str, Any]) -> dict[str, Any]:
-    """A description without what only means something, and tells something, where it was made."""
-    described = {key: value for key, value in description.items() if key != "checksums"}
-    if "data" in described:
-        described["data"] = {**described["data"], "data_dir": None}
-    return described | ({"run_dir": None} if "run_dir" in described else {})
 
 
 def _exported(network: Network, params: Any) -> dict[str, bytes]:
@@ -124,7 +116,7 @@ def _exported(network: Network, params: Any) -> dict[str, bytes]:
     }
 
 
-def export_onnx(path: Any, network: Network, params: Any, description: Mapping[str, Any]) -> None:
+def export_onnx(path: Any, network: Network, params: Any, description: Description) -> None:
     """Writes a network as an ONNX graph, which keeps its description as metadata.
 
     Args: as for `save`.
@@ -138,7 +130,7 @@ def export_onnx(path: Any, network: Network, params: Any, description: Mapping[s
         functools.partial(network.apply, params),
         channels=network.channels,
         stride=network.stride,
-        metadata={"aecore": json.dumps(_without_places(description))},
+        metadata={"aecore": json.dumps(description.without_places().to_json())},
     )
     write_whole(path, graph.SerializeToString())
 
@@ -185,7 +177,7 @@ def _deserialize(name: str, data: bytes) -> export.Exported:
     return exported
 
 
-def load(path: Any, *, sha256: str | None = None) -> tuple[Any, Any, Mapping[str, Any]]:
+def load(path: Any, *, sha256: str | None = None) -> tuple[Any, Any, Description]:
     """Reads a file that `save` wrote.
 
     Args:
@@ -237,8 +229,7 @@ def _load(path, sha256):
             if f"functions/{name}" in head["sha256"]
         }
     params = _unflatten(arrays)
-    description = head["description"]
-    descriptions.check(description)
+    description = Description.from_json(head["description"])
     if functions:
         network = ExportedNetwork(head, functions)
         _check_params(network, params)
@@ -276,12 +267,11 @@ def _check_params(network: ExportedNetwork, params: Any) -> None:
 
 
 def _registered(path, params, description):
-    from aecore import config
     from aecore.errors import ConfigError
     from aecore.steps import state
 
     try:
-        model = config.model_from_json(description)
+        model = description.build_model()
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     size = (8 * model.stride, 8 * model.stride, model.channels)

@@ -9,6 +9,7 @@ from etils import epath
 
 from aecore.errors import CheckpointError
 from aecore.saved import exported
+from aecore.saved.descriptions import Description
 
 NAMES: Mapping[str, str] = {
     "fashion-mnist-denoise": "d9bde09ac9599da285bf5ff9ad6a85170a00abd4e6fe22b57907f82df5756217",
@@ -19,7 +20,7 @@ NAMES: Mapping[str, str] = {
 _FOLDER = epath.resource_path("aecore.saved") / "pretrained"
 
 
-def load(source: str | os.PathLike, *, model: Any = None) -> tuple[Any, Any, Mapping[str, Any]]:
+def load(source: str | os.PathLike, *, model: Any = None) -> tuple[Any, Any, Description]:
     """Loads a network's parameters, on the default device where they come from a run.
 
     Args:
@@ -48,8 +49,7 @@ def load(source: str | os.PathLike, *, model: Any = None) -> tuple[Any, Any, Map
     return _of_run(path, model)
 
 
-def _of_run(run: epath.Path, model: Any) -> tuple[Any, Any, Mapping[str, Any]]:
-    from aecore import config
+def _of_run(run: epath.Path, model: Any) -> tuple[Any, Any, Description]:
     from aecore.errors import ConfigError
     from aecore.saved import checkpoints
     from aecore.steps import state
@@ -58,12 +58,12 @@ def _of_run(run: epath.Path, model: Any) -> tuple[Any, Any, Mapping[str, Any]]:
 
     def build_model(description):
         try:
-            return config.model_from_json(description) if model is None else model
+            return description.build_model() if model is None else model
         except ConfigError as error:
             raise CheckpointError(f"{run}: {error}") from error
 
     def abstract(description):
-        shape = (*description["image_size"], description["channels"])
+        shape = (*description.image_size, description.channels)
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
             state.abstract_params(build_model(description), shape),

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from aecore import config
 from aecore.data import sources
 from aecore.data.batches import evaluation_batches
 from aecore.degradations import Degradation
@@ -281,7 +280,7 @@ def evaluate(
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size {batch_size} is less than 1; use 1 or more")
     restorer = Restorer.load(run, model=model)
-    experiment = config.from_json(restorer.description, model=restorer.model)
+    experiment = restorer.description.experiment(model=restorer.model)
     own = degradation in (None, experiment.degradation)
     degradation = degradation or experiment.degradation
     if classical:
@@ -297,7 +296,7 @@ def evaluate(
         settings = dataclasses.replace(settings, data_dir=data_dir)
     dataset = sources.load(settings)
     experiment.check_images(*dataset.image_shape)
-    if dataset.fingerprint() != restorer.description["fingerprint"]:
+    if dataset.fingerprint() != restorer.description.fingerprint:
         own = False
         _log.warning("these are not the images that %s was trained on", run)
     if save and not own:
@@ -314,7 +313,7 @@ def evaluate(
     )
     values = evaluator.per_image(parallel.replicate(restorer.params), dataset.validation)
     scores = {
-        "evaluation": {"step": restorer.description["step"], **summarize(values)},
+        "evaluation": {"step": restorer.description.step, **summarize(values)},
         "baseline": baseline(degradation, parallel, dataset.validation, batch_size),
     }
     if classical:

@@ -1,8 +1,7 @@
-"""An experiment in; its devices, network, optimizer, state and training step out."""
+"""An experiment in; its devices, network, optimizer, first state and training step out."""
 
-import functools
-from collections.abc import Callable
-from typing import NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,25 +14,76 @@ from aecore.errors import ConfigError
 from aecore.networks.network import in_precision
 from aecore.steps import state, step
 from aecore.steps.devices import FORMS, DataParallel
-from aecore.steps.step import Apply, of_model
+from aecore.steps.state import TrainState
+from aecore.steps.step import Apply, Loss, Prepare
 
 _CACHE_BYTES = 12 * 2**20
 """Activations, as `activation_bytes` counts them, with which a step is fastest on CPUs."""
 
 
-class Assembly(NamedTuple):
-    """What an experiment comes to, for images of one size on some devices."""
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """An experiment put together for images of one size on some devices; all choices are made."""
 
+    model: Any
+    image_shape: tuple[int, int, int]
+    """Height, width and channels."""
+    devices: DataParallel
+    batch_size: int
     apply: Apply
     """The network in float32."""
-    create: Callable
-    """`() -> TrainState` at step 0."""
-    train_step: Callable
-    """`train_step` but for `prepare` and `axis_name`."""
+    apply_in_training: Apply
+    """The network in the precision of training, from and to float32."""
+    prepare: Prepare
+    """Makes the network's inputs and targets from a batch as the feed delivers it."""
+    degrades_on_device: bool
+    """Whether batches are uint8 originals; else they are pairs that the host has degraded."""
+    optimizer: optax.GradientTransformation
+    loss: Loss
+    ema: float | None
+    parts: int
+    """Parts in which a device's share of a batch is computed."""
+    seed: int
+
+    def create(self) -> TrainState:
+        """The state at step 0; pure, to be compiled or evaluated for its shapes."""
+        return state.create(
+            self.model, self.optimizer, self.image_shape, self.seed, ema=self.ema is not None
+        )
+
+    def train_step(
+        self, before: TrainState, batch: Any, *, axis_name: str | None = None
+    ) -> tuple[TrainState, jax.Array]:
+        """`steps.step.train_step` of this experiment; pure, to be compiled."""
+        return step.train_step(
+            before,
+            batch,
+            apply=self.apply_in_training,
+            prepare=self.prepare,
+            optimizer=self.optimizer,
+            seed=self.seed,
+            loss=self.loss,
+            ema=self.ema,
+            parts=self.parts,
+            axis_name=axis_name,
+        )
+
+    def abstract_batch(self) -> Any:
+        """Shapes, dtypes and shardings of what `train_step` takes on all devices."""
+        shape = (*self.devices.batch_shape(self.batch_size), *self.image_shape)
+        sharding = self.devices.sharded
+        if self.degrades_on_device:
+            return jax.ShapeDtypeStruct(shape, np.uint8, sharding=sharding)
+        image = jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
+        return image, image
 
 
-def devices(training: Training) -> DataParallel:
-    """The devices that an experiment uses, in the form that it asks for.
+def devices(training: Training, parallel: str | None = None) -> DataParallel:
+    """The devices that an experiment uses.
+
+    Args:
+      training: says how many, and how steps are compiled for them.
+      parallel: `jit` or `pmap`, in place of what `training` says.
 
     Raises:
       ConfigError: there are fewer devices, or they can't divide a batch among them.
@@ -44,7 +94,7 @@ def devices(training: Training) -> DataParallel:
             f"training.devices {training.devices} is more than the {len(available)} there are; "
             "use fewer, or None for all"
         )
-    chosen = FORMS[training.parallel](available[: training.devices])
+    chosen = FORMS[parallel or training.parallel](available[: training.devices])
     chosen.check_batch_size(training.batch_size)
     return chosen
 
@@ -52,60 +102,76 @@ def devices(training: Training) -> DataParallel:
 def assemble(
     experiment: Experiment,
     image_shape: tuple[int, int, int],
-    parallel: DataParallel,
+    devices: DataParallel,
     last_step: int,
+    *,
+    batch_size: int | None = None,
+    precision: str | None = None,
+    parts: int | None = None,
+    degrades_on_device: bool | None = None,
 ) -> Assembly:
     """Puts an experiment together.
 
     Args:
       experiment: what to train.
       image_shape: height, width and channels.
-      parallel: the devices.
-      last_step: at which training will end, for a learning rate that falls until then.
+      devices: to train on.
+      last_step: at which training ends, for a learning rate that falls until then.
+      batch_size: in place of the experiment's, as are those that follow.
+      precision: `float32` or `bfloat16`.
+      parts: into how many parts a device's share of a batch is divided.
+      degrades_on_device: whether the step degrades the images.
 
     Raises:
       ConfigError: a device's share of a batch can't be divided as `accumulation` says.
     """
     training = experiment.training
-    apply = of_model(experiment.model)
-    settings = experiment.optimizer
-    transformation = optimizer(settings, last_step)
-    create = functools.partial(
-        state.create,
-        experiment.model,
-        transformation,
-        image_shape,
-        training.seed,
-        ema=settings.ema is not None,
-    )
-    share = training.batch_size // parallel.device_count
-    train_step = functools.partial(
-        step.train_step,
-        apply=apply
-        if training.precision == "float32"
-        else in_precision(apply, jnp.dtype(training.precision)),
-        optimizer=transformation,
-        seed=training.seed,
+    batch_size = batch_size or training.batch_size
+    if degrades_on_device is None:
+        degrades_on_device = training.feed == "resident" or training.degrade_on == "device"
+    apply = step.of_model(experiment.model)
+    dtype = jnp.dtype(precision or training.precision)
+    if parts is None:
+        share = batch_size // devices.device_count
+        parts = _parts(experiment, image_shape, share, devices.platform)
+    return Assembly(
+        model=experiment.model,
+        image_shape=image_shape,
+        devices=devices,
+        batch_size=batch_size,
+        apply=apply,
+        apply_in_training=apply if dtype == jnp.float32 else in_precision(apply, dtype),
+        prepare=step.degrading(experiment.degradation, training.flip)
+        if degrades_on_device
+        else step.pairs,
+        degrades_on_device=degrades_on_device,
+        optimizer=optimizer(experiment.optimizer, last_step),
         loss=losses.LOSSES[training.loss],
-        ema=settings.ema,
-        parts=_parts(experiment, image_shape, share, parallel.platform),
+        ema=experiment.optimizer.ema,
+        parts=parts,
+        seed=training.seed,
     )
-    return Assembly(apply, create, train_step)
 
 
-def optimizer(settings: Optimizer, last_step: int) -> optax.GradientTransformation:
-    """What turns gradients into updates, in a training that ends at `last_step`."""
+def learning_rate(settings: Optimizer, last_step: int) -> optax.Schedule | float:
+    """The learning rate as a function of the step, or constant; training ends at `last_step`."""
     rate = settings.learning_rate
     warmup = min(settings.warmup_steps, last_step // 2)
     if settings.schedule == "cosine":
         rate = optax.cosine_decay_schedule(rate, last_step - warmup)
-    if warmup:
-        # Step n takes (n + 1) / (warmup + 1) of the rate: the first one already moves.
-        rise = optax.linear_schedule(
-            settings.learning_rate / (warmup + 1), settings.learning_rate, warmup
-        )
-        then = rate if callable(rate) else optax.constant_schedule(rate)
-        rate = optax.join_schedules([rise, then], [warmup])
+    if not warmup:
+        return rate
+    # Step n takes (n + 1) / (warmup + 1) of the rate: the first one already moves.
+    rise = optax.linear_schedule(
+        settings.learning_rate / (warmup + 1), settings.learning_rate, warmup
+    )
+    then = rate if callable(rate) else optax.constant_schedule(rate)
+    return optax.join_schedules([rise, then], [warmup])
+
+
+def optimizer(settings: Optimizer, last_step: int) -> optax.GradientTransformation:
+    """Turns gradients into updates, in a training that ends at `last_step`."""
+    rate = learning_rate(settings, last_step)
     if settings.weight_decay:
 
         def kernels(params):
@@ -134,14 +200,15 @@ def _parts(
         return wanted
     if platform != "cpu":
         return 1
-    fitting = _CACHE_BYTES // activation_bytes(experiment.model, image_shape)
+    # A network may keep nothing for its backward pass.
+    fitting = _CACHE_BYTES // max(1, activation_bytes(experiment.model, image_shape))
     return next(count for count in divisors if share // count <= max(1, fitting))
 
 
-def activation_bytes(model, image_shape: tuple[int, int, int]) -> int:
+def activation_bytes(model: Any, image_shape: tuple[int, int, int]) -> int:
     """What a float32 training step keeps of each image for the backward pass."""
     params = state.abstract_params(model, image_shape)
-    apply = of_model(model)
+    apply = step.of_model(model)
 
     def kept(count):
         images = jax.ShapeDtypeStruct((count, *image_shape), np.float32)

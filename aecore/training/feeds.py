@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
@@ -21,7 +21,7 @@ from aecore.degradations import Degradation
 from aecore.errors import ConfigError
 from aecore.steps.devices import DataParallel
 from aecore.steps.state import TrainState
-from aecore.steps.step import degrading, pairs
+from aecore.training.assembly import Assembly
 
 _AHEAD = 2
 """Groups of batches that are on their way to the devices while a call runs."""
@@ -63,11 +63,7 @@ class Feed(Protocol):
 
 
 def create(
-    array: np.ndarray,
-    degradation: Degradation,
-    training: Training,
-    parallel: DataParallel,
-    step: Callable,
+    array: np.ndarray, degradation: Degradation, training: Training, assembled: Assembly
 ) -> Feed:
     """The feed that the settings ask for.
 
@@ -75,14 +71,13 @@ def create(
       array: `(N, H, W, C)` uint8.
       degradation: what is done to the images.
       training: batch size, seed and feed.
-      parallel: the devices, and how the step is compiled for them.
-      step: `train_step` but for `prepare` and `axis_name`.
+      assembled: the devices and the training step.
 
     Raises:
       ConfigError: the devices can't hold the images.
     """
     kind = Resident if training.feed == "resident" else Stream
-    return kind(array, degradation, training, parallel, step)
+    return kind(array, degradation, training, assembled)
 
 
 class _Calls:
@@ -105,19 +100,16 @@ class Stream:
     what it costs the host.
     """
 
-    def __init__(self, array, degradation, training, parallel, step):
-        on_device = training.degrade_on == "device"
-        prepare = degrading(degradation, training.flip) if on_device else pairs
+    def __init__(self, array, degradation, training, assembled):
+        parallel = assembled.devices
         share = parallel.share(training.batch_size)
         self._group = min(max(1, _GROUP_IMAGES // (share.stop - share.start)), _MOST_BATCHES)
-        self._steps = parallel.compile_train_steps(
-            functools.partial(step, prepare=prepare), self._group
-        )
+        self._steps = parallel.compile_train_steps(assembled.train_step, self._group)
         self._parallel = parallel
         self._batches = functools.partial(
             training_batches,
             array,
-            None if on_device else degradation,
+            None if assembled.degrades_on_device else degradation,
             batch_size=training.batch_size,
             seed=training.seed,
             flip=training.flip,
@@ -169,18 +161,17 @@ class Resident:
     batch is a slice.
     """
 
-    def __init__(self, array, degradation, training, parallel, step):
+    def __init__(self, array, degradation, training, assembled):
+        del degradation  # The step does it.
+        parallel = assembled.devices
         _check_memory(array, parallel)
-        shape = array.shape[1:]
-        degrade = degrading(degradation, training.flip)
 
-        def prepare(rows, keys):
-            return degrade(rows.reshape(-1, *shape), keys)
+        def train_step(state, rows, *, axis_name=None):
+            images = rows.reshape(-1, *assembled.image_shape)
+            return assembled.train_step(state, images, axis_name=axis_name)
 
         self._parallel = parallel
-        self._steps = parallel.compile_train_steps(
-            functools.partial(step, prepare=prepare), _MOST_STEPS
-        )
+        self._steps = parallel.compile_train_steps(train_step, _MOST_STEPS)
         self._arrange = parallel.compile_arrange()
         # An image is one row: TPUs store the last axes in tiles, which few channels would not fill.
         self._held = parallel.hold(array.reshape(len(array), -1))

@@ -4,10 +4,7 @@ import collections
 import dataclasses
 import json
 import math
-import signal
 import sys
-import threading
-import time
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -19,67 +16,56 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import aecore
-from aecore import config
 from aecore.config import Experiment
 from aecore.data import sources
 from aecore.data.sources import Dataset
-from aecore.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError
+from aecore.errors import ConfigError, Interrupted, NonFiniteLossError
 from aecore.media import images
 from aecore.restoring import expectations
 from aecore.restoring.restorer import Restorer
-from aecore.saved import checkpoints
 from aecore.saved.checkpoints import Checkpoints
+from aecore.saved.descriptions import Description, describe, experiment_from_json
 from aecore.scoring import evaluation, reports
 from aecore.steps import state
 from aecore.steps.devices import DataParallel, join_processes
 from aecore.storage import write_json
-from aecore.training import assembly, feeds
-
-_WHEN_IT_ENDS = frozenset({"training.epochs", "training.steps"})
-
-# A run may go on with other values of these: they say how long, where, how often and on what, but
-# not what is learned.
-_CHANGEABLE = frozenset(
-    {"name", "run_dir", "data.data_dir", "data.memory_limit"}
-    | _WHEN_IT_ENDS
-    | {f"training.{name}" for name in ("patience", "min_delta")}
-    | {f"training.{name}" for name in ("checkpoint_every", "keep", "log_every")}
-    | {f"training.{name}" for name in ("feed", "degrade_on", "precision", "accumulation")}
-    | {f"training.{name}" for name in ("parallel", "devices", "distributed")}
-)
+from aecore.training import assembly, feeds, resuming
+from aecore.training.clock import Clock
+from aecore.training.interruption import Interruption
+from aecore.training.metrics_log import MetricsLog
 
 _SAMPLES = 10
-"""Pictures in samples.png."""
+"""Images in samples.png."""
 
 _LOOKED_AT = 256
-"""Validation images of which a checkpoint says what the network's inputs are like."""
+"""Validation images from which a checkpoint describes the network's inputs."""
 
 
 def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
-    """Trains an experiment, or goes on with it where its run directory left off.
+    """Trains an experiment, or resumes it from its run directory.
 
     Args:
-      experiment: what to train. Results go to `experiment.directory`.
+      experiment: what to train. Results are written to `experiment.directory`.
       progress: whether to show a progress bar on stderr.
 
     Returns:
-      The summary, as written to `summary.json`. Its scores are those of the best checkpoint by
-      validation loss, the one that `restore` uses.
+      The summary, as written to `summary.json`. Its scores are those of the checkpoint with the
+      best validation loss, which `restore` uses.
 
     Raises:
       ConfigError: the settings don't fit the data or the devices.
       DataError: the data can't be loaded.
       CheckpointError: the run directory belongs to a different experiment.
       NonFiniteLossError: the loss became NaN or infinite.
-      Interrupted: Ctrl-C or SIGTERM came, and a checkpoint was saved.
+      Interrupted: Ctrl-C or SIGTERM stopped it; a checkpoint was saved.
     """
-    experiment = _with_absolute_data_dir(experiment)
     join_processes(experiment.training.distributed)
-    # A checkpoint that couldn't be described or read again would come to light after training.
-    config.from_json(config.to_json(experiment), model=experiment.model)
+    # Otherwise an experiment that a checkpoint can't describe would come to light after training.
+    described = describe(experiment)
+    experiment_from_json(described, model=experiment.model)
     directory = epath.Path(experiment.directory).expanduser()
-    _check_same_experiment(experiment, directory)
-    parallel = assembly.devices(experiment.training)
+    resuming.check_directory(experiment, directory)
+    devices = assembly.devices(experiment.training)
     dataset = sources.load(experiment.data)
     experiment.check_images(*dataset.image_shape)
     if experiment.training.batch_size > len(dataset.train):
@@ -92,72 +78,73 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{directory} can't be made: {error}; use another --run-dir") from error
     with (
-        _Interruption() as interruption,
+        Interruption() as interruption,
         Checkpoints(directory / "checkpoints", experiment.training.keep) as checkpoints,
     ):
-        run = _Run(experiment, dataset, parallel, directory, checkpoints, interruption)
+        run = _Run(experiment, dataset, devices, directory, checkpoints, interruption)
         if run.is_first:
-            write_json(directory / "experiment.json", config.to_json(experiment))
+            write_json(directory / "experiment.json", described)
         with run.log, _bar(run, progress and run.is_first) as bar:
             run.fit(bar)
     return run.summarize()
 
 
 class _Run:
-    """A run's moving parts; `fit` moves them.
+    """A training run under way.
 
-    A step's number counts the steps done, itself included. What is due after a step follows from
-    its number and the history of evaluations alone, so that a resumed run decides alike.
+    A step's number counts the steps done, itself included. What is due after a step depends on its
+    number and the history of evaluations alone, so that a resumed run decides the same.
     """
 
     def __init__(
         self,
         experiment: Experiment,
         dataset: Dataset,
-        parallel: DataParallel,
+        devices: DataParallel,
         directory: epath.Path,
         checkpoints: Checkpoints,
-        interruption: "_Interruption",
+        interruption: Interruption,
     ):
         training = experiment.training
         self.experiment = experiment
         self.dataset = dataset
-        self.parallel = parallel
+        self.devices = devices
         self.directory = directory
         self.checkpoints = checkpoints
         self.interruption = interruption
         self.steps_per_epoch = len(dataset.train) // training.batch_size
         self.last_step = training.last_step(len(dataset.train))
 
-        # With several processes, the first one alone writes what isn't a checkpoint.
+        # With several processes, only the first writes anything but checkpoints.
         self.is_first = jax.process_index() == 0
 
-        parts = assembly.assemble(experiment, dataset.image_shape, parallel, self.last_step)
-        self.feed = feeds.create(
-            dataset.train, experiment.degradation, training, parallel, parts.train_step
-        )
-        self.evaluator = evaluation.Evaluator(parts.apply, experiment.degradation, parallel)
+        assembled = assembly.assemble(experiment, dataset.image_shape, devices, self.last_step)
+        self.feed = feeds.create(dataset.train, experiment.degradation, training, assembled)
+        self.evaluator = evaluation.Evaluator(assembled.apply, experiment.degradation, devices)
         degraded = evaluation.degraded(experiment.degradation, dataset.validation[:_LOOKED_AT])
         self.degraded_samples = degraded[:_SAMPLES].copy()
-        self.description = config.to_json(experiment) | {
-            "aecore": aecore.__version__,
-            "image_size": list(dataset.image_shape[:2]),
-            "channels": dataset.image_shape[2],
-            "fingerprint": dataset.fingerprint(),
-            "inputs": expectations.describe(degraded),
-        }
-        self.abstract_state = parallel.abstract(parts.create)
+        self.description = dataclasses.replace(
+            Description.from_json(describe(experiment)),
+            aecore=aecore.__version__,
+            image_size=dataset.image_shape[:2],
+            channels=dataset.image_shape[2],
+            fingerprint=dataset.fingerprint(),
+            inputs=expectations.describe(degraded),
+        )
+        self.abstract_state = devices.abstract(assembled.create)
         restored = checkpoints.restore(self.abstract_state)
         if restored:
-            self.state, description = restored
-            self._check_same_run(description)
+            self.state, resumed = restored
+            resuming.check_run(resumed, self.description, experiment, directory, len(dataset.train))
         else:
-            self.state, description = parallel.compile_create(parts.create)(), {}
+            self.state, resumed = devices.compile_create(assembled.create)(), Description()
         self.step = self.saved_step = int(jax.device_get(self.state.step))
         self.first_step = self.step + 1
-        self.history = list(description.get("history", []))
-        self.clock = _Clock(training.batch_size, description)
-        self.log = _MetricsLog(directory, self.step, training.log_every, self.is_first)
+        self.history = list(resumed.history)
+        self.clock = Clock(training.batch_size, resumed)
+        self.log = MetricsLog(
+            directory, self.step, resumed.unlogged, training.log_every, self.is_first
+        )
         self.launched = collections.deque()
         self.is_finite = jax.jit(
             lambda tree: jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
@@ -187,7 +174,7 @@ class _Run:
             )
             self.launched.append((self.step + 1, count, losses))
             self.step += count
-            # Losses are read late, so that the devices always have a step to go on with.
+            # Losses are read late, so that the devices always have the next step queued.
             self._collect_losses(bar, leave=2)
         self.checkpoints.wait()
         self.clock.stop()
@@ -201,7 +188,7 @@ class _Run:
         return min(self.last_step, *((self.step // n + 1) * n for n in every))
 
     def _stop_is_requested(self) -> bool:
-        """Whether a process was asked to stop. All processes stop after the same step."""
+        """Whether any process was asked to stop. All processes stop after the same step."""
         requested = self.interruption.requested
         if jax.process_count() == 1:
             return requested
@@ -217,11 +204,11 @@ class _Run:
     def summarize(self) -> dict[str, Any]:
         """Writes `summary.json` and the pictures, from the best checkpoint; returns the summary."""
         restorer = Restorer.load(self.directory, model=self.experiment.model)
-        scores = restorer.description["metrics"]
-        if scores is None:  # Every checkpoint that was evaluated has since been damaged.
-            params = self.parallel.replicate(restorer.params)
+        scores = restorer.description.metrics
+        if scores is None:  # Every evaluated checkpoint has since been damaged.
+            params = self.devices.replicate(restorer.params)
             scores = {
-                "step": restorer.description["step"],
+                "step": restorer.description.step,
                 **self.evaluator(params, self.dataset.validation),
             }
         summary = {
@@ -231,11 +218,11 @@ class _Run:
             **self.clock.to_json(),
             "evaluation": scores,
             "baseline": evaluation.baseline(
-                self.experiment.degradation, self.parallel, self.dataset.validation
+                self.experiment.degradation, self.devices, self.dataset.validation
             ),
             "parameters": state.count_parameters(self.state.params),
             "device": jax.devices()[0].device_kind,
-            "devices": self.parallel.device_count,
+            "devices": self.devices.device_count,
             "seed": self.experiment.training.seed,
         }
         if not self.is_first:
@@ -259,7 +246,7 @@ class _Run:
         return summary
 
     def _classical_scores(self) -> dict[str, Any]:
-        """Those that an evaluation has added to the summary of the finished run."""
+        """Scores of classical methods that an evaluation added to an earlier summary."""
         try:
             earlier = json.loads((self.directory / "summary.json").read_text())
             return {"classical": earlier["classical"]}
@@ -267,7 +254,7 @@ class _Run:
             return {}
 
     def _collect_losses(self, bar: tqdm, leave: int = 0) -> None:
-        """Waits for all launched steps but those of the last few calls; records their losses."""
+        """Waits for the launched steps, except the last `leave` calls; records their losses."""
         while len(self.launched) > leave:
             first, count, losses = self.launched.popleft()
             losses = np.atleast_1d(jax.device_get(losses))[:count]
@@ -277,7 +264,7 @@ class _Run:
                 self._check_finite("loss", loss, step)
                 self.log.add_loss(step, loss, speed)
             if first == self.first_step:
-                bar.unpause()  # Time left is reckoned without the first step's compilation.
+                bar.unpause()  # The remaining time is estimated without the compilation.
             if self.clock.seconds_per_step:
                 self.feed.seconds_per_step(self.clock.seconds_per_step)
             bar.set_description(self.epoch_label(first), refresh=False)
@@ -326,9 +313,14 @@ class _Run:
         self._check_finite("state", 0.0 if finite else math.nan, self.step)
         self.checkpoints.save(
             self.state,
-            self.description
-            | {"step": self.step, "history": self.history, "metrics": self._scores()}
-            | self.clock.to_json(),
+            dataclasses.replace(
+                self.description,
+                step=self.step,
+                history=tuple(self.history),
+                metrics=self._scores(),
+                unlogged=self.log.unlogged,
+                **self.clock.to_json(),
+            ),
         )
         self.saved_step = self.step
         self.clock.pause()
@@ -352,169 +344,6 @@ class _Run:
                 "try a lower --optimizer.learning-rate, with another --run-dir"
             )
 
-    def _check_same_run(self, description: Mapping[str, Any]) -> None:
-        """As `_check_same_experiment`, but by what the checkpoint itself says."""
-        settings = {name: description[name] for name in config.to_json(self.experiment)}
-        _refuse_differences(settings, self.experiment, self.directory)
-        old, new = description["fingerprint"], self.description["fingerprint"]
-        if old != new:
-            raise CheckpointError(
-                f"{self.directory} was trained on other images ({old}, now {new}); "
-                "restore them, or use another --run-dir"
-            )
-
-
-class _Interruption:
-    """Turns SIGINT and SIGTERM into a request to stop; a second Ctrl-C stops at once,
-    but for a compilation that is under way."""
-
-    def __init__(self):
-        self.requested = False
-        self._first = 0.0
-        self._previous = {}
-
-    def __enter__(self) -> "_Interruption":
-        # Python allows this in the main thread only.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame) -> None:
-        del frame
-        now = time.monotonic()
-        # A terminal and a wrapper may both pass on the same Ctrl-C.
-        if self.requested and number == signal.SIGINT and now > self._first + 1:
-            raise KeyboardInterrupt
-        if not self.requested:
-            self._first = now
-        self.requested = True
-
-
-class _Clock:
-    """How long a run has taken, over all its sessions, and how fast its steps are.
-
-    The speed leaves out the step's compilation, evaluation and saving.
-    """
-
-    def __init__(self, batch_size: int, description: Mapping[str, Any]):
-        self._batch_size = batch_size
-        self._earlier_seconds = description.get("seconds", 0.0)
-        self._earlier_speed = description.get("images_per_second", 0.0)
-        self._start = time.perf_counter()
-        self._end = None
-        self._last_tick = None
-        self._steps = 0
-        self._step_seconds = 0.0
-
-    def tick(self, steps: int) -> None:
-        """Steps are done. The first ones after a pause are not timed."""
-        now = time.perf_counter()
-        if self._last_tick is not None:
-            self._steps += steps
-            self._step_seconds += now - self._last_tick
-        self._last_tick = now
-
-    def pause(self) -> None:
-        """What comes before the next step does not count as a step."""
-        self._last_tick = None
-
-    def stop(self) -> None:
-        self._end = time.perf_counter()
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """As measured since this process started; None if nothing was yet."""
-        return self._step_seconds / self._steps if self._steps else None
-
-    @property
-    def images_per_second(self) -> float:
-        if not self._steps:
-            return self._earlier_speed
-        return self._steps * self._batch_size / self._step_seconds
-
-    def to_json(self) -> dict[str, float]:
-        seconds = self._earlier_seconds + (self._end or time.perf_counter()) - self._start
-        return {"seconds": seconds, "images_per_second": self.images_per_second}
-
-
-class _MetricsLog:
-    """Appends to `metrics.jsonl` and TensorBoard; drops lines of steps that will be done again.
-
-    Of several processes, one `writes`.
-    """
-
-    def __init__(self, directory: epath.Path, step: int, every: int, writes: bool):
-        self._writes = writes
-        self._path = directory / "metrics.jsonl"
-        self._directory = directory
-        self._every = every
-        self._losses = []
-        self._step = step
-        if writes and self._path.exists():
-            kept = [line for line in self._read() if line["step"] <= step]
-            self._path.write_text("".join(map(_json_line, kept)))
-
-    def __enter__(self) -> "_MetricsLog":
-        if not self._writes:
-            return self
-        from tensorboardX import SummaryWriter
-
-        self._file = self._path.open("a")
-        self._tensorboard = SummaryWriter(str(self._directory), purge_step=self._step + 1)
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._writes:
-            self._file.close()
-            self._tensorboard.close()
-
-    def add_loss(self, step: int, loss: float, images_per_second: float) -> None:
-        """Records a step's loss; writes the mean of those since the last line, if one is due."""
-        self._losses.append(loss)
-        if step % self._every == 0:
-            self._write_losses(step, images_per_second)
-
-    def finish(self, step: int, images_per_second: float) -> None:
-        """Writes the mean of the losses that no line was due for yet."""
-        if self._losses:
-            self._write_losses(step, images_per_second)
-
-    def _write_losses(self, step: int, images_per_second: float) -> None:
-        mean = sum(self._losses) / len(self._losses)
-        self._losses.clear()
-        self._write(step, {"loss": mean, "images_per_second": images_per_second})
-
-    def add_scores(self, step: int, scores: Mapping[str, float]) -> None:
-        """Records an evaluation."""
-        names = ("mse", "psnr", "ssim")
-        self._write(step, {f"validation_{name}": scores[name] for name in names})
-
-    def read(self, name: str) -> list[dict[str, float]]:
-        """The lines that hold a value."""
-        return [line for line in self._read() if name in line]
-
-    def _write(self, step: int, values: Mapping[str, float]) -> None:
-        if not self._writes:
-            return
-        self._file.write(_json_line({"step": step, **values}))
-        self._file.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
-
-    def _read(self) -> list[dict[str, float]]:
-        lines = []
-        for line in self._path.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:  # Cut off when the process was killed.
-                continue
-        return [line for line in lines if isinstance(line, dict) and "step" in line]
-
 
 def _bar(run: _Run, progress: bool) -> tqdm:
     batch_size = run.experiment.training.batch_size
@@ -529,48 +358,3 @@ def _bar(run: _Run, progress: bool) -> tqdm:
         # A log file gets a line now and then, a terminal a moving bar.
         mininterval=0.2 if sys.stderr.isatty() else 10.0,
     )
-
-
-def _with_absolute_data_dir(experiment: Experiment) -> Experiment:
-    """So that the data are found again from another working directory."""
-    if experiment.data.data_dir is None:
-        return experiment
-    data_dir = str(epath.Path(experiment.data.data_dir).expanduser().absolute())
-    return dataclasses.replace(
-        experiment, data=dataclasses.replace(experiment.data, data_dir=data_dir)
-    )
-
-
-def _check_same_experiment(experiment: Experiment, directory: epath.Path) -> None:
-    path = directory / "experiment.json"
-    if not (path.exists() and checkpoints.exists(directory)):
-        return
-    try:
-        old = json.loads(path.read_text())
-        if not isinstance(old, dict):
-            raise ValueError("no object")
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} does not describe an experiment ({error}); use another --run-dir"
-        ) from error
-    _refuse_differences(old, experiment, directory)
-
-
-def _refuse_differences(
-    old: Mapping[str, Any], experiment: Experiment, directory: epath.Path
-) -> None:
-    changeable = _CHANGEABLE
-    if experiment.optimizer.schedule == "cosine":
-        changeable -= _WHEN_IT_ENDS  # A learning rate that falls to 0 by then depends on it.
-    differing = config.differences(
-        config.with_defaults(old), config.to_json(experiment), changeable
-    )
-    if differing:
-        raise CheckpointError(
-            f"{directory} holds a different experiment ({'; '.join(differing)}); "
-            "use another --run-dir, or the settings it was made with"
-        )
-
-
-def _json_line(values: Mapping[str, Any]) -> str:
-    return json.dumps(values) + "\n"

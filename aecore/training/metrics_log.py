@@ -1,0 +1,105 @@
+"""`metrics.jsonl` and TensorBoard's event files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from aecore.storage import write_whole
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl` and TensorBoard.
+
+    Args:
+      directory: the run's.
+      step: the step that the run starts from; lines of later steps, which will be done again, are
+        dropped.
+      unlogged: losses of the steps before it that no line has averaged yet.
+      every: steps that a line averages.
+      writes: whether this process writes; of several, one does.
+    """
+
+    def __init__(
+        self,
+        directory: epath.Path,
+        step: int,
+        unlogged: Sequence[float],
+        every: int,
+        writes: bool,
+    ):
+        self._writes = writes
+        self._path = directory / "metrics.jsonl"
+        self._directory = directory
+        self._every = every
+        self._losses = list(unlogged)
+        self._step = step
+        if writes and self._path.exists():
+            kept = [line for line in self._read() if line["step"] <= step]
+            write_whole(self._path, "".join(map(_json_line, kept)).encode())
+
+    def __enter__(self) -> "MetricsLog":
+        if not self._writes:
+            return self
+        from tensorboardX import SummaryWriter
+
+        self._file = self._path.open("a")
+        self._tensorboard = SummaryWriter(str(self._directory), purge_step=self._step + 1)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._writes:
+            self._file.close()
+            self._tensorboard.close()
+
+    @property
+    def unlogged(self) -> tuple[float, ...]:
+        """Losses that no line has averaged yet."""
+        return tuple(self._losses)
+
+    def add_loss(self, step: int, loss: float, images_per_second: float) -> None:
+        """Records a step's loss; writes the mean since the last line if one is due."""
+        self._losses.append(loss)
+        if step % self._every == 0:
+            self._write_losses(step, images_per_second)
+
+    def finish(self, step: int, images_per_second: float) -> None:
+        """Writes the mean of the losses since the last line."""
+        if self._losses:
+            self._write_losses(step, images_per_second)
+
+    def _write_losses(self, step: int, images_per_second: float) -> None:
+        mean = sum(self._losses) / len(self._losses)
+        self._losses.clear()
+        self._write(step, {"loss": mean, "images_per_second": images_per_second})
+
+    def add_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Records an evaluation."""
+        names = ("mse", "psnr", "ssim")
+        self._write(step, {f"validation_{name}": scores[name] for name in names})
+
+    def read(self, name: str) -> list[dict[str, float]]:
+        """The lines that hold a value."""
+        return [line for line in self._read() if name in line]
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        if not self._writes:
+            return
+        self._file.write(_json_line({"step": step, **values}))
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def _read(self) -> list[dict[str, float]]:
+        lines = []
+        for line in self._path.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:  # Cut off when the process was killed.
+                continue
+        return [line for line in lines if isinstance(line, dict) and "step" in line]
+
+
+def _json_line(values: Mapping[str, Any]) -> str:
+    return json.dumps(values) + "\n"

@@ -1,0 +1,95 @@
+"""Whether a run directory may go on as an experiment."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from aecore.config import Experiment
+from aecore.errors import CheckpointError, ConfigError
+from aecore.saved import checkpoints
+from aecore.saved.descriptions import Description, changes, experiment_from_json
+from aecore.settings import OnResume
+from aecore.training import assembly
+
+
+def check_directory(experiment: Experiment, directory: epath.Path) -> None:
+    """Refuses a run directory of another experiment, by its `experiment.json`.
+
+    Raises:
+      CheckpointError: names the settings that differ and mustn't.
+    """
+    path = directory / "experiment.json"
+    if not (path.exists() and checkpoints.exists(directory)):
+        return
+    try:
+        _check(json.loads(path.read_text()), experiment, directory)
+    except (ConfigError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} does not describe an experiment ({error}); use another --run-dir"
+        ) from error
+
+
+def check_run(
+    saved: Description,
+    now: Description,
+    experiment: Experiment,
+    directory: epath.Path,
+    images: int,
+) -> None:
+    """Refuses a checkpoint of another experiment, by what it says of itself.
+
+    Args:
+      saved: the checkpoint's description.
+      now: that of the experiment.
+      experiment: to be trained.
+      directory: of the run, for messages.
+      images: how many there are for training.
+
+    Raises:
+      CheckpointError: it was trained with other settings or on other images, or its finished steps
+        would have had other learning rates.
+    """
+    old = _check(saved.to_json(), experiment, directory)
+    if saved.fingerprint != now.fingerprint:
+        raise CheckpointError(
+            f"{directory} was trained on other images ({saved.fingerprint}, now "
+            f"{now.fingerprint}); bring them back, or use another --run-dir"
+        )
+    before, after = (_rates(e, images, saved.step or 0) for e in (old, experiment))
+    differing = np.flatnonzero(before != after)
+    if differing.size:
+        step = int(differing[0])
+        raise CheckpointError(
+            f"{directory} was to end at step {old.training.last_step(images)}, now at "
+            f"{experiment.training.last_step(images)}: with this schedule, the learning rate of "
+            f"step {step + 1} would have been {after[step]:.3g}, not {before[step]:.3g}; "
+            "use another --run-dir, or the --training.epochs and --training.steps it was made with"
+        )
+
+
+def _check(saved: Mapping[str, Any], experiment: Experiment, directory: epath.Path) -> Experiment:
+    """The saved experiment; refuses one that differs in what a resumed run may not change."""
+    old = experiment_from_json(saved, like=experiment.model)
+    differing = [
+        f"{name}: {before} -> {after}"
+        for name, on_resume, before, after in changes(old, experiment)
+        if on_resume is OnResume.FIXED
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{directory} holds a different experiment ({'; '.join(differing)}); "
+            "use another --run-dir, or the settings it was made with"
+        )
+    return old
+
+
+def _rates(experiment: Experiment, images: int, steps: int) -> np.ndarray:
+    """The learning rates of the first steps, `(steps,)` float32."""
+    rate = assembly.learning_rate(experiment.optimizer, experiment.training.last_step(images))
+    if not callable(rate):
+        return np.full(steps, rate, np.float32)
+    return np.asarray(rate(jnp.arange(steps)), np.float32)

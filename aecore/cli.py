@@ -11,6 +11,7 @@ import runpy
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union
 
@@ -19,7 +20,7 @@ from etils import epath
 from tqdm import tqdm
 
 from aecore.config import Experiment
-from aecore.errors import AecoreError, ConfigError, Interrupted
+from aecore.errors import AecoreError, ConfigError, Interrupted, SavingError
 
 
 def main(
@@ -468,13 +469,23 @@ def run(args: Sequence[str] | None = None) -> None:
 def _exit_status() -> Iterator[None]:
     """Ends the process with one line on stderr, instead of a traceback, for aecore's own errors."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    # Orbax and TFDS report through absl what a user can't act on.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax and TFDS report through absl what a user can't act on; failures are raised besides.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # Where the cache of compiled programs can't be used, they are compiled anew.
+    warnings.filterwarnings("ignore", r"Error (reading|writing) persistent compilation cache")
+    # What native threads raise, such as those of a failed save, reaches us as an exception too.
+    sys.unraisablehook = lambda _: None
     try:
         _keep_compiled_programs()
         yield
     except AecoreError as error:
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, SavingError):
+            # Unfinished saves would report as Python shuts down.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_status)
         sys.exit(error.exit_status)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

@@ -125,6 +125,18 @@ class Training:
 
     def __post_init__(self):
         settings.check(self, "training.")
+        if self.distributed not in (None, "auto"):
+            host_port, count, index = (*self.distributed.split(","), "", "")[:3]
+            _require(
+                ":" in host_port
+                and host_port.rpartition(":")[2].isdecimal()
+                and count.isdecimal()
+                and index.isdecimal()
+                and int(index) < int(count)
+                and self.distributed.count(",") == 2,
+                f"training.distributed {self.distributed!r} is neither auto nor "
+                "HOST:PORT,COUNT,INDEX; use one such as 10.0.0.1:1234,2,0",
+            )
 
     def last_step(self, images: int) -> int:
         """The step after which training on this many images ends."""

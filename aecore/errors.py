@@ -30,6 +30,12 @@ class CheckpointError(AecoreError):
     """A run directory with no usable checkpoint, or one that belongs to a different experiment."""
 
 
+class SavingError(AecoreError):
+    """A checkpoint can't be written, for example as the disk is full. Earlier ones are kept."""
+
+    exit_status = 1
+
+
 class NonFiniteLossError(AecoreError):
     """The loss became NaN or infinite. The last good checkpoint is kept."""
 

@@ -3,10 +3,12 @@ import json
 
 import pytest
 
-from aecore import Data, Experiment, Optimizer, Training, config
+from aecore import Data, Experiment, Optimizer, Training
 from aecore.degradations import Compose, GaussianBlur, GaussianNoise, Pixelate
 from aecore.errors import ConfigError
 from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer
+from aecore.saved.descriptions import changes, describe, experiment_from_json
+from aecore.settings import OnResume
 
 
 @pytest.mark.parametrize(
@@ -17,7 +19,7 @@ from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer
             "b",
             ResolutionEnhancer(channels=1),
             Compose((GaussianBlur(1.0), Pixelate((0.3, 0.5)), GaussianNoise(0.1))),
-            Data(dataset="folder", data_dir="x", image_size=(32, 48), channels=1),
+            Data(dataset="folder", data_dir="/x", image_size=(32, 48), channels=1),
             Optimizer(learning_rate=0.01),
             Training(steps=7, patience=2, seed=5),
             run_dir="elsewhere",
@@ -25,8 +27,8 @@ from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer
     ],
 )
 def test_an_experiment_survives_json(experiment):
-    text = json.dumps(config.to_json(experiment))
-    assert config.from_json(json.loads(text)) == experiment
+    text = json.dumps(describe(experiment))
+    assert experiment_from_json(json.loads(text)) == experiment
 
 
 def test_json_names_nothing_outside_the_registries():
@@ -35,17 +37,17 @@ def test_json_names_nothing_outside_the_registries():
         stride: int = 1
 
     experiment = Experiment("a", Unregistered(), GaussianNoise(0.1))
-    description = config.to_json(experiment)
+    description = describe(experiment)
     with pytest.raises(ConfigError, match="'Unregistered' is not registered.*pass model="):
-        config.from_json(description)
-    assert config.from_json(description, model=Unregistered()).degradation == GaussianNoise(0.1)
+        experiment_from_json(description)
+    assert experiment_from_json(description, model=Unregistered()).degradation == GaussianNoise(0.1)
 
     description["model"] = {"type": "os.system", "command": "false"}
     with pytest.raises(ConfigError, match="not registered"):
-        config.from_json(description)
+        experiment_from_json(description)
     description["model"] = {"type": "NoiseReducer", "no_such_field": 1}
     with pytest.raises(ConfigError, match="no_such_field"):
-        config.from_json(description)
+        experiment_from_json(description)
 
 
 def test_a_field_without_a_form_in_json_is_refused():
@@ -53,39 +55,67 @@ def test_a_field_without_a_form_in_json_is_refused():
         dtype: type = float
 
     with pytest.raises(ConfigError, match="not JSON serializable"):
-        config.to_json(Experiment("a", Typed(), GaussianNoise(0.1)))
+        describe(Experiment("a", Typed(), GaussianNoise(0.1)))
 
 
-def test_differences_name_fields_by_their_flags():
-    old = config.to_json(Experiment("a", NoiseReducer(), GaussianNoise(0.1)))
-    new = config.to_json(
-        Experiment(
-            "a",
-            NoiseReducer(),
-            GaussianNoise(0.2),
-            optimizer=Optimizer(learning_rate=0.1),
-            training=Training(epochs=3),
-        )
+def test_changes_name_fields_by_their_flags_and_say_whether_a_resumed_run_may_change_them():
+    old = Experiment("a", NoiseReducer(), GaussianNoise(0.1))
+    new = Experiment(
+        "a",
+        NoiseReducer(),
+        GaussianNoise(0.2),
+        optimizer=Optimizer(learning_rate=0.1),
+        training=Training(epochs=3, feed="resident"),
     )
-    assert config.differences(old, new, frozenset({"training.epochs"})) == [
-        "degradation.sigma: 0.1 -> 0.2",
-        "optimizer.learning_rate: 0.001 -> 0.1",
+    assert list(changes(old, new)) == [
+        ("degradation.sigma", OnResume.FIXED, 0.1, 0.2),
+        ("optimizer.learning_rate", OnResume.FIXED, 0.001, 0.1),
+        ("training.epochs", OnResume.SAME_RATES, 10, 3),
+        ("training.feed", OnResume.FREE, "stream", "resident"),
     ]
+    assert not list(changes(old, old))
+
+
+def test_an_older_description_lacks_fields_and_gets_their_defaults():
+    experiment = Experiment("a", NoiseReducer(), GaussianNoise(0.1), Data(channels=1))
+    description = describe(experiment)
+    for part, field in (
+        ("model", "features"),
+        ("degradation", "sigma"),
+        ("data", "memory_limit"),
+        ("optimizer", "ema"),
+        ("training", "loss"),
+    ):
+        del description[part][field]
+    rebuilt = experiment_from_json(description)
+    assert rebuilt.degradation == GaussianNoise()
+    assert dataclasses.replace(rebuilt, degradation=GaussianNoise(0.1)) == experiment
+
+
+def test_a_model_of_ones_own_is_rebuilt_by_the_class_at_hand():
+    class Unregistered(Autoencoder):
+        width: int = 3
+        channels: int = 1
+        stride: int = 1
+
+    description = describe(Experiment("a", Unregistered(width=5), GaussianNoise(0.1)))
+    del description["model"]["channels"]
+    assert experiment_from_json(description, like=Unregistered()).model == Unregistered(width=5)
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Training(epochs=0), "training.epochs 0 is less than 1"),
+        (lambda: Training(epochs=0), "training.epochs 0 is out of bounds; use at least 1"),
         (lambda: Training(batch_size=-3), "training.batch_size -3"),
         (lambda: Training(steps=0), "training.steps 0"),
         (lambda: Training(keep=0), "training.keep 0"),
         (lambda: Training(min_delta=-1.0), "training.min_delta"),
         (lambda: Optimizer(learning_rate=0.0), "optimizer.learning_rate"),
-        (lambda: Data(image_size=(0, 80)), "not a height and a width"),
+        (lambda: Data(image_size=(0, 80)), "data.image_size .* at least 1"),
         (
             lambda: Experiment("a", NoiseReducer(), GaussianNoise(), Data(image_size=(8, 80))),
-            "8x80 is too small for SSIM; use --data.image-size with at least 11 11",
+            "8x80 is too small for SSIM; use --data.image-size with at least 12 12",
         ),
         (lambda: Data(channels=2), "data.channels 2"),
         (lambda: Data(validation_fraction=1.0), "data.validation_fraction"),
@@ -97,8 +127,40 @@ def test_differences_name_fields_by_their_flags():
         ),
         (lambda: Compose((1, 2)), "not a tuple of degradations"),
         (lambda: NoiseReducer(features=3), "can't have features 3"),
-        (lambda: Data(image_size=28), "not a height and a width"),
-        (lambda: Training(batch_size=32.0), "not a whole number"),
+        (
+            lambda: Data(image_size=28),
+            "data.image_size 28 is not possible; use 2 whole numbers or None",
+        ),
+        (lambda: Training(batch_size=32.0), "training.batch_size 32.0 .* use a whole number"),
+        *[
+            (lambda settings=settings: Training(**settings), f"training.{next(iter(settings))}")
+            for settings in (
+                {"steps": 2.5},
+                {"seed": 1.5},
+                {"batch_size": True},
+                {"flip": "no"},
+                {"devices": 1.0},
+                {"min_delta": None},
+                {"min_delta": float("inf")},
+                {"distributed": 5},
+                {"distributed": "foo"},
+                {"distributed": "host:1,2,2"},
+                {"loss": "l3"},
+            )
+        ],
+        (lambda: Data(image_size=(28.5, 28)), "data.image_size"),
+        (lambda: Data(memory_limit=float("inf")), "data.memory_limit inf"),
+        (lambda: Data(resize="nearest"), "use antialiased or bilinear"),
+        (
+            lambda: Experiment("a", NoiseReducer(), GaussianNoise(), Data(image_size=(13, 13))),
+            r"--data.image-size 12 12 or 16 16$",
+        ),
+        (
+            lambda: Experiment(
+                "a", ResolutionEnhancer(), GaussianNoise(), Data(image_size=(256, 255))
+            ),
+            r"--data.image-size 256 254 or 256 256$",
+        ),
         (
             lambda: Experiment("a", NoiseReducer(), GaussianNoise(), Data(image_size=(30, 45))),
             "multiple of 4.*--data.image-size 28 44 or 32 48",

@@ -91,8 +91,8 @@ def test_a_run_is_exported_whole_and_needs_neither_flax_nor_orbax(trained, tmp_p
     assert "3,217 parameters" in output
     alone = aecore.Restorer.load(tmp_path / "b.aecore")
     assert isinstance(alone.model, NoiseReducer)
-    assert alone.description["model"] == restorer.description["model"]
-    assert alone.description["metrics"] == restorer.description["metrics"]
+    assert alone.description.model == restorer.description.model
+    assert alone.description.metrics == restorer.description.metrics
     for path in (tmp_path / "a.aecore", tmp_path / "b.aecore"):
         assert str(trained.parent).encode() not in path.read_bytes()
     np.testing.assert_array_equal(alone(image), expected)
@@ -345,7 +345,7 @@ def test_the_shipped_weights_are_those_that_were_trained():
     largest_mse = {"fashion-mnist-denoise": 0.0142, "lfw-enhance": 0.0022}
     assert largest_mse.keys() == weights.NAMES.keys()
     for name, mse in largest_mse.items():
-        assert aecore.Restorer.load(name).description["metrics"]["mse"] < mse
+        assert aecore.Restorer.load(name).description.metrics["mse"] < mse
 
 
 def test_the_shipped_denoiser_removes_noise():

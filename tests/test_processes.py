@@ -63,7 +63,7 @@ def test_two_processes_do_what_one_does(form, feed, alone, tmp_path):
     assert "2 x cpu" in first
     assert "validation images" not in second
     state, description = newest(tmp_path / "run")
-    assert description["step"] == 20
+    assert description.step == 20
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(alone[feed]), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
@@ -78,6 +78,6 @@ def test_two_processes_stop_together_and_one_goes_on(alone, tmp_path):
     for output in finish(processes, status=130):
         assert "is saved in" in output
     _, description = newest(run)
-    assert 10 <= description["step"] < 150
+    assert 10 <= description.step < 150
     finish(start(run, "--training.steps", "150"))
     assert newest(run)[1]["step"] == 150

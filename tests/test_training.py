@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -19,8 +21,9 @@ import aecore
 from aecore.data.batches import training_batches
 from aecore.degradations import GaussianNoise
 from aecore.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError
-from aecore.models import NoiseReducer, ResolutionEnhancer
+from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer
 from aecore.saved import checkpoints
+from aecore.saved.descriptions import Description, experiment_from_json
 from aecore.steps import state
 from aecore.steps.devices import DataParallel
 from aecore.steps.step import of_model, pairs, train_step
@@ -38,11 +41,11 @@ def change(experiment, **fields):
 def newest(run):
     """Step and exact contents of a run's newest checkpoint."""
     run = Path(run)
-    experiment = aecore.config.from_json(json.loads((run / "experiment.json").read_text()))
+    experiment = experiment_from_json(json.loads((run / "experiment.json").read_text()))
     devices = DataParallel()
     with checkpoints.Checkpoints(run / "checkpoints", keep=100) as saved:
         description = checkpoints._read_description(saved._manager, max(saved._manager.all_steps()))
-        shape = (*description["image_size"], description["channels"])
+        shape = (*description.image_size, description.channels)
         parts = assembly.assemble(experiment, shape, devices, last_step=8)
         restored, description = saved.restore(devices.abstract(parts.create))
     return restored, description
@@ -159,7 +162,7 @@ def test_the_average_is_what_is_evaluated_and_restored_with(tiny):
     summary = aecore.train(chosen, progress=False)
     current, description = newest(tiny.run_dir)
     restorer = aecore.Restorer.load(tiny.run_dir)
-    assert restorer.description["step"] == description["step"]
+    assert restorer.description.step == description.step
     for average, last, restored in zip(
         *map(jax.tree.leaves, (current.ema, current.params, restorer.params)), strict=True
     ):
@@ -171,8 +174,34 @@ def test_the_average_is_what_is_evaluated_and_restored_with(tiny):
 def test_a_run_whose_rate_falls_until_its_end_keeps_that_end(tiny):
     cosine = change(tiny, optimizer=aecore.Optimizer(schedule="cosine"))
     aecore.train(change(cosine, epochs=1), progress=False)
-    with pytest.raises(CheckpointError, match="training.epochs: 1 -> 2"):
+    with pytest.raises(CheckpointError, match="was to end at step 4, now at 8.* learning rate"):
         aecore.train(cosine, progress=False)
+
+
+def test_a_resumed_run_has_the_learning_rates_of_one_that_was_not_stopped(tiny):
+    def warming(steps, epochs):
+        optimizer = aecore.Optimizer(warmup_steps=steps)
+        return change(tiny, optimizer=optimizer, epochs=epochs, run_dir=f"{tiny.run_dir}{steps}")
+
+    # Two steps are less than half of either training, six are not.
+    aecore.train(warming(2, epochs=1), progress=False)
+    assert aecore.train(warming(2, epochs=2), progress=False)["steps"] == 8
+    aecore.train(warming(6, epochs=1), progress=False)
+    with pytest.raises(CheckpointError, match="learning rate of step 1 would have been"):
+        aecore.train(warming(6, epochs=2), progress=False)
+
+
+def test_a_model_that_keeps_nothing_for_its_gradient(tiny):
+    class Shift(Autoencoder):
+        channels: int = 1
+        stride: int = 1
+
+        @nn.compact
+        def __call__(self, images):
+            return images + self.param("shift", nn.initializers.zeros, (1,))
+
+    assert assembly.activation_bytes(Shift(), (16, 16, 1)) == 0
+    assert aecore.train(change(tiny, model=Shift(), steps=2), progress=False)["parameters"] == 1
 
 
 def test_a_run_from_before_a_field_existed_goes_on(tiny):
@@ -242,12 +271,60 @@ def test_interruption_saves_and_loses_no_step(tiny, tmp_path, monkeypatch):
             aecore.train(stopped, progress=False)
         assert steps_kept(stopped.run_dir)[-1] == expected
     # The second one came at the last epoch's end, before its evaluation.
-    assert newest(stopped.run_dir)[1]["metrics"] is None
+    assert newest(stopped.run_dir)[1].metrics is None
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.undo()
     summary = aecore.train(stopped, progress=False)
     assert summary["evaluation"]["step"] in (4, 8)
     assert_identical(tmp_path / "run", stopped.run_dir)
+
+
+def test_metrics_after_a_stop_between_two_lines_are_those_of_an_unstopped_run(tiny, tmp_path):
+    def lines(run):
+        text = Path(run, "metrics.jsonl").read_text()
+        return [
+            (line["step"], line["loss"])
+            for line in map(json.loads, text.splitlines())
+            if "loss" in line
+        ]
+
+    logged = change(tiny, log_every=4, checkpoint_every=3)
+    aecore.train(logged, progress=False)
+    stopped = change(logged, run_dir=str(tmp_path / "stopped"))
+    aecore.train(change(stopped, steps=7), progress=False)
+    # As if the process had been killed in step 4 and 7: the newest checkpoint is that of step 3.
+    for name in ("4", "6", "7"):
+        shutil.rmtree(tmp_path / "stopped" / "checkpoints" / name)
+    aecore.train(stopped, progress=False)
+    assert lines(stopped.run_dir) == lines(logged.run_dir)
+
+
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+import tiny_experiment
+tiny_experiment.main(tiny_experiment.experiment, sys.argv[1:])
+"""
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(tmp_path):
+    """As on a full disk: no file may grow beyond 40 kB."""
+    run = tmp_path / "run"
+    flags = ["--run-dir", run, "--training.steps", "20", "--model.features", "64", "64"]
+    process = subprocess.run(
+        [sys.executable, "-c", LIMITED, *map(str, flags)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 1
+    errors = [line for line in process.stderr.splitlines() if "images/s" not in line]
+    assert errors == [
+        f"error: {run}/checkpoints: a checkpoint can't be saved (File too large); "
+        "earlier ones are kept; mend that and run the same command again"
+    ]
 
 
 def test_training_works_outside_the_main_thread(tiny):
@@ -298,7 +375,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny, tmp_path
     damage(folder)
 
     restorer = aecore.Restorer.load(broken.run_dir)
-    assert restorer.description["step"] in (3, 4)
+    assert restorer.description.step in (3, 4)
     assert f"checkpoint {folder} is damaged" in caplog.text
     caplog.clear()
 
@@ -324,7 +401,7 @@ def test_a_checkpoint_stays_until_its_replacement_is_whole(tmp_path):
     def save(checkpoints, value):
         checkpoints.save(
             state.TrainState(jax.numpy.int32(5), {"a": np.full(3, value, np.float32)}, {}),
-            {"step": 5, "history": [], "metrics": None, "image_size": [8, 8], "channels": 1},
+            Description(step=5, image_size=(8, 8), channels=1),
         )
 
     def restore(checkpoints):
@@ -368,7 +445,7 @@ def test_a_half_written_checkpoint_is_not_picked_up(tiny):
     # What a killed process leaves of a save in progress.
     half = checkpoints / "5.orbax-checkpoint-tmp"
     (half / "params").mkdir(parents=True)
-    assert aecore.Restorer.load(tiny.run_dir).description["step"] == 4
+    assert aecore.Restorer.load(tiny.run_dir).description.step == 4
     aecore.train(tiny, progress=False)
     assert newest(tiny.run_dir)[1]["step"] == 8
     assert not half.exists()
@@ -378,14 +455,13 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     losses = {10: 0.5, 20: 0.1, 30: 0.4, 40: 0.3, 50: 0.2}
     run = tmp_path / "run"
     history = []
-    described = {"metrics": None, "image_size": [8, 8], "channels": 1}
     with checkpoints.Checkpoints(run / "checkpoints", keep=2) as saved:
         for step in (10, 15, 20, 30, 35, 40, 50):
             if step in losses:
                 history.append({"step": step, "mse": losses[step]})
             saved.save(
                 state.TrainState(jax.numpy.int32(step), {"a": np.zeros(3, np.float32)}, {}),
-                {"step": step, "history": history} | described,
+                Description(step=step, history=tuple(history), image_size=(8, 8), channels=1),
             )
     assert steps_kept(run) == [20, 40, 50]
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -6,10 +6,13 @@ commits it whole or not at all; checksums in the description tell bytes that cha
 which the array format doesn't.
 """
 
+import contextlib
 import dataclasses
 import logging
+import os
+import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from aecore.errors import CheckpointError
+from aecore.errors import CheckpointError, SavingError
 from aecore.saved.descriptions import Description
 from aecore.steps.state import TrainState
 from aecore.storage import absolute
@@ -78,10 +81,25 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        # Waits for a save in progress.
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if kind is not None and issubclass(kind, SavingError):
+            return  # Closing would fail for the same reason.
+        with self._saving():
+            self._manager.close()  # Waits for a save in progress.
         self._settle_replacements()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Turns whatever orbax and the file system raise into one line."""
+        try:
+            yield
+        except Exception as error:
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            reason = os.strerror(int(number[1])) if number else " ".join(str(error).split())
+            raise SavingError(
+                f"{self._directory}: a checkpoint can't be saved ({reason:.200}); "
+                "earlier ones are kept; mend that and run the same command again"
+            ) from error
 
     def save(self, state: TrainState, description: Description) -> None:
         """Copies the state and saves it in the background.
@@ -91,7 +109,14 @@ class Checkpoints:
         Args:
           state: what to save, under `state.step`.
           description: of the run at this step.
+
+        Raises:
+          SavingError: this checkpoint, or the one before it, can't be written.
         """
+        with self._saving():
+            self._save(state, description)
+
+    def _save(self, state: TrainState, description: Description) -> None:
         step = int(state.step)
         if step in self._manager.all_steps():
             self._manager.wait_until_finished()
@@ -114,7 +139,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when the last save is complete."""
-        self._manager.wait_until_finished()
+        with self._saving():
+            self._manager.wait_until_finished()
 
     def restore(self, abstract_state: TrainState) -> tuple[TrainState, Description] | None:
         """The newest checkpoint that is whole.

@@ -57,6 +57,7 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
       DataError: the data can't be loaded.
       CheckpointError: the run directory belongs to a different experiment.
       NonFiniteLossError: the loss became NaN or infinite.
+      SavingError: a checkpoint can't be written, as when the disk is full.
       Interrupted: Ctrl-C or SIGTERM stopped it; a checkpoint was saved.
     """
     join_processes(experiment.training.distributed)
@@ -207,10 +208,8 @@ class _Run:
         scores = restorer.description.metrics
         if scores is None:  # Every evaluated checkpoint has since been damaged.
             params = self.devices.replicate(restorer.params)
-            scores = {
-                "step": restorer.description.step,
-                **self.evaluator(params, self.dataset.validation),
-            }
+            values = self.evaluator.per_image(params, self.dataset.validation)
+            scores = {"step": restorer.description.step, **evaluation.summarize(values)}
         summary = {
             "name": self.experiment.name,
             "steps": self.step,

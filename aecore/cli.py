@@ -215,19 +215,17 @@ class Export:
     else stablehlo."""
 
     def run(self) -> int:
-        from aecore.restoring.restorer import Restorer
-        from aecore.saved import exported
+        from aecore.saved import exported, weights
 
-        restorer = Restorer.load(self.model)
+        trained = weights.load(self.model)
         path = epath.Path(self.output).expanduser()
         if path.is_dir():
             raise ConfigError(f"{path} is a folder; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = (restorer.network, restorer.params, restorer.description)
         if self.format == "onnx" or (self.format == "auto" and path.suffix.lower() == ".onnx"):
-            exported.export_onnx(path, *content)
+            exported.export_onnx(path, trained)
         else:
-            exported.save(path, *content, with_functions=self.format != "weights")
+            exported.save(path, trained, with_functions=self.format != "weights")
         print(f"{path}: {path.stat().length:,} bytes")
         return 0
 

@@ -206,7 +206,7 @@ def aecore_restore(task: str, images: np.ndarray, dtype: str) -> Step:
 
     model = NoiseReducer() if task == "denoise" else ResolutionEnhancer()
     params = model.init(jax.random.key(0), np.zeros((1, *SHAPES[task]), np.float32))["params"]
-    restorer = aecore.Restorer(model, params, {})
+    restorer = aecore.Restorer.of(model, params)
     if dtype == "float32":
         images = images.astype(np.float32) / 255
     return lambda: restorer(images)[0, 0, 0, 0]

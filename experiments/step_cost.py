@@ -13,6 +13,7 @@ from aecore.degradations import GaussianNoise
 from aecore.measuring import benchmarking
 from aecore.networks import models
 from aecore.steps import state
+from aecore.training import assembly
 
 SHAPE = (28, 28, 1)
 NETWORKS = {
@@ -22,13 +23,14 @@ NETWORKS = {
 }
 
 
-def experiment(model, batch_size: int) -> aecore.Experiment:
-    return aecore.Experiment(
+def assembled(model, batch_size: int) -> assembly.Assembly:
+    experiment = aecore.Experiment(
         name="step",
         model=model,
         degradation=GaussianNoise(0.4),
         training=aecore.Training(batch_size=batch_size),
     )
+    return assembly.assemble(experiment, SHAPE, assembly.devices(experiment.training), last_step=1)
 
 
 def main(batch_size: int = 32, seconds: float = 2.0, repeats: int = 7) -> None:
@@ -41,7 +43,7 @@ def main(batch_size: int = 32, seconds: float = 2.0, repeats: int = 7) -> None:
     """
     rates = benchmarking.take_turns(
         {
-            name: benchmarking.one_batch(experiment(model, batch_size), SHAPE)
+            name: benchmarking.one_batch(assembled(model, batch_size))
             for name, model in NETWORKS.items()
         },
         seconds,

@@ -43,12 +43,11 @@ def save_unchanged(path, channels=3):
     """Writes an identity as an exported file."""
     from etils import epath
 
-    from aecore.networks import network
     from aecore.saved import exported
+    from aecore.saved.trained import TrainedNetwork
 
-    network = network.LinenNetwork(Unchanged(channels))
     params = {"unused": np.zeros(1, np.float32)}
-    exported.save(epath.Path(path), network, params, {})
+    exported.save(epath.Path(path), TrainedNetwork.of(Unchanged(channels), params))
     return str(path)
 
 

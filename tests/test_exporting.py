@@ -22,18 +22,17 @@ from aecore.errors import CheckpointError
 from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer, UNet
 from aecore.networks import network
 from aecore.saved import exported, weights
+from aecore.saved.trained import TrainedNetwork
 
 RANDOM = np.random.default_rng(0)
 
 
 def random_restorer(model):
-    return aecore.Restorer(model, random_params(model), {})
+    return aecore.Restorer.of(model, random_params(model))
 
 
 def save(restorer, path, **options):
-    exported.save(
-        epath.Path(path), restorer.network, restorer.params, restorer.description, **options
-    )
+    exported.save(epath.Path(path), restorer.trained, **options)
     return path
 
 
@@ -102,7 +101,7 @@ def test_parameters_may_have_16_bits(tmp_path):
     restorer = random_restorer(NoiseReducer())
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), restorer.params)
     path = epath.Path(tmp_path / "half.aecore")
-    exported.save(path, restorer.network, params, {}, with_functions=True)
+    exported.save(path, TrainedNetwork(restorer.network, params), with_functions=True)
     image = RANDOM.random((16, 20), np.float32)
     restored = aecore.Restorer.load(path)(image)
     np.testing.assert_allclose(restored, restorer(image), atol=0.02)
@@ -334,7 +333,7 @@ class Reversing(Autoencoder):
 
 
 def test_networks_of_ones_own_can_be_exported(tmp_path):
-    restorer = aecore.Restorer(Reversing(), {}, {})
+    restorer = aecore.Restorer.of(Reversing(), {})
     assert network.fits_within(restorer.network, {})
     path = save(restorer, tmp_path / "own.aecore")
     image = RANDOM.random((5, 7), np.float32)

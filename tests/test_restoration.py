@@ -41,7 +41,7 @@ def compiled_shapes(restorer):
 
 
 def identity(channels):
-    return aecore.Restorer(Identity(channels=channels), {}, {})
+    return aecore.Restorer.of(Identity(channels=channels), {})
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float16, np.float32, np.float64])
@@ -80,7 +80,7 @@ def test_pillow_images_and_paths(tmp_path, mode, dtype, channels):
 
 
 def test_results_are_clipped():
-    doubling = aecore.Restorer(Doubling(channels=1), {}, {})
+    doubling = aecore.Restorer.of(Doubling(channels=1), {})
     image = np.array([[0, 100, 200, 255]], np.uint8)
     np.testing.assert_array_equal(doubling(image), [[0, 200, 255, 255]])
     assert doubling(np.ones((4, 4), np.float32)).max() == 1
@@ -93,7 +93,7 @@ def test_sides_are_padded_by_reflection():
 
     image = RANDOM.random((6, 5), np.float32)
     padded = np.pad(image, [(0, 2), (0, 3)], mode="reflect")
-    restored = aecore.Restorer(MeanOfAll(channels=1), {}, {})(image)
+    restored = aecore.Restorer.of(MeanOfAll(channels=1), {})(image)
     np.testing.assert_allclose(restored, np.full((6, 5), padded.mean()), atol=1e-6)
 
 
@@ -109,7 +109,7 @@ def test_many_images_are_restored_as_one_by_one(trained):
 def test_restore_is_the_network(trained):
     restorer = aecore.Restorer.load(str(trained))
     image = RANDOM.random((16, 20), np.float32)
-    expected = restorer.model.apply({"params": restorer.params}, image[None, ..., None])
+    expected = restorer.network.model.apply({"params": restorer.params}, image[None, ..., None])
     np.testing.assert_allclose(aecore.restore(image, trained), expected[0, ..., 0], atol=1e-6)
     codes = restorer.encode(image)
     assert codes.shape == (1, 4, 5, 8)
@@ -160,7 +160,7 @@ def test_gray_on_a_network_for_colour_is_the_mean_of_equal_channels(dtype, caplo
             return codes * np.array([0.5, 0.75, 1.0], np.float32)
 
     image = RANDOM.integers(0, np.iinfo(dtype).max, (9, 14), dtype)
-    restored = aecore.Restorer(Uneven(channels=3), {}, {})(image)
+    restored = aecore.Restorer.of(Uneven(channels=3), {})(image)
     np.testing.assert_allclose(restored, np.rint(0.75 * image), atol=1)
     np.testing.assert_array_equal(identity(3)(image), image)
     assert "as if in colour" in caplog.text
@@ -181,8 +181,8 @@ def test_gray_on_a_network_for_colour_is_the_mean_of_equal_channels(dtype, caplo
 def test_tiles_and_wholes_are_the_same(model, tile):
     params = random_params(model)
     image = RANDOM.random((130, 117, model.channels), np.float32)
-    whole = aecore.Restorer(model, params, {}, tile=0)
-    tiled = aecore.Restorer(model, params, {}, tile=tile)
+    whole = aecore.Restorer.of(model, params, tile=0)
+    tiled = aecore.Restorer.of(model, params, tile=tile)
     np.testing.assert_allclose(tiled(image), whole(image), atol=1e-5)
     # As what is seen by each tile must matter, a tile alone is not the same.
     alone = whole(image[:64, :64])
@@ -193,8 +193,8 @@ def test_tiles_and_wholes_are_the_same_in_bytes():
     model = NoiseReducer()
     params = random_params(model)
     image = RANDOM.integers(0, 256, (230, 187), np.uint8)
-    tiled = aecore.Restorer(model, params, {}, tile=64)(image).astype(int)
-    assert np.abs(tiled - aecore.Restorer(model, params, {}, tile=0)(image)).max() <= 1
+    tiled = aecore.Restorer.of(model, params, tile=64)(image).astype(int)
+    assert np.abs(tiled - aecore.Restorer.of(model, params, tile=0)(image)).max() <= 1
 
 
 def test_large_pictures_are_restored_in_tiles_of_themselves(monkeypatch):
@@ -202,8 +202,8 @@ def test_large_pictures_are_restored_in_tiles_of_themselves(monkeypatch):
     model = NoiseReducer()
     params = random_params(model)
     image = RANDOM.random((300, 200), np.float32)
-    restorer = aecore.Restorer(model, params, {})
-    whole = aecore.Restorer(model, params, {}, tile=0)(image)
+    restorer = aecore.Restorer.of(model, params)
+    whole = aecore.Restorer.of(model, params, tile=0)(image)
     np.testing.assert_allclose(restorer(image), whole, atol=1e-5)
     assert max(compiled_shapes(restorer)) <= (64, 64)
 
@@ -215,10 +215,10 @@ def test_a_network_that_sees_everything_is_not_tiled(monkeypatch):
 
     monkeypatch.setitem(engine._TILE, "cpu", 16)
     image = RANDOM.random((40, 40), np.float32)
-    restored = aecore.Restorer(Centered(channels=1), {}, {})(image)
+    restored = aecore.Restorer.of(Centered(channels=1), {})(image)
     np.testing.assert_allclose(restored, np.clip(image - image.mean(), 0, 1), atol=1e-6)
     with pytest.raises(ConfigError, match="looks at whole pictures at once"):
-        aecore.Restorer(Centered(channels=1), {}, {}, tile=16)(image)
+        aecore.Restorer.of(Centered(channels=1), {}, tile=16)(image)
 
 
 @pytest.mark.parametrize(
@@ -279,11 +279,11 @@ def test_images_of_many_sizes_share_shapes():
     images = [
         RANDOM.integers(0, 256, (*RANDOM.integers(5, 200, 2), 1), np.uint8) for _ in range(60)
     ]
-    whole = aecore.Restorer(model, params, {})
-    restorer = aecore.Restorer(model, params, {})
+    whole = aecore.Restorer.of(model, params)
+    restorer = aecore.Restorer.of(model, params)
     shared = restorer.shared_shapes([image.shape[:2] for image in images])
     for shapes, most in ((shared, 4), ((), 7)):
-        restorer = aecore.Restorer(model, params, {})
+        restorer = aecore.Restorer.of(model, params)
         restored = list(restorer.each(images, shapes))
         assert len(compiled_shapes(restorer)) <= most
         for image, result in zip(images[::20], restored[::20], strict=True):
@@ -299,7 +299,7 @@ def test_networks_that_pad_otherwise_get_arrays_of_their_own_shape():
             return (padded[:, 2:, 2:] + padded[:, :-2, :-2]) / 2
 
     images = [RANDOM.random((4 * count, 8), np.float32) for count in range(2, 9)]
-    restorer = aecore.Restorer(Reflecting(channels=1), {}, {})
+    restorer = aecore.Restorer.of(Reflecting(channels=1), {})
     shapes = restorer.shared_shapes([image.shape for image in images])
     assert shapes == []
     for image, restored in zip(images, restorer.each(images, shapes), strict=True):

@@ -19,7 +19,6 @@ from aecore.data import sources
 from aecore.data.batches import training_batches
 from aecore.measuring import hardware, planning
 from aecore.restoring.restorer import Restorer
-from aecore.saved.descriptions import Description
 from aecore.steps.devices import FORMS, DataParallel
 from aecore.training import assembly, feeds
 from aecore.training.assembly import Assembly
@@ -260,7 +259,7 @@ def _restoring(experiment: Experiment, array: np.ndarray) -> dict[str, Callable[
     """`Restorer` on uint8 images, one at a time and many."""
     devices = assembly.devices(experiment.training)
     parts = assembly.assemble(experiment, array.shape[1:], devices, last_step=1)
-    restorer = Restorer(experiment.model, jax.jit(parts.create)().params, Description())
+    restorer = Restorer.of(experiment.model, jax.jit(parts.create)().params)
 
     def work(images: np.ndarray, seconds: float) -> int:
         end, count = time.perf_counter() + seconds, 0

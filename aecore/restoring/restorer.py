@@ -12,11 +12,12 @@ from etils import epath
 
 from aecore.errors import ImageError
 from aecore.media import images
-from aecore.networks.network import LinenNetwork
+from aecore.networks.network import Network
 from aecore.networks.receptive_field import ReceptiveField
 from aecore.restoring.engine import Engine
 from aecore.restoring.tiling import Size
 from aecore.saved.descriptions import Description
+from aecore.saved.trained import TrainedNetwork
 
 _log = logging.getLogger(__name__)
 
@@ -29,10 +30,7 @@ class Restorer:
     """Restores images with a trained network; keeps what it compiles; safe to use from threads.
 
     Args:
-      model: a Linen module with `encode`, `decode`, `channels` and `stride`; or an
-        `aecore.networks.Network`.
-      params: its parameters.
-      description: what the checkpoint said of itself.
+      trained: the network; `Restorer.of` makes a restorer of your own module and parameters.
       tile: `"auto"`, so that pictures too large to be restored at once are restored in tiles; 0
         for never; or the side of the tiles in pixels. The result is the same but for rounding.
       batch_size: most images at a time; None for as many as are worth it.
@@ -45,22 +43,17 @@ class Restorer:
 
     def __init__(
         self,
-        model: Any,
-        params: Any,
-        description: Description,
+        trained: TrainedNetwork,
         *,
         tile: Literal["auto"] | int = "auto",
         batch_size: int | None = None,
         precision: Literal["auto", "float32", "bfloat16"] = "auto",
         device: jax.Device | None = None,
     ):
-        self.model = model
-        self.params = params
-        self.description = description
-        self.network = model if hasattr(model, "apply_within") else LinenNetwork(model)
+        self.trained = trained
         self._engine = Engine(
-            self.network,
-            params,
+            trained.network,
+            trained.params,
             tile=tile,
             batch_size=batch_size,
             precision=precision,
@@ -83,7 +76,27 @@ class Restorer:
         """
         from aecore.saved import weights
 
-        return cls(*weights.load(run, model=model), **settings)
+        return cls(weights.load(run, model=model), **settings)
+
+    @classmethod
+    def of(cls, model: Any, params: Any, **settings: Any) -> "Restorer":
+        """Restores with your own Linen module; it has `encode`, `decode`, `channels`, `stride`."""
+        return cls(TrainedNetwork.of(model, params), **settings)
+
+    @property
+    def network(self) -> Network:
+        """The network as pure functions of its parameters."""
+        return self.trained.network
+
+    @property
+    def params(self) -> Any:
+        """The network's parameters."""
+        return self.trained.params
+
+    @property
+    def description(self) -> Description:
+        """What the network says of itself."""
+        return self.trained.description
 
     def __call__(self, image: Any) -> Any:
         """Restores an image, or several.
@@ -203,6 +216,18 @@ class Restorer:
         side = 8 * self.network.stride
         image = jax.ShapeDtypeStruct((1, side, side, self.network.channels), np.float32)
         return jax.eval_shape(self.network.encode, self.params, image).shape[3]
+
+    def apply(self, params: Any, images: jax.Array) -> jax.Array:
+        """The network as a pure function, for your own `jit`, `vmap` and `grad`.
+
+        Args:
+          params: such as `restorer.params`.
+          images: `(B, H, W, C)` float32 in [0, 1]; H and W are multiples of the network's stride.
+
+        Returns:
+          The restored images, neither clipped nor rounded.
+        """
+        return self.network.apply(params, images)
 
     @property
     def receptive_field(self) -> ReceptiveField | None:

@@ -21,12 +21,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax import export
 
 from aecore.errors import CheckpointError
-from aecore.networks.network import Network
+from aecore.networks.network import LinenNetwork, Network
 from aecore.networks.receptive_field import ReceptiveField
 from aecore.saved.descriptions import Description
+from aecore.saved.trained import TrainedNetwork
 from aecore.storage import write_whole
 
 SUFFIX = ".aecore"
@@ -43,23 +45,15 @@ _CALLS_ALLOWED = frozenset({"shape_assertion"})
 _EFFECTS = re.compile(r"stablehlo\.(infeed|outfeed|send|recv|create_token|after_all)\b")
 
 
-def save(
-    path: Any,
-    network: Network,
-    params: Any,
-    description: Description,
-    *,
-    with_functions: bool = True,
-) -> None:
+def save(path: epath.Path, trained: TrainedNetwork, *, with_functions: bool = True) -> None:
     """Writes a network to a file, which appears whole or not at all.
 
     Args:
-      path: an `epath.Path`.
-      network: what to write.
-      params: its parameters, float32 or bfloat16 arrays in nested dictionaries.
-      description: of the network.
+      path: where to write it.
+      trained: what to write.
       with_functions: whether to write the functions too.
     """
+    network, params = trained.network, trained.params
     arrays = {name: np.asarray(jax.device_get(leaf)) for name, leaf in _flatten(params).items()}
     members = {f"params/{name}": array.tobytes() for name, array in arrays.items()}
     field = network.receptive_field(params)
@@ -76,7 +70,7 @@ def save(
             name: {"dtype": str(array.dtype), "shape": array.shape}
             for name, array in arrays.items()
         },
-        "description": description.without_places().to_json(),
+        "description": trained.description.without_places().to_json(),
     }
     if with_functions:
         members |= {f"functions/{name}": data for name, data in _exported(network, params).items()}
@@ -116,10 +110,12 @@ def _exported(network: Network, params: Any) -> dict[str, bytes]:
     }
 
 
-def export_onnx(path: Any, network: Network, params: Any, description: Description) -> None:
+def export_onnx(path: epath.Path, trained: TrainedNetwork) -> None:
     """Writes a network as an ONNX graph, which keeps its description as metadata.
 
-    Args: as for `save`.
+    Args:
+      path: where to write it.
+      trained: what to write.
 
     Raises:
       ConfigError: onnx is not installed, or the network does what can't be written.
@@ -127,10 +123,10 @@ def export_onnx(path: Any, network: Network, params: Any, description: Descripti
     from aecore.saved import onnx
 
     graph = onnx.convert(
-        functools.partial(network.apply, params),
-        channels=network.channels,
-        stride=network.stride,
-        metadata={"aecore": json.dumps(description.without_places().to_json())},
+        functools.partial(trained.network.apply, trained.params),
+        channels=trained.network.channels,
+        stride=trained.network.stride,
+        metadata={"aecore": json.dumps(trained.description.without_places().to_json())},
     )
     write_whole(path, graph.SerializeToString())
 
@@ -177,21 +173,19 @@ def _deserialize(name: str, data: bytes) -> export.Exported:
     return exported
 
 
-def load(path: Any, *, sha256: str | None = None) -> tuple[Any, Any, Description]:
+def load(path: epath.Path, *, sha256: str | None = None, model: Any = None) -> TrainedNetwork:
     """Reads a file that `save` wrote.
 
     Args:
-      path: an `epath.Path`.
-      sha256: what the file's checksum must be.
-
-    Returns:
-      The network, or its model where the file holds no functions; its parameters; its description.
+      path: the file.
+      sha256: what its checksum must be.
+      model: used in place of the described one where the file holds no functions.
 
     Raises:
       CheckpointError: the file is not one, is damaged, or names a model that is not registered.
     """
     try:
-        return _load(path, sha256)
+        return _load(path, sha256, model)
     except CheckpointError:
         raise
     except Exception as error:  # Damage shows in many ways, here and within the deserializer.
@@ -201,7 +195,7 @@ def load(path: Any, *, sha256: str | None = None) -> tuple[Any, Any, Description
         ) from error
 
 
-def _load(path, sha256):
+def _load(path: epath.Path, sha256: str | None, model: Any) -> TrainedNetwork:
     if sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise CheckpointError(
             f"{path} is damaged: its SHA-256 is not {sha256}; install aecore anew"
@@ -233,8 +227,8 @@ def _load(path, sha256):
     if functions:
         network = ExportedNetwork(head, functions)
         _check_params(network, params)
-        return network, params, description
-    return _registered(path, params, description), params, description
+        return TrainedNetwork(network, params, description)
+    return TrainedNetwork(_linen(path, params, description, model), params, description)
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -266,12 +260,12 @@ def _check_params(network: ExportedNetwork, params: Any) -> None:
         raise ValueError("its functions don't map images to images")
 
 
-def _registered(path, params, description):
+def _linen(path: epath.Path, params: Any, description: Description, model: Any) -> LinenNetwork:
     from aecore.errors import ConfigError
     from aecore.steps import state
 
     try:
-        model = description.build_model()
+        model = description.build_model() if model is None else model
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     size = (8 * model.stride, 8 * model.stride, model.channels)
@@ -283,7 +277,7 @@ def _registered(path, params, description):
             raise CheckpointError(
                 f"{path}: {name} has shape {shapes[1]}, in {type(model).__name__} {shapes[0]}"
             )
-    return model
+    return LinenNetwork(model)
 
 
 def _count(value: Any, least: int = 1) -> int:

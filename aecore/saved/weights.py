@@ -8,8 +8,9 @@ import jax
 from etils import epath
 
 from aecore.errors import CheckpointError
+from aecore.networks.network import LinenNetwork
 from aecore.saved import exported
-from aecore.saved.descriptions import Description
+from aecore.saved.trained import TrainedNetwork
 
 NAMES: Mapping[str, str] = {
     "fashion-mnist-denoise": "d9bde09ac9599da285bf5ff9ad6a85170a00abd4e6fe22b57907f82df5756217",
@@ -20,27 +21,27 @@ NAMES: Mapping[str, str] = {
 _FOLDER = epath.resource_path("aecore.saved") / "pretrained"
 
 
-def load(source: str | os.PathLike, *, model: Any = None) -> tuple[Any, Any, Description]:
-    """Loads a network's parameters, on the default device where they come from a run.
+def load(source: str | os.PathLike, *, model: Any = None) -> TrainedNetwork:
+    """Loads a trained network; the parameters of a run are put on the default device.
 
     Args:
       source: a run directory, local or `gs://`; an exported file; or one of `NAMES`.
-      model: needed if a run's model is not in `aecore.models.REGISTRY`.
-
-    Returns:
-      The model or `aecore.networks.Network`, its parameters, and its description.
+      model: needed if the model is not in `aecore.models.REGISTRY`, except for exported files that
+        hold the network's functions.
 
     Raises:
-      CheckpointError: there is nothing that can be used, or its model is unknown.
+      CheckpointError: there is nothing usable, or its model is not registered.
     """
     if not isinstance(source, (str, os.PathLike)) or not str(source):
-        raise CheckpointError(f"{source!r} names no run directory, exported file, or weights")
+        raise CheckpointError(
+            f"{source!r} is not a run directory, an exported file, or a name of weights"
+        )
     path = epath.Path(source).expanduser()
     if not path.exists() and str(source) in NAMES:
         shipped = _FOLDER / f"{source}{exported.SUFFIX}"
         return exported.load(shipped, sha256=NAMES[str(source)])
     if path.is_file():
-        return exported.load(path)
+        return exported.load(path, model=model)
     if not path.is_dir():
         raise CheckpointError(
             f"{source} does not exist; name a run directory, a file that `aecore export` wrote, "
@@ -49,7 +50,7 @@ def load(source: str | os.PathLike, *, model: Any = None) -> tuple[Any, Any, Des
     return _of_run(path, model)
 
 
-def _of_run(run: epath.Path, model: Any) -> tuple[Any, Any, Description]:
+def _of_run(run: epath.Path, model: Any) -> TrainedNetwork:
     from aecore.errors import ConfigError
     from aecore.saved import checkpoints
     from aecore.steps import state
@@ -70,4 +71,4 @@ def _of_run(run: epath.Path, model: Any) -> tuple[Any, Any, Description]:
         )
 
     params, description = checkpoints.load(run, abstract)
-    return build_model(description), params, description
+    return TrainedNetwork(LinenNetwork(build_model(description)), params, description)

@@ -280,7 +280,7 @@ def evaluate(
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size {batch_size} is less than 1; use 1 or more")
     restorer = Restorer.load(run, model=model)
-    experiment = restorer.description.experiment(model=restorer.model)
+    experiment = restorer.description.experiment(model=model)
     own = degradation in (None, experiment.degradation)
     degradation = degradation or experiment.degradation
     if classical:

@@ -25,7 +25,7 @@ from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer
 from aecore.saved import checkpoints
 from aecore.saved.descriptions import Description, experiment_from_json
 from aecore.steps import state
-from aecore.steps.devices import DataParallel
+from aecore.steps.devices import Devices
 from aecore.steps.step import of_model, pairs, train_step
 from aecore.training import assembly, feeds
 
@@ -42,7 +42,7 @@ def newest(run):
     """Step and exact contents of a run's newest checkpoint."""
     run = Path(run)
     experiment = experiment_from_json(json.loads((run / "experiment.json").read_text()))
-    devices = DataParallel()
+    devices = Devices()
     with checkpoints.Checkpoints(run / "checkpoints", keep=100) as saved:
         description = checkpoints._read_description(saved._manager, max(saved._manager.all_steps()))
         shape = (*description.image_size, description.channels)
@@ -80,7 +80,7 @@ def assert_identical(run, other):
 def test_the_loss_falls_on_one_batch(model, channels):
     original = np.random.default_rng(0).random((8, 16, 16, channels), np.float32)
     degraded = np.asarray(GaussianNoise(0.1)(original, jax.random.key(0)))
-    devices = DataParallel()
+    devices = Devices()
     optimizer = optax.adam(1e-2)
     step = devices.compile_train_step(
         functools.partial(
@@ -96,7 +96,7 @@ def test_the_loss_falls_on_one_batch(model, channels):
     )()
     losses = []
     for _ in range(60):
-        current, loss = step(current, devices.place_batch((degraded, original)))
+        current, loss = step(current, devices.shard_batch((degraded, original)))
         losses.append(float(loss))
     assert losses[-1] < 0.7 * losses[0]
     assert int(current.step) == 60

@@ -503,7 +503,7 @@ def _keep_compiled_programs() -> None:
     """Makes JAX keep compiled programs in the user's cache folder, so that a restart is quick."""
     import jax
 
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         home = os.environ.get("XDG_CACHE_HOME") or epath.Path("~/.cache").expanduser()
         cache = epath.Path(home) / "aecore" / "jax"
         try:

@@ -67,7 +67,10 @@ class Devices:
       devices: the devices to use; all by default.
     """
 
-    def __init__(self, devices: Sequence[jax.Device] | None = None):
+    def __init__(
+        self,
+        devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+    ):
         devices = jax.devices() if devices is None else devices
         # The devices of a process are neighbours, so that its share of a batch is contiguous.
         devices = sorted(devices, key=lambda device: (device.process_index, device.id))

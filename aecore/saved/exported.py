@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from aecore.errors import CheckpointError
+from aecore.errors import CheckpointError, ConfigError
 from aecore.networks.network import Network
 from aecore.networks.receptive_field import ReceptiveField
 from aecore.saved import descriptions
@@ -125,17 +125,28 @@ def _exported(network: Network, params: Any) -> dict[str, bytes]:
 
 
 def export_onnx(path: Any, network: Network, params: Any, description: Mapping[str, Any]) -> None:
-    """Writes a network as an ONNX graph, which keeps its description as metadata.
+    """Writes a network as an ONNX graph, with its description as metadata.
+
+    The graph takes images of any size and gives what a `Restorer` gives, clipped to [0, 1].
 
     Args: as for `save`.
 
     Raises:
-      ConfigError: onnx is not installed, or the network does what can't be written.
+      ConfigError: onnx is not installed, or the network can't be written.
     """
-    from aecore.saved import onnx
-
+    try:
+        from aecore.saved import onnx
+    except ImportError as error:
+        raise ConfigError(
+            'writing ONNX needs the package onnx: pip install "aecore[onnx]"'
+        ) from error
+    if isinstance(network, ExportedNetwork):
+        raise ConfigError(
+            "an exported file that holds compiled functions can't be written as ONNX; export the "
+            "run that it was made from"
+        )
     graph = onnx.convert(
-        functools.partial(network.apply, params),
+        lambda images: jnp.clip(network.apply(params, images), 0.0, 1.0),
         channels=network.channels,
         stride=network.stride,
         metadata={"aecore": json.dumps(_without_places(description))},
@@ -277,7 +288,6 @@ def _check_params(network: ExportedNetwork, params: Any) -> None:
 
 def _registered(path, params, description):
     from aecore import config
-    from aecore.errors import ConfigError
     from aecore.steps import state
 
     try:

@@ -202,16 +202,20 @@ class Restore:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Writes a trained network to one file, for use without Flax and orbax, or for ONNX."""
+    """Writes a trained network to one file, which runs without Flax and orbax, or in ONNX Runtime.
+
+    An ONNX file needs no JAX either. It takes images of any size, `(batch, height, width,
+    channels)` float32 in [0, 1], and restores them as `aecore.Restorer` does.
+    """
 
     model: tyro.conf.Positional[str]
     """A run directory, an exported file, or the name of weights that ship with aecore."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """The file to write."""
     format: Literal["auto", "stablehlo", "onnx", "weights"] = "auto"
-    """stablehlo: what aecore.Restorer.load reads anywhere; onnx: for onnxruntime and others;
-    weights: parameters alone, for models that aecore knows; auto: onnx if the file ends in .onnx,
-    else stablehlo."""
+    """stablehlo: the network's functions, compiled by JAX on any machine. onnx: for ONNX Runtime
+    and other programs. weights: parameters alone, small and lasting; a model of your own must then
+    be given when they are loaded. auto: onnx if the file's name ends in .onnx, else stablehlo."""
 
     def run(self) -> int:
         from aecore.restoring.restorer import Restorer

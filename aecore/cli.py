@@ -203,16 +203,20 @@ class Restore:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Exports a trained network as one file: StableHLO, ONNX, or weights only."""
+    """Writes a trained network to one file, which runs without Flax and orbax, or in ONNX Runtime.
+
+    An ONNX file needs no JAX either. It takes images of any size, `(batch, height, width,
+    channels)` float32 in [0, 1], and restores them as `aecore.Restorer` does.
+    """
 
     model: tyro.conf.Positional[str]
     """A run directory, an exported file, or the name of weights that ship with aecore."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """The file to write."""
     format: Literal["auto", "stablehlo", "onnx", "weights"] = "auto"
-    """stablehlo: runs wherever aecore is installed, without the model's Python code. onnx: for
-    onnxruntime and other tools. weights: only the parameters, for models that aecore knows.
-    auto: onnx if the file name ends in .onnx, else stablehlo."""
+    """stablehlo: the network's functions, compiled by JAX on any machine. onnx: for ONNX Runtime
+    and other programs. weights: parameters alone, small and lasting; a model of your own must then
+    be given when they are loaded. auto: onnx if the file's name ends in .onnx, else stablehlo."""
 
     def run(self) -> int:
         from aecore.saved import exported, weights
@@ -477,7 +481,7 @@ def _exit_status() -> Iterator[None]:
     # What native threads raise, such as those of a failed save, reaches us as an exception too.
     sys.unraisablehook = lambda _: None
     try:
-        _keep_compiled_programs()
+        _prepare_jax()
         yield
     except AecoreError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -499,10 +503,13 @@ def _exit_status() -> Iterator[None]:
         sys.exit(130)
 
 
-def _keep_compiled_programs() -> None:
+def _prepare_jax() -> None:
     """Makes JAX keep compiled programs in the user's cache folder, so that a restart is quick."""
     import jax
 
+    from aecore.terminal import ignore_absent_tpu
+
+    ignore_absent_tpu()
     if jax.config.values["jax_compilation_cache_dir"] is None:
         home = os.environ.get("XDG_CACHE_HOME") or epath.Path("~/.cache").expanduser()
         cache = epath.Path(home) / "aecore" / "jax"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -240,7 +241,7 @@ def test_damaged_files_are_refused(damage, tmp_path):
     else:
         data = {"empty": b"", "text": b"text"}[damage]
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="no exported network, or damaged"):
+    with pytest.raises(CheckpointError, match="is not an exported network, or is damaged"):
         aecore.Restorer.load(path)
 
 
@@ -338,6 +339,76 @@ def test_networks_of_ones_own_can_be_exported(tmp_path):
     path = save(restorer, tmp_path / "own.aecore")
     image = RANDOM.random((5, 7), np.float32)
     np.testing.assert_allclose(aecore.Restorer.load(path)(image), 1 - image, atol=1e-6)
+
+
+class Own(Autoencoder):
+    """A network with parameters that is not registered."""
+
+    features: int = 1
+    channels: int = 1
+    stride: int = 1
+
+    def setup(self):
+        self.layer = nn.Dense(self.features)
+
+    def encode(self, images):
+        return self.layer(images)
+
+    def decode(self, codes):
+        return codes[..., :1]
+
+
+def test_parameters_alone_of_ones_own_network_are_loaded_with_model(tmp_path):
+    restorer = random_restorer(Own())
+    path = epath.Path(save(restorer, tmp_path / "own.aecore", with_functions=False))
+    with pytest.raises(CheckpointError, match="is not known; pass it as model=, or export"):
+        exported.load(path)
+    model, params, _ = exported.load(path, model=Own())
+    assert model == Own()
+    jax.tree.map(np.testing.assert_array_equal, params, restorer.params)
+    with pytest.raises(
+        CheckpointError, match=r"layer/bias has shape \(1,\) in the file and \(2,\) "
+    ):
+        exported.load(path, model=Own(features=2))
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (PermissionError(13, "Permission denied"), "can't be read (Permission denied); check that"),
+        (MemoryError(), "there is not enough memory to load it"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_not_called_damaged(failure, message, monkeypatch, tmp_path):
+    path = epath.Path(save(random_restorer(NoiseReducer()), tmp_path / "net.aecore"))
+
+    def fail(*args, **kwargs):
+        raise failure
+
+    for name in ("open", "read_bytes"):
+        monkeypatch.setattr(type(path), name, fail)
+    with pytest.raises(CheckpointError) as raised:
+        exported.load(path)
+    assert str(raised.value).startswith(str(path))
+    assert message in str(raised.value)
+    assert "damaged" not in str(raised.value)
+
+
+def test_a_missing_package_is_not_called_damage(tmp_path):
+    path = save(random_restorer(NoiseReducer()), tmp_path / "net.aecore", with_functions=False)
+    code = (
+        "import sys; sys.modules['flax'] = None\n"
+        "from aecore.errors import ConfigError\n"
+        "from aecore.saved import exported\n"
+        "from etils import epath\n"
+        f"try: exported.load(epath.Path({str(path)!r}))\n"
+        "except ConfigError as error: print(error)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
+    assert "needs a package that can't be imported (No module named 'flax" in output
+    assert "install it with pip" in output
 
 
 def test_the_shipped_weights_are_those_that_were_trained():

@@ -79,3 +79,10 @@ def test_gradients_of_losses_are_finite_everywhere(name, outputs):
     values = {"equal": targets, "opposite": 1 - targets, "flat": np.zeros_like(targets)}[outputs]
     gradient = jax.grad(lambda x: losses.LOSSES[name](x, targets).sum())(values)
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("compare", [*losses.LOSSES.values(), metrics.psnr, metrics.ssim])
+@pytest.mark.parametrize("other", [(2, 16, 16, 1), (1, 16, 16, 3), (16, 16, 3)])
+def test_shapes_that_would_be_broadcast_are_refused(compare, other):
+    with pytest.raises(ValueError, match=r"can't be compared"):
+        compare(np.zeros((2, 16, 16, 3), np.float32), np.zeros(other, np.float32))

@@ -6,6 +6,7 @@ medians are reported, with the lowest and highest.
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ import numpy as np
 from aecore.config import Experiment
 from aecore.data import sources
 from aecore.data.batches import training_batches
+from aecore.errors import ConfigError
 from aecore.measuring import hardware, planning
 from aecore.restoring.restorer import Restorer
 from aecore.steps.devices import COMPILED_BY, Devices
@@ -72,9 +74,13 @@ def bench(experiment: Experiment, *, seconds: float = 2.0, repeats: int = 5) -> 
       images a second over all devices.
 
     Raises:
-      ConfigError: the settings don't fit the data or the devices.
+      ConfigError: the settings don't fit the data or the devices, or a number is out of bounds.
       DataError: the data can't be loaded.
     """
+    if not (isinstance(repeats, int) and repeats >= 1):
+        raise ConfigError(f"repeats {repeats} is not possible; use 1 or more")
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"seconds {seconds} is not possible; use a number above 0")
     devices = assembly.devices(experiment.training)
     dataset = sources.load(experiment.data)
     experiment.check_images(*dataset.image_shape)
@@ -134,6 +140,7 @@ def _steps(
 ) -> dict[str, Any]:
     """The training step alone, on one batch of random images that stays on the devices."""
     works, reports = {}, {}
+    device_count = assembly.devices(experiment.training).device_count
     for form in COMPILED_BY:
         for precision in limits:
             devices = assembly.devices(experiment.training, form)
@@ -148,7 +155,7 @@ def _steps(
                 "compile_seconds": first - second,
                 "flops_per_image": costs["flops"],
                 "bytes_per_image": costs["bytes"],
-                "peak_memory": _peak_memory(devices),
+                "peak_memory": _peak_memory(assembled.devices),
             }
     rates = take_turns(works, seconds, repeats)
     for name, report in reports.items():
@@ -156,7 +163,7 @@ def _steps(
         limit = limits[name.split()[1]].flops
         if limit:
             done = rates[name]["median"] * report["flops_per_image"]
-            report["share_of_matrix_rate"] = done / limit / devices.device_count
+            report["share_of_matrix_rate"] = done / limit / device_count
     return reports
 
 
@@ -178,9 +185,9 @@ def one_batch(assembled: Assembly) -> Callable[[float], int]:
         while not images or time.perf_counter() < end:
             # A few steps are under way at once, as in training.
             for _ in range(4):
-                state, loss = step(state, batch)
+                state, _ = step(state, batch)
                 images += assembled.batch_size
-            jax.block_until_ready(loss)
+            jax.block_until_ready(state)
         return images
 
     return work

@@ -14,6 +14,7 @@ from aecore.config import Experiment
 from aecore.errors import ConfigError
 from aecore.measuring import hardware
 from aecore.steps.devices import COMPILED_BY, Devices
+from aecore.terminal import silent_stderr
 from aecore.training import assembly
 from aecore.training.assembly import Assembly
 
@@ -42,7 +43,9 @@ def devices_of(topology: str) -> list[Any]:
     # Compiling takes no TPU from a program that uses one, or that compiles too.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        with silent_stderr():
+            slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        return list(slice_.devices)
     except Exception as error:  # Of many types, as libtpu is missing or refuses the name.
         raise ConfigError(
             f"topology {topology!r}: {error}; use cpu, gpu, or a TPU slice such as v5e:4x4, "
@@ -177,7 +180,7 @@ def _roofline(
         seconds["links between devices"] = 2 * size * (devices - 1) / devices / limits.link
     if not seconds:
         return None
-    binding = max(seconds, key=seconds.get)
+    binding = max(seconds, key=lambda limit: seconds[limit])
     return {
         "seconds": seconds,
         "binding": binding,

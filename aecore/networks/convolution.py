@@ -22,12 +22,16 @@ matrix products:
 
 import functools
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 from jax import lax
+
+from aecore.networks.layers import Layer, Operation
 
 Taps = tuple[tuple[int, int], ...]
 """Displacements `(di, dj)`: pixel `(i + di, j + dj)` goes into output `(i, j)`."""
@@ -44,8 +48,12 @@ def _suits_winograd(kernel: jax.Array, stride: int) -> bool:
     return stride == 1 and min(kernel.shape[2:]) >= 32
 
 
-class Conv(nn.Module):
-    """A 3×3 convolution with bias; initialised as Keras does (Glorot uniform, zero bias)."""
+class Conv(Layer):
+    """A 3×3 convolution with bias, initialised as in Keras (Glorot uniform, zero bias)."""
+
+    operations = MappingProxyType(
+        {"__call__": Operation(pads=True), "on_phases": Operation(pads=True, gives_phases=True)}
+    )
 
     features: int
     stride: int = 1
@@ -62,7 +70,7 @@ class Conv(nn.Module):
             "kernel", nn.initializers.glorot_uniform(), (3, 3, channels, self.features)
         )
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return nn.dtypes.promote_dtype(images, kernel, bias)
+        return promote_dtype(images, kernel, bias)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """`(B, H, W, C)` to `(B, H / stride, W / stride, features)`, rounded up."""
@@ -89,7 +97,14 @@ class Conv(nn.Module):
 
 
 class ConvTranspose(Conv):
-    """A transposed 3×3 convolution of stride 2 with bias; initialised likewise."""
+    """A transposed 3×3 convolution of stride 2 with bias, initialised likewise."""
+
+    operations = MappingProxyType(
+        {
+            "__call__": Operation(pads=True, multiplies_inputs=True),
+            "to_phases": Operation(pads=True, gives_phases=True, multiplies_inputs=True),
+        }
+    )
 
     stride: int = 2
 
@@ -210,7 +225,12 @@ def merge_phases(phases: jax.Array) -> jax.Array:
     return _merge(phases, 3)
 
 
-def _plain_conv(images: jax.Array, kernel: jax.Array, padding="SAME", stride: int = 1):
+def _plain_conv(
+    images: jax.Array,
+    kernel: jax.Array,
+    padding: str | Sequence[tuple[int, int]] = "SAME",
+    stride: int = 1,
+) -> jax.Array:
     """The compiler's own convolution."""
     return lax.conv_general_dilated(
         images, kernel, (stride, stride), padding, dimension_numbers=_LAYOUT

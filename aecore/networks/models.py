@@ -5,7 +5,7 @@ must be multiples of it).
 """
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -39,45 +39,11 @@ def hyperparameters(model: nn.Module) -> dict[str, Any]:
     return {name: getattr(model, name) for name in fields if name not in ("parent", "name")}
 
 
-def apply_within(model: nn.Module, params: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
-    """A network on images that fill the first rows and columns of their arrays alone.
-
-    What goes into each convolution is set to zero outside the image, as if the array ended there
-    and were padded. This is exact for networks that look at neighbours in convolutions that pad
-    with zeros, and in pooling over blocks.
-
-    Args:
-      model: a network.
-      params: its parameters.
-      images: `(B, H, W, C)`.
-      sizes: `(B, 2)` int32, the images' heights and widths, multiples of the model's stride.
-
-    Returns:
-      `(B, H, W, C)`, of which what lies outside the images means nothing.
-    """
-
-    def inside(array):
-        within = True
-        for axis in (1, 2):
-            # Not a Python number, since it may be symbolic where the network is exported.
-            scale = jnp.asarray(images.shape[axis] // array.shape[axis])
-            shape = [-1 if i == axis else 1 for i in range(4)]
-            place = scale * jnp.arange(array.shape[axis]).reshape(shape)
-            within &= place < sizes[:, axis - 1].reshape(-1, 1, 1, 1)
-        return jnp.where(within, array, 0)
-
-    def intercept(function, args, kwargs, context):
-        convolves = isinstance(context.module, (Conv, nn.Conv, nn.ConvTranspose))
-        if convolves and context.method_name in ("__call__", "on_phases", "to_phases"):
-            args = (inside(args[0]), *args[1:])
-        return function(*args, **kwargs)
-
-    with nn.intercept_methods(intercept):
-        return model.apply({"params": params}, images)
-
-
 class Autoencoder(nn.Module):
     """Base of the networks: `decode(encode(images))`."""
+
+    scale: ClassVar[int] = 1
+    """How many times larger the images come out."""
 
     def encode(self, images: jax.Array) -> jax.Array:
         """`(B, H, W, C)` images to `(B, H / s, W / s, K)` codes."""
@@ -126,7 +92,7 @@ class NoiseReducer(Autoencoder):
         return 2 ** len(self.features)
 
     def setup(self):
-        relu = dict(activation=_relu, batch_last=True)
+        relu: dict[str, Any] = dict(activation=_relu, batch_last=True)
         self.encoder = [Conv(features, stride=2, **relu) for features in self.features]
         self.decoder = [ConvTranspose(features, **relu) for features in self.features[::-1]]
         self.output = Conv(self.channels, activation=nn.sigmoid, batch_last=True)

@@ -1,5 +1,6 @@
 """A trained network as pure functions of its parameters, on `(B, H, W, C)` float32 in [0, 1]."""
 
+import dataclasses
 import functools
 from typing import Any, Protocol
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aecore.networks import receptive_field
+from aecore.networks import masking, receptive_field
 from aecore.networks.receptive_field import ReceptiveField
 
 _CHECKED_BLOCKS = (3, 2)
@@ -15,59 +16,92 @@ _CHECKED_BLOCKS = (3, 2)
 
 
 class Network(Protocol):
-    """What a `Restorer` needs, whether the network is a Linen module or comes from a file."""
+    """A trained network without its parameters, whether a Linen module or from a file.
 
-    name: str
-    """For messages."""
-    channels: int
-    """C."""
-    stride: int
-    """H and W must be multiples of it."""
+    It maps `(B, H, W, C)` images to `(B, s H, s W, C)`, float32.
+    """
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        ...
+
+    @property
+    def stride(self) -> int:
+        """H and W must be multiples of it."""
+        ...
+
+    @property
+    def scale(self) -> int:
+        """s: how many times larger the images come out."""
+        ...
 
     def apply(self, params: Any, images: jax.Array) -> jax.Array:
-        """The restored images, of the same shape."""
+        """The restored images."""
+        ...
 
     def encode(self, params: Any, images: jax.Array) -> jax.Array:
-        """The codes of images."""
+        """Codes of images."""
+        ...
 
     def decode(self, params: Any, codes: jax.Array) -> jax.Array:
-        """The images of codes."""
+        """Images of codes."""
+        ...
 
     def apply_within(self, params: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
-        """As `apply`, where image i fills the first `sizes[i]` rows and columns of its array alone.
+        """Restores images of several sizes in arrays of one size.
 
-        Each comes out as if it had been alone in an array of its own size; the rest of the result
-        means nothing. `sizes` is `(B, 2)` int32, multiples of the stride.
+        Image i fills the first `sizes[i]` rows and columns of its array; `sizes` is `(B, 2)` int32,
+        multiples of the stride. Each is restored as if its array ended there; the rest of the
+        result is undefined.
         """
+        ...
 
     def receptive_field(self, params: Any) -> ReceptiveField | None:
-        """How far an output sees; None if over the whole image."""
+        """How far an output pixel sees; None: over the whole image."""
+        ...
 
 
+@dataclasses.dataclass(frozen=True)
 class LinenNetwork:
     """A Linen module with `encode`, `decode`, `channels` and `stride`, as a `Network`."""
 
-    def __init__(self, model: Any):
-        self.model = model
-        self.name = type(model).__name__
-        self.channels = model.channels
-        self.stride = model.stride
+    model: Any
 
-    def apply(self, params, images):
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def channels(self) -> int:
+        return self.model.channels
+
+    @property
+    def stride(self) -> int:
+        return self.model.stride
+
+    @property
+    def scale(self) -> int:
+        return getattr(self.model, "scale", 1)  # A module of one's own may leave it out.
+
+    def apply(self, params: Any, images: jax.Array) -> jax.Array:
         return self.model.apply({"params": params}, images)
 
-    def encode(self, params, images):
+    def encode(self, params: Any, images: jax.Array) -> jax.Array:
         return self.model.apply({"params": params}, images, method="encode")
 
-    def decode(self, params, codes):
+    def decode(self, params: Any, codes: jax.Array) -> jax.Array:
         return self.model.apply({"params": params}, codes, method="decode")
 
-    def apply_within(self, params, images, sizes):
-        from aecore.networks import models
+    def apply_within(self, params: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
+        return masking.apply_within(self.model, params, images, sizes)
 
-        return models.apply_within(self.model, params, images, sizes)
-
-    def receptive_field(self, params):
+    def receptive_field(self, params: Any) -> ReceptiveField | None:
         return receptive_field.measure(
             self.apply, params, channels=self.channels, stride=self.stride
         )

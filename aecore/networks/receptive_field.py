@@ -117,7 +117,7 @@ def _in_growing_images(apply: Apply, params: Any, stride: int, look: Callable) -
     return None
 
 
-def _cpu() -> jax.Device | None:
+def _cpu() -> Any:
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:

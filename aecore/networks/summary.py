@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from aecore.networks import receptive_field
+from aecore.networks import layers, receptive_field
+from aecore.networks.layers import Operation
 from aecore.networks.network import LinenNetwork, Network
 
 
@@ -26,7 +27,7 @@ class Layer:
     """Height of the part of the image that one of its outputs depends on; None: all of it."""
 
 
-def layers(model: Any, params: Any, image_shape: tuple[int, int, int]) -> list[Layer]:
+def describe(model: Any, params: Any, image_shape: tuple[int, int, int]) -> list[Layer]:
     """The layers of a Linen module, in the order in which they are applied.
 
     Args:
@@ -46,11 +47,14 @@ def layers(model: Any, params: Any, image_shape: tuple[int, int, int]) -> list[L
         def intercept(function, args, kwargs, context):
             output = function(*args, **kwargs)
             own = context.module.variables.get("params", {})
-            is_layer = any(not isinstance(leaf, Mapping) for leaf in own.values())
-            if is_layer and context.method_name in ("__call__", "on_phases", "to_phases"):
-                in_phases = context.method_name != "__call__"
-                whole = merge_phases(output) if in_phases else output
-                calls.append((context.module, own, args[0].shape, whole.shape))
+            has_own = any(not isinstance(leaf, Mapping) for leaf in own.values())
+            operation = layers.operation(context.module, context.method_name)
+            if has_own and operation is None and context.method_name == "__call__":
+                operation = Operation()
+            if has_own and operation is not None:
+                whole = merge_phases(output) if operation.gives_phases else output
+                positions = args[0] if operation.multiplies_inputs else whole
+                calls.append((context.module.path, own, whole.shape, positions.shape))
                 outputs.append(whole)
             return output
 
@@ -66,18 +70,15 @@ def layers(model: Any, params: Any, image_shape: tuple[int, int, int]) -> list[L
         apply, params, channels=image_shape[2], stride=model.stride, count=len(described)
     )
     found = []
-    for (module, own, before, after), field in zip(described, fields, strict=True):
+    for (path, own, shape, positions), field in zip(described, fields, strict=True):
         leaves = jax.tree.leaves(own)
-        # A transposed convolution multiplies each pixel that goes in, others each that comes out.
-        is_transposed = "Transpose" in type(module).__name__
-        positions = math.prod((before if is_transposed else after)[1:3])
         kernel = max((leaf.size for leaf in leaves if leaf.ndim > 1), default=0)
         found.append(
             Layer(
-                name="/".join(module.path),
-                shape=after[1:],
+                name="/".join(path),
+                shape=shape[1:],
                 parameters=sum(leaf.size for leaf in leaves),
-                flops=2.0 * kernel * positions,
+                flops=2.0 * kernel * math.prod(positions[1:3]),
                 field=field,
             )
         )
@@ -123,7 +124,8 @@ def summarize(network: Network, params: Any, description: Mapping[str, Any]) -> 
 
 def _table(network: LinenNetwork, params: Any, description: Mapping[str, Any]) -> str:
     size = description.get("image_size") or [16 * network.stride] * 2
-    rows = layers(network.model, params, (*size, network.channels))
+    height, width = size
+    rows = describe(network.model, params, (height, width, network.channels))
     lines = [f"{'layer':16} {'gives':>14} {'parameters':>12} {'FLOP':>14} {'sees':>10}"]
     for layer in rows:
         shape = "x".join(map(str, layer.shape))

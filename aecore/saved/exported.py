@@ -1,10 +1,12 @@
-"""A network in one file, to be run without Flax and orbax.
+"""A trained network in one file, which runs without Flax and orbax.
 
-The file is a ZIP archive without compression: `description.json`; `params/NAME`, each parameter's
-bytes; and `functions/NAME`, the network's functions as StableHLO for CPUs, GPUs and TPUs, for any
-number of images of any size. It may lack the functions; the model must then be in the registry.
-Everything in it is data: nothing is unpickled, no path is taken from it, and StableHLO that calls
-out of itself is refused.
+The file is a ZIP archive without compression. It holds `description.json`; `params/NAME`, the bytes
+of each parameter; and `functions/NAME`, the network's functions as StableHLO for CPUs, GPUs and
+TPUs, for any number of images of any size. The functions may be missing; then the model must be in
+the registry, or be given.
+
+A file may come from anywhere, so everything in it is data: nothing is unpickled, no path is taken
+from it, and StableHLO that calls anything outside itself is refused.
 """
 
 import dataclasses
@@ -24,7 +26,7 @@ import numpy as np
 from etils import epath
 from jax import export
 
-from aecore.errors import CheckpointError
+from aecore.errors import CheckpointError, ConfigError
 from aecore.networks.network import LinenNetwork, Network
 from aecore.networks.receptive_field import ReceptiveField
 from aecore.saved.descriptions import Description
@@ -32,26 +34,29 @@ from aecore.saved.trained import TrainedNetwork
 from aecore.storage import write_whole
 
 SUFFIX = ".aecore"
-"""The usual ending of such files."""
+"""The usual ending of these files."""
 
 _FORMAT = 1
-_PLATCOMPILED_BY = ("cpu", "cuda", "tpu")
+_PLATFORMS = ("cpu", "cuda", "tpu")
 _FUNCTIONS = ("apply", "apply_within", "encode", "decode")
 _DTYPES = {"float32": np.dtype("<f4"), "bfloat16": jnp.dtype(jnp.bfloat16)}
 _MOST_BYTES = 2**32
-# A check of the exporter's own, which does nothing but fail.
-_CALLS_ALLOWED = frozenset({"shape_assertion"})
-# Operations that reach out of a program.
-_EFFECTS = re.compile(r"stablehlo\.(infeed|outfeed|send|recv|create_token|after_all)\b")
+# Whatever reaches out of a program. `shape_assertion` is a check that JAX itself exports; it does
+# nothing but fail.
+_REACHING_OUT = re.compile(
+    r"stablehlo\.(?:infeed|outfeed|send|recv|create_token|after_all)\b"
+    r"|custom_call(?! @shape_assertion\()[^(\n]*"
+)
 
 
 def save(path: epath.Path, trained: TrainedNetwork, *, with_functions: bool = True) -> None:
-    """Writes a network to a file, which appears whole or not at all.
+    """Writes a network to a file, which appears whole or not at all. Equal networks, equal files.
 
     Args:
       path: where to write it.
       trained: what to write.
-      with_functions: whether to write the functions too.
+      with_functions: whether to write the functions too. Without them, the file is small and lasts
+        longer than JAX promises to read StableHLO, but only aecore can read it.
     """
     network, params = trained.network, trained.params
     arrays = {name: np.asarray(jax.device_get(leaf)) for name, leaf in _flatten(params).items()}
@@ -65,6 +70,8 @@ def save(path: epath.Path, trained: TrainedNetwork, *, with_functions: bool = Tr
             "channels": network.channels,
             "stride": network.stride,
             "receptive_field": None if field is None else dataclasses.asdict(field),
+            # Left out where it is 1, as it was before networks could enlarge.
+            **({} if network.scale == 1 else {"scale": network.scale}),
         },
         "params": {
             name: {"dtype": str(array.dtype), "shape": array.shape}
@@ -94,119 +101,145 @@ def _exported(network: Network, params: Any) -> dict[str, bytes]:
     stride = network.stride
     images = spec(f"b, {stride}*h, {stride}*w, {network.channels}")
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    args = {
-        "apply": (images,),
-        "apply_within": (images, spec("b, 2", jnp.int32)),
-        "encode": (images,),
-        "decode": (jax.eval_shape(network.encode, params, images),),
-    }
+    sizes = spec("b, 2", jnp.int32)
+    codes = jax.eval_shape(network.encode, params, images)
+
+    def exported(function, *args):
+        exporter = export.export(jax.jit(function), platforms=_PLATFORMS)
+        return bytes(exporter(params, *args).serialize())
+
     return {
-        name: bytes(
-            export.export(jax.jit(getattr(network, name)), platforms=_PLATCOMPILED_BY)(
-                params, *args[name]
-            ).serialize()
-        )
-        for name in _FUNCTIONS
+        "apply": exported(network.apply, images),
+        "apply_within": exported(network.apply_within, images, sizes),
+        "encode": exported(network.encode, images),
+        "decode": exported(network.decode, codes),
     }
 
 
 def export_onnx(path: epath.Path, trained: TrainedNetwork) -> None:
-    """Writes a network as an ONNX graph, which keeps its description as metadata.
+    """Writes a network as an ONNX graph, with its description as metadata.
+
+    The graph takes images of any size and gives what a `Restorer` gives, clipped to [0, 1].
 
     Args:
       path: where to write it.
       trained: what to write.
 
     Raises:
-      ConfigError: onnx is not installed, or the network does what can't be written.
+      ConfigError: onnx is not installed, or the network can't be written.
     """
-    from aecore.saved import onnx
-
+    try:
+        from aecore.saved import onnx
+    except ImportError as error:
+        raise ConfigError(
+            'writing ONNX needs the package onnx: pip install "aecore[onnx]"'
+        ) from error
+    network, params = trained.network, trained.params
+    if isinstance(network, ExportedNetwork):
+        raise ConfigError(
+            "an exported file that holds compiled functions can't be written as ONNX; export the "
+            "run that it was made from"
+        )
     graph = onnx.convert(
-        functools.partial(trained.network.apply, trained.params),
-        channels=trained.network.channels,
-        stride=trained.network.stride,
+        lambda images: jnp.clip(network.apply(params, images), 0.0, 1.0),
+        channels=network.channels,
+        stride=network.stride,
         metadata={"aecore": json.dumps(trained.description.without_places().to_json())},
     )
     write_whole(path, graph.SerializeToString())
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class ExportedNetwork:
-    """The functions of a file as an `aecore.networks.Network`."""
+    """The functions of a file, as an `aecore.networks.Network`. Checks what a file says of them."""
 
-    def __init__(self, head: Mapping[str, Any], functions: Mapping[str, bytes]):
-        described = head["network"]
-        self.name = described["name"]
+    name: str
+    channels: int
+    stride: int
+    scale: int
+    field: ReceptiveField | None
+    functions: Mapping[str, export.Exported] = dataclasses.field(repr=False)
+    """By the names of the methods that call them."""
+
+    def __post_init__(self):
         if not self.name.isidentifier():
-            raise ValueError(f"{self.name!r} is no name of a network")
-        self.channels = _count(described["channels"])
-        self.stride = _count(described["stride"])
-        field = described["receptive_field"]
-        self._field = field and ReceptiveField(
-            before=_count(field["before"], 0), after=_count(field["after"], 0)
-        )
-        for name in _FUNCTIONS:
-            try:
-                exported = _deserialize(name, functions[name])
-            except jax.errors.JaxRuntimeError as error:
-                raise ValueError(
-                    f"JAX {jax.__version__} can't read what JAX {head.get('jax')!s:.20} wrote"
-                ) from error
-            setattr(self, name, exported.call)
+            raise ValueError(f"{self.name!r} can't be the name of a network")
+        _check_count(self.channels)
+        _check_count(self.stride)
+        _check_count(self.scale)
+        if self.field is not None:
+            _check_count(self.field.before, least=0)
+            _check_count(self.field.after, least=0)
 
-    def receptive_field(self, params):
+    def apply(self, params: Any, images: jax.Array) -> jax.Array:
+        return self.functions["apply"].call(params, images)
+
+    def apply_within(self, params: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
+        return self.functions["apply_within"].call(params, images, sizes)
+
+    def encode(self, params: Any, images: jax.Array) -> jax.Array:
+        return self.functions["encode"].call(params, images)
+
+    def decode(self, params: Any, codes: jax.Array) -> jax.Array:
+        return self.functions["decode"].call(params, codes)
+
+    def receptive_field(self, params: Any) -> ReceptiveField | None:
         del params
-        return self._field
-
-
-def _deserialize(name: str, data: bytes) -> export.Exported:
-    exported = export.deserialize(bytearray(data))
-    module = exported.mlir_module()
-    calls = {
-        line.split("custom_call", 1)[1].split("@", 1)[-1].split("(", 1)[0].strip()
-        for line in module.splitlines()
-        if "custom_call" in line
-    }
-    reaching_out = sorted((calls - _CALLS_ALLOWED) | set(_EFFECTS.findall(module)))
-    if reaching_out:
-        raise ValueError(f"{name} calls {', '.join(reaching_out)}")
-    return exported
+        return self.field
 
 
 def load(path: epath.Path, *, sha256: str | None = None, model: Any = None) -> TrainedNetwork:
     """Reads a file that `save` wrote.
 
     Args:
-      path: the file.
-      sha256: what its checksum must be.
-      model: used in place of the described one where the file holds no functions.
+      path: an `epath.Path`.
+      sha256: what the file's checksum must be; None for anything.
+      model: a Linen module. Needed if the file holds no functions and its model is not in
+        `aecore.models.REGISTRY`; not used if it holds functions.
 
     Raises:
-      CheckpointError: the file is not one, is damaged, or names a model that is not registered.
+      CheckpointError: the file can't be read, is damaged or not one that `save` wrote, or its
+        parameters don't fit the model; or the model is not known.
+      ConfigError: a package that is needed to read it is not installed.
     """
     try:
-        return _load(path, sha256, model)
-    except CheckpointError:
-        raise
+        if path.stat().length > _MOST_BYTES:
+            raise CheckpointError("too large for a file that `aecore export` wrote; name another")
+        data = path.read_bytes()
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise CheckpointError(f"damaged: its SHA-256 is not {sha256}; install aecore again")
+        return _parse(data, model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} can't be read ({error.strerror or error}); check that it is there and that "
+            "you may read it"
+        ) from error
+    except MemoryError as error:
+        raise CheckpointError(
+            f"{path}: there is not enough memory to load it; free some, or use another machine"
+        ) from error
+    except ImportError as error:
+        raise ConfigError(
+            f"{path} needs a package that can't be imported ({error}); install it with pip"
+        ) from error
     except Exception as error:  # Damage shows in many ways, here and within the deserializer.
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{path} is no exported network, or damaged ({reason:.200})"
+            f"{path} is not an exported network, or is damaged ({reason:.200}); export it again"
         ) from error
 
 
-def _load(path: epath.Path, sha256: str | None, model: Any) -> TrainedNetwork:
-    if sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise CheckpointError(
-            f"{path} is damaged: its SHA-256 is not {sha256}; install aecore anew"
-        )
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+def _parse(data: bytes, model: Any) -> TrainedNetwork:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
         head = json.loads(_member(archive, "description.json"))
         if head["format"] != _FORMAT:
             raise CheckpointError(
-                f"{path} has format {head['format']!r}, not {_FORMAT}; use the version of aecore "
+                f"its format is {head['format']!r:.20}, not {_FORMAT}; use the version of aecore "
                 "that wrote it"
             )
+        description = Description.from_json(head["description"])
 
         def read(name):
             data = _member(archive, name)
@@ -214,38 +247,70 @@ def _load(path: epath.Path, sha256: str | None, model: Any) -> TrainedNetwork:
                 raise ValueError(f"the checksum of {name} is wrong")
             return data
 
-        arrays = {
-            name: _array(read(f"params/{name}"), **leaf) for name, leaf in head["params"].items()
-        }
+        params = _unflatten(
+            {name: _array(read(f"params/{name}"), **leaf) for name, leaf in head["params"].items()}
+        )
         functions = {
             name: read(f"functions/{name}")
             for name in _FUNCTIONS
             if f"functions/{name}" in head["sha256"]
         }
-    params = _unflatten(arrays)
-    description = Description.from_json(head["description"])
     if functions:
-        network = ExportedNetwork(head, functions)
-        _check_params(network, params)
-        return TrainedNetwork(network, params, description)
-    return TrainedNetwork(_linen(path, params, description, model), params, description)
+        network = _network(head, functions)
+        _check_functions(network, params)
+    else:
+        network = LinenNetwork(_fitting(model or _registered(description), params))
+    return TrainedNetwork(network, params, description)
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
     info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size > _MOST_BYTES:
-        raise ValueError(f"{name} is compressed or too large")
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
     return archive.read(info)
 
 
-def _array(data: bytes, dtype: str, shape: Any) -> np.ndarray:
-    shape = tuple(_count(side, 0) for side in shape)
+def _array(data: bytes, dtype: str, shape: list[int]) -> np.ndarray:
+    for side in shape:
+        _check_count(side, least=0)
     if math.prod(shape) * _DTYPES[dtype].itemsize != len(data):
-        raise ValueError(f"{len(data)} bytes are no {dtype} array of shape {shape}")
+        raise ValueError(f"{len(data)} bytes can't be a {dtype} array of shape {shape}")
     return np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
 
 
-def _check_params(network: ExportedNetwork, params: Any) -> None:
+def _check_count(value: Any, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 2**31:
+        raise ValueError(f"{value!r:.40} is not a count")
+
+
+def _network(head: Mapping[str, Any], functions: Mapping[str, bytes]) -> ExportedNetwork:
+    try:
+        exported = {name: _deserialize(name, functions[name]) for name in _FUNCTIONS}
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"JAX {jax.__version__} can't read what JAX {head.get('jax')!s:.20} wrote"
+        ) from error
+    described = head["network"]
+    field = described["receptive_field"]
+    return ExportedNetwork(
+        name=described["name"],
+        channels=described["channels"],
+        stride=described["stride"],
+        scale=described.get("scale", 1),
+        field=None if field is None else ReceptiveField(**field),
+        functions=exported,
+    )
+
+
+def _deserialize(name: str, data: bytes) -> export.Exported:
+    exported = export.deserialize(bytearray(data))
+    reaching_out = sorted(set(_REACHING_OUT.findall(exported.mlir_module())))
+    if reaching_out:
+        raise ValueError(f"{name} reaches out of itself by {', '.join(reaching_out)}")
+    return exported
+
+
+def _check_functions(network: ExportedNetwork, params: Any) -> None:
     """Refuses parameters that the functions don't take, and functions that are not a network's."""
     shape = (1, 2 * network.stride, 2 * network.stride, network.channels)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -254,20 +319,32 @@ def _check_params(network: ExportedNetwork, params: Any) -> None:
     within = jax.eval_shape(network.apply_within, params, images, sizes)
     codes = jax.eval_shape(network.encode, params, images)
     decoded = jax.eval_shape(network.decode, params, codes)
+    enlarged = (1, *(network.scale * side for side in shape[1:3]), network.channels)
     if {(leaf.shape, str(leaf.dtype)) for leaf in (restored, within, decoded)} != {
-        (shape, "float32")
+        (enlarged, "float32")
     }:
         raise ValueError("its functions don't map images to images")
 
 
-def _linen(path: epath.Path, params: Any, description: Description, model: Any) -> LinenNetwork:
-    from aecore.errors import ConfigError
+def _registered(description: Description) -> Any:
+    from aecore import models
+
+    name = (description.model or {}).get("type", "unnamed")
+    if name not in models.REGISTRY:
+        raise CheckpointError(
+            f"it holds parameters alone, and their model {name!r:.40} is not known; pass it as "
+            "model=, or export the network with its functions (--format stablehlo)"
+        )
+    try:
+        return description.build_model()
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _fitting(model: Any, params: Any) -> Any:
+    """The model, if it takes such parameters."""
     from aecore.steps import state
 
-    try:
-        model = description.build_model() if model is None else model
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
     size = (8 * model.stride, 8 * model.stride, model.channels)
     expected = _flatten(state.abstract_params(model, size))
     given = _flatten(params)
@@ -275,15 +352,10 @@ def _linen(path: epath.Path, params: Any, description: Description, model: Any) 
         shapes = [tree[name].shape if name in tree else None for tree in (expected, given)]
         if shapes[0] != shapes[1]:
             raise CheckpointError(
-                f"{path}: {name} has shape {shapes[1]}, in {type(model).__name__} {shapes[0]}"
+                f"{name} has shape {shapes[1]} in the file and {shapes[0]} in "
+                f"{type(model).__name__}; use the model that the file was made with"
             )
-    return LinenNetwork(model)
-
-
-def _count(value: Any, least: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 2**31:
-        raise ValueError(f"{value!r} is no count")
-    return value
+    return model
 
 
 def _flatten(params: Any) -> dict[str, Any]:

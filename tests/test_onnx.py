@@ -170,6 +170,33 @@ def test_layers(model):
     assert largest_difference(function_of(model), stride=model.stride) < 1e-5
 
 
+NAMED = {
+    layer.__name__: layer
+    for layer in (
+        *(nn.relu, nn.relu6, nn.leaky_relu, nn.elu, nn.celu, nn.selu, nn.gelu, nn.silu),
+        *(nn.sigmoid, nn.hard_sigmoid, nn.tanh, nn.hard_tanh, nn.softplus, nn.soft_sign),
+        *(nn.softmax, nn.log_softmax, lambda x: nn.glu(jnp.tile(x, (1, 1, 1, 2)))),
+    )
+} | {
+    type(layer).__name__: layer
+    for layer in (
+        *(nn.PReLU(), nn.LayerNorm(), nn.GroupNorm(2), nn.RMSNorm(), nn.InstanceNorm()),
+        *(nn.BatchNorm(use_running_average=True), nn.Dense(8), nn.DenseGeneral(8)),
+    )
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_layers(name):
+    layer = NAMED[name]
+    if isinstance(layer, nn.Module):
+        variables = layer.init(jax.random.key(0), jnp.zeros((1, 4, 4, 8)))
+        random = np.random.default_rng(0)
+        variables = jax.tree.map(lambda leaf: random.uniform(0.5, 1.5, leaf.shape), variables)
+        layer = functools.partial(layer.apply, variables)
+    assert largest_difference(lambda x: layer(6 * x - 3), channels=8) < 1e-5
+
+
 def kernel(*shape):
     return np.random.default_rng(shape).normal(0, 0.3, shape).astype(np.float32)
 

@@ -9,13 +9,14 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aecore import memory
 from aecore.errors import ConfigError, ImageError
 from aecore.networks.network import Network, fits_within, in_precision
 from aecore.networks.receptive_field import ReceptiveField
@@ -60,6 +61,15 @@ class Kind(NamedTuple):
     """Of the arrays that images are put into."""
     dtype: np.dtype
     channels: int
+
+
+class Plan(NamedTuple):
+    """How images whose sizes are known beforehand are restored with little compiling and waste."""
+
+    order: list[Any]
+    """The images' keys; those of images that share a shape are neighbours."""
+    shapes: list[Size]
+    """Of the arrays that they share; none if each needs an array of its own size."""
 
 
 class Engine:
@@ -116,7 +126,7 @@ class Engine:
         Args:
           images: `(N, H, W, C)`, taken as they are needed, some ahead. If taking some fails, those
             before them are restored first.
-          shapes: what `shared_shapes` gave for the images' sizes.
+          shapes: those of the images' `Plan`, if their sizes were known beforehand.
 
         Yields:
           The restored images, in order.
@@ -126,12 +136,21 @@ class Engine:
         """
         return _Run(self, shapes)(images)
 
-    def shared_shapes(self, sizes: Iterable[Size]) -> list[Size]:
-        """Few shapes of arrays into which images of these sizes, or their tiles, can be put."""
-        parts = [window.size for size in sizes for window in self.windows(size)]
-        if len(set(parts)) > _SHARED_SHAPES and not self._can_share:
-            return []
-        return tiling.shared_shapes(parts, _SHARED_SHAPES)
+    def plan(self, sizes: Mapping[Any, Size]) -> Plan:
+        """In which order to restore images of these sizes, and in arrays of which few shapes.
+
+        Args:
+          sizes: height and width of each image, by any key.
+        """
+        parts = [window.size for size in sizes.values() for window in self.windows(size)]
+        shapes = []
+        if len(set(parts)) <= _SHARED_SHAPES or self._can_share:
+            shapes = tiling.shared_shapes(parts, _SHARED_SHAPES)
+
+        def shape(key):
+            return tiling.smallest_containing(sizes[key], shapes) or sizes[key]
+
+        return Plan(sorted(sizes, key=shape), shapes)
 
     def in_parts(
         self, method: Literal["encode", "decode"], batch: np.ndarray, shape: Size
@@ -161,7 +180,7 @@ class Engine:
                 part = jax.device_put(part, self.device)
                 parts.append(jax.device_get(function(self.params, part))[:count])
             except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" in str(error):
+                if memory.ran_out(error):
                     raise self._memory_error(shape, "use smaller images") from error
                 raise
         return np.concatenate(parts)
@@ -289,7 +308,7 @@ class Engine:
 
     @functools.cached_property
     def _memory(self) -> float:
-        limit = (self.device.memory_stats() or {}).get("bytes_limit")
+        limit = memory.limit(self.device)
         return _CPU_MEMORY if limit is None else limit / 4
 
     def _smaller_tile(self, kind: Kind) -> int | None:
@@ -361,7 +380,7 @@ class OutOfMemoryError(Exception):
 
 def _as_out_of_memory(error: Exception, kind: Kind) -> Exception:
     """The same error, unless it means that memory did not suffice."""
-    return OutOfMemoryError(kind, False) if "RESOURCE_EXHAUSTED" in str(error) else error
+    return OutOfMemoryError(kind, False) if memory.ran_out(error) else error
 
 
 class _Stack:

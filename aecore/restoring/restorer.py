@@ -3,8 +3,8 @@
 import collections
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -21,6 +21,8 @@ from aecore.saved.trained import TrainedNetwork
 
 _log = logging.getLogger(__name__)
 
+
+Key = TypeVar("Key", bound=Hashable)
 
 _ROUNDING = 1e-5
 """How far floats may lie outside [0, 1]."""
@@ -124,15 +126,13 @@ class Restorer:
             return images.to_pillow(frame.replace(restored, frame.alpha))
         return next(self._restored([_checked(image)]))
 
-    def each(
-        self, arrays: Iterable[np.ndarray], shapes: Sequence[Size] = ()
-    ) -> Iterator[np.ndarray]:
-        """Restores images of different sizes; consecutive ones that share a shape are batched.
+    def each(self, arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Restores images as they come; consecutive ones of one shape are batched.
+
+        Where the sizes of all images are known beforehand, `many` is faster.
 
         Args:
           arrays: `(H, W)` or `(H, W, C)`, as for calling; taken as they are needed, some ahead.
-          shapes: what `shared_shapes` gave for their sizes, where these are known. Images are
-            batched best in the order of the smallest shape that contains them.
 
         Yields:
           The restored images, in order.
@@ -140,14 +140,41 @@ class Restorer:
         Raises:
           ImageError: as for calling; the images before the one in question are yielded first.
         """
+        return self._restored(map(_checked_one, arrays))
 
-        def checked():
-            for array in map(_checked, arrays):
-                if array.ndim == 4:
-                    raise ImageError(f"an array of shape {array.shape} is several images, not one")
+    def many(
+        self,
+        sizes: Mapping[Key, Size],
+        read: Callable[[Sequence[Key]], Iterable[tuple[Key, np.ndarray]]],
+    ) -> Iterator[tuple[Key, np.ndarray]]:
+        """Restores images whose sizes are known beforehand, in the order that is fastest.
+
+        Images of similar sizes are restored together, so that few shapes are compiled.
+
+        Args:
+          sizes: height and width of each image, by any key, such as its path.
+          read: gets all keys in the order in which to read the images, and yields each key with
+            its image, `(H, W)` or `(H, W, C)`, as for calling. It may leave out images that can't
+            be read, and yield several images of a key. Its images are taken as they are needed, a
+            few ahead; it may read further ahead itself, in threads of its own.
+
+        Yields:
+          Each key with the restored image, in the order in which `read` gave them.
+
+        Raises:
+          ImageError: as for calling; the images before the one in question are yielded first.
+        """
+        plan = self._engine.plan(sizes)
+        keys = collections.deque()
+
+        def arrays():
+            for key, image in read(plan.order):
+                array = _checked_one(image)
+                keys.append(key)
                 yield array
 
-        return self._restored(checked(), shapes)
+        for restored in self._restored(arrays(), plan.shapes):
+            yield keys.popleft(), restored
 
     def _restored(
         self, arrays: Iterable[np.ndarray], shapes: Sequence[Size] = ()
@@ -167,17 +194,6 @@ class Restorer:
             parts = [first, *(next(restored) for _ in range(count - 1))]
             result = parts[0] if count == 1 else np.concatenate(parts, axis=3)
             yield result.reshape(array.shape).astype(array.dtype, copy=False)
-
-    def shared_shapes(self, sizes: Iterable[Size]) -> list[Size]:
-        """Few shapes, of which each image, or each of its tiles, fits into one.
-
-        Args:
-          sizes: height and width of each image that will come.
-
-        Returns:
-          Heights and widths; none if the network needs arrays of the images' own sizes.
-        """
-        return self._engine.shared_shapes(sizes)
 
     def encode(self, image: Any) -> np.ndarray:
         """The codes `(N, h, w, K)` float32 of images, which are given as for calling.
@@ -301,6 +317,14 @@ def _checked(image: Any) -> np.ndarray:
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype not in (np.uint8, np.uint16) and array.dtype.kind != "f":
         raise ImageError(f"dtype {array.dtype} is not supported; use uint8, uint16 or float")
+    return array
+
+
+def _checked_one(image: Any) -> np.ndarray:
+    """An array; refuses what is not one image."""
+    array = _checked(image)
+    if array.ndim == 4:
+        raise ImageError(f"an array of shape {array.shape} is several images; pass them one by one")
     return array
 
 

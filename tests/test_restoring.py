@@ -40,6 +40,14 @@ def compiled_shapes(restorer):
     return {key[0].shape for key in restorer._engine._known if isinstance(key, tuple)}
 
 
+def sizes_of(images):
+    return {index: image.shape[:2] for index, image in enumerate(images)}
+
+
+def reading(images):
+    return lambda order: ((index, images[index]) for index in order)
+
+
 def identity(channels):
     return aecore.Restorer.of(Identity(channels=channels), {})
 
@@ -279,17 +287,51 @@ def test_images_of_many_sizes_share_shapes():
     images = [
         RANDOM.integers(0, 256, (*RANDOM.integers(5, 200, 2), 1), np.uint8) for _ in range(60)
     ]
+    announced, unannounced = (aecore.Restorer.of(model, params) for _ in range(2))
+    together = dict(announced.many(sizes_of(images), reading(images)))
+    assert len(compiled_shapes(announced)) <= 4
+    restored = list(unannounced.each(images))
+    assert len(compiled_shapes(unannounced)) <= 7
     whole = aecore.Restorer.of(model, params)
-    restorer = aecore.Restorer.of(model, params)
-    shared = restorer.shared_shapes([image.shape[:2] for image in images])
-    for shapes, most in ((shared, 4), ((), 7)):
-        restorer = aecore.Restorer.of(model, params)
-        restored = list(restorer.each(images, shapes))
-        assert len(compiled_shapes(restorer)) <= most
-        for image, result in zip(images[::20], restored[::20], strict=True):
-            whole._engine._shapes.clear()
-            difference = whole(image).astype(int) - result
-            assert np.abs(difference).max() <= 1
+    for index in range(0, len(images), 20):
+        whole._engine._shapes.clear()
+        alone = whole(images[index]).astype(int)
+        assert np.abs(alone - restored[index]).max() <= 1
+        assert np.abs(alone - together[index]).max() <= 1
+
+
+def test_images_that_can_not_be_read_do_not_stop_the_others(trained):
+    images = [RANDOM.random((8 + 4 * (i % 3), 12), np.float32) for i in range(9)]
+
+    def read(order):
+        for index in order:
+            if index == 4:  # Which can't be read,
+                continue
+            yield index, images[index]
+            if index == 5:  # and which has two frames.
+                yield index, 1 - images[index]
+
+    restorer = aecore.Restorer.load(trained)
+    restored = list(restorer.many(sizes_of(images), read))
+    assert sorted(key for key, _ in restored) == [0, 1, 2, 3, 5, 5, 6, 7, 8]
+    # Images of one size are neighbours.
+    heights = [result.shape[0] for _, result in restored]
+    assert heights == sorted(heights)
+    for key in (3, 8):
+        np.testing.assert_allclose(dict(restored)[key], restorer(images[key]), atol=1e-6)
+    frames = [result for key, result in restored if key == 5]
+    np.testing.assert_allclose(frames[1], restorer(1 - images[5]), atol=1e-6)
+
+
+def test_images_before_one_whose_reading_fails_are_restored(trained):
+    def read(order):
+        yield order[0], np.zeros((8, 8))
+        raise OSError("gone")
+
+    restored = aecore.Restorer.load(trained).many({"a": (8, 8), "b": (8, 8)}, read)
+    assert next(restored)[0] == "a"
+    with pytest.raises(OSError, match="gone"):
+        next(restored)
 
 
 def test_networks_that_pad_otherwise_get_arrays_of_their_own_shape():
@@ -300,10 +342,8 @@ def test_networks_that_pad_otherwise_get_arrays_of_their_own_shape():
 
     images = [RANDOM.random((4 * count, 8), np.float32) for count in range(2, 9)]
     restorer = aecore.Restorer.of(Reflecting(channels=1), {})
-    shapes = restorer.shared_shapes([image.shape for image in images])
-    assert shapes == []
-    for image, restored in zip(images, restorer.each(images, shapes), strict=True):
-        padded = np.pad(image, 1, mode="reflect")
+    for index, restored in restorer.many(sizes_of(images), reading(images)):
+        padded = np.pad(images[index], 1, mode="reflect")
         np.testing.assert_allclose(restored, (padded[2:, 2:] + padded[:-2, :-2]) / 2, atol=1e-6)
 
 

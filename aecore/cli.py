@@ -1,4 +1,4 @@
-"""The command line: `aecore restore`, `evaluate` and the others, and `main` of experiment files."""
+"""The `aecore` command, and the `main` of experiment files: words in, exit status out."""
 
 import collections
 import contextlib
@@ -28,12 +28,12 @@ def main(
     args: Sequence[str] | None = None,
     then: Callable[[Experiment], None] | None = None,
 ) -> None:
-    """Trains an experiment, changed by what the command line says; exits if that fails.
+    """Trains an experiment whose settings the command line may change; exits if that fails.
 
     Args:
-      experiment: gives every flag its default.
-      args: the command line's words; those of the process by default.
-      then: called afterwards with the experiment as it was trained, by the first process.
+      experiment: the defaults of all flags.
+      args: words of the command line; by default those of the process.
+      then: called after training with the experiment as trained, in the first process only.
     """
     with _exit_status():
         chosen = tyro.cli(Experiment, default=experiment, args=args)
@@ -43,7 +43,7 @@ def main(
         from aecore.training import loop
 
         summary = loop.train(chosen)
-        if jax.process_index() > 0:  # The first process speaks for all.
+        if jax.process_index() > 0:  # Only the first process prints.
             return
         run = chosen.directory
         print(
@@ -203,16 +203,16 @@ class Restore:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Writes a trained network to one file, for use without Flax and orbax, or for ONNX."""
+    """Exports a trained network as one file: StableHLO, ONNX, or weights only."""
 
     model: tyro.conf.Positional[str]
     """A run directory, an exported file, or the name of weights that ship with aecore."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """The file to write."""
     format: Literal["auto", "stablehlo", "onnx", "weights"] = "auto"
-    """stablehlo: what aecore.Restorer.load reads anywhere; onnx: for onnxruntime and others;
-    weights: parameters alone, for models that aecore knows; auto: onnx if the file ends in .onnx,
-    else stablehlo."""
+    """stablehlo: runs wherever aecore is installed, without the model's Python code. onnx: for
+    onnxruntime and other tools. weights: only the parameters, for models that aecore knows.
+    auto: onnx if the file name ends in .onnx, else stablehlo."""
 
     def run(self) -> int:
         from aecore.saved import exported, weights
@@ -232,7 +232,7 @@ class Export:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Prints a network layer by layer, what it was trained on, and its scores."""
+    """Prints a network's layers, what it was trained on, and its scores."""
 
     model: tyro.conf.Positional[str]
     """A run directory, an exported file, or the name of weights that ship with aecore."""
@@ -246,24 +246,24 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Scores a run's best checkpoint on its validation images, beside classical methods."""
+    """Scores a run's best checkpoint on its validation images, next to classical methods."""
 
     run_dir: tyro.conf.Positional[str]
     """The run directory."""
     data_dir: str | None = None
-    """Where the data are now; None: where they were."""
+    """Folder of the data, if they have moved since the training."""
     batch_size: int | None = None
-    """Images at a time; None: as many as are fast."""
+    """Images per call; None: a fast number."""
     classical: bool = True
-    """Whether to score classical methods too, each tuned on training images alone."""
+    """Also score classical methods, each tuned on training images only."""
     methods: tuple[str, ...] | None = None
-    """Which of them, as median or "total variation"; None: all that are installed. BM3D takes about
-    a second for each image."""
+    """Classical methods to score, such as median or "total variation"; None: all that are
+    installed. BM3D takes about a second per image."""
     save: bool = False
-    """Write the scores into the run's summary.json, and ranked.png, a picture of the best, the
-    median and the worst results."""
+    """Add the scores to the run's summary.json, and write ranked.png with the best, median and
+    worst results."""
     json: str | None = None
-    """A file to write the scores to."""
+    """File to write the scores to."""
 
     def run(self) -> int:
         from aecore.scoring import evaluation
@@ -364,9 +364,9 @@ def _write_report(path: Any, outcomes: Sequence[Any], skipped: Sequence[Any]) ->
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Has Ctrl-C and SIGTERM raise KeyboardInterrupt; yields whether one came.
+    """Makes Ctrl-C and SIGTERM raise KeyboardInterrupt; yields a function that says if one came.
 
-    The exception alone would not do: where it is raised within a callback, it is lost.
+    The exception alone isn't enough: raised within a callback, it would be lost.
     """
     came = threading.Event()
 
@@ -394,7 +394,7 @@ def _until(is_interrupted: Callable[[], bool], results: Iterable[Any]) -> Iterat
 
 @contextlib.contextmanager
 def _notes_on_stdout() -> Iterator[None]:
-    """Has what a restorer notes printed beside the results, so that stderr names failures alone."""
+    """Prints a restorer's notes on stdout, so that stderr names failures only."""
 
     class Printing(logging.Handler):
         def emit(self, record):
@@ -411,18 +411,20 @@ def _notes_on_stdout() -> Iterator[None]:
 
 
 def _experiment(file: str, flags: Sequence[str]) -> Experiment:
-    """The `experiment` of an experiment's file, changed by flags."""
+    """The `experiment` that a file defines, changed by flags."""
     path = epath.Path(file)
     if not path.is_file():
-        raise ConfigError(f"{path} is no file; name an experiment's, as experiments/quickstart.py")
+        raise ConfigError(
+            f"{path} is not a file; name an experiment file such as experiments/quickstart.py"
+        )
     experiment = runpy.run_path(str(path)).get("experiment")
     if not isinstance(experiment, Experiment):
-        raise ConfigError(f"{path} defines no `experiment`; see experiments/quickstart.py")
+        raise ConfigError(f"{path} doesn't define `experiment`; see experiments/quickstart.py")
     return tyro.cli(Experiment, default=experiment, args=flags)
 
 
 def _image_shape(experiment: Experiment) -> tuple[int, int, int]:
-    """Of an experiment's images, without loading them where it says so."""
+    """Shape of an experiment's images; loads them only if the settings don't say."""
     if experiment.data.image_size is not None:
         return (*experiment.data.image_size, experiment.model.channels)
     from aecore.data import sources
@@ -451,21 +453,21 @@ _COMMANDS = {
 
 def run(args: Sequence[str] | None = None) -> None:
     """The `aecore` command."""
-    commands = Union[  # noqa: UP007 as it is made of a list
+    commands: Any = Union[  # noqa: UP007 as it is made of a list
         tuple(Annotated[command, tyro.conf.subcommand(name)] for name, command in _COMMANDS.items())
     ]
     with _exit_status():
         command, flags = tyro.cli(commands, prog="aecore", args=args, return_unknown_args=True)
-        if isinstance(command, (Bench, Plan)):  # The other flags are the experiment's.
+        if isinstance(command, (Bench, Plan)):  # Other flags belong to the experiment.
             sys.exit(command.run(flags))
         if flags:
-            raise ConfigError(f"{flags[0]} is not known here; see --help")
+            raise ConfigError(f"{flags[0]} is not an option of this command; see --help")
         sys.exit(command.run())
 
 
 @contextlib.contextmanager
 def _exit_status() -> Iterator[None]:
-    """Ends the process with one line on stderr, instead of a traceback, for aecore's own errors."""
+    """Ends the process with one line on stderr instead of a traceback for expected errors."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
     # Orbax and TFDS report through absl what a user can't act on; failures are raised besides.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -498,10 +500,10 @@ def _exit_status() -> Iterator[None]:
 
 
 def _keep_compiled_programs() -> None:
-    """Has JAX keep what it compiles under the user's cache folder, so that a restart is quick."""
+    """Makes JAX keep compiled programs in the user's cache folder, so that a restart is quick."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         home = os.environ.get("XDG_CACHE_HOME") or epath.Path("~/.cache").expanduser()
         cache = epath.Path(home) / "aecore" / "jax"
         try:
@@ -511,5 +513,5 @@ def _keep_compiled_programs() -> None:
         if not os.access(cache, os.W_OK):
             return
         jax.config.update("jax_compilation_cache_dir", str(cache))
-        # All of it: with a threshold, chance would decide about what takes about as long.
+        # All programs: with a threshold, chance would decide for those near it.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

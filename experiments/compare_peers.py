@@ -64,10 +64,10 @@ def aecore_step(task: str, images: np.ndarray, precision: str, *, several: bool 
     if several:
         step = devices.compile_train_steps(train_step, STEPS)
         batches = jax.tree.map(lambda array: array[None], batch)
-        arguments = devices.place_batch(batches, axis=1), devices.replicate(np.int32(STEPS))
+        arguments = devices.shard_batch(batches, axis=1), devices.replicate(np.int32(STEPS))
     else:
         step = devices.compile_train_step(train_step)
-        arguments = (devices.place_batch(batch),)
+        arguments = (devices.shard_batch(batch),)
 
     def take():
         nonlocal state

@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="aecore-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_PLATCOMPILED_BY"] = "cpu"
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     )
@@ -35,11 +35,21 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.fixture(scope="session")
 def tfds_dir() -> str:
-    """The folder of prepared TFDS data, where there is one."""
-    folder = os.environ.get("AECORE_TEST_DATA")
-    if not folder:
-        pytest.skip("AECORE_TEST_DATA does not name a folder of prepared TFDS data")
-    return folder
+    """A folder of prepared TFDS data, where there is one."""
+    return _test_data("tfds")
+
+
+@pytest.fixture(scope="session")
+def photos_dir() -> str:
+    """A folder of photographs and benchmarks, where there is one."""
+    return _test_data("photos")
+
+
+def _test_data(name: str) -> str:
+    folder = Path(os.environ.get("AECORE_TEST_DATA", ""), name)
+    if "AECORE_TEST_DATA" not in os.environ or not folder.is_dir():
+        pytest.skip(f"AECORE_TEST_DATA does not name a folder that holds {name}")
+    return str(folder)
 
 
 def save_pictures(folder: Path, count: int, size=(16, 16), mode="L", seed=0) -> None:

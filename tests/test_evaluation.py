@@ -10,7 +10,7 @@ import aecore
 from aecore.degradations import GaussianNoise, Pixelate
 from aecore.errors import CheckpointError, ConfigError
 from aecore.scoring import evaluation
-from aecore.steps.devices import DataParallel
+from aecore.steps.devices import Devices
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (21, 16, 16, 1), np.uint8)
 
@@ -29,8 +29,8 @@ def test_each_image_counts_once_at_any_batch_size_on_any_number_of_devices(
     devices, batch_size, monkeypatch
 ):
     monkeypatch.setattr(evaluation, "_VALUES_ON_CPU", 5 * IMAGES[0].size)
-    parallel = DataParallel(jax.devices()[:devices])
-    scores = evaluation.Evaluator(identity, GaussianNoise(0.3), parallel, batch_size)({}, IMAGES)
+    chosen = Devices(jax.devices()[:devices])
+    scores = evaluation.Evaluator(identity, GaussianNoise(0.3), chosen, batch_size)({}, IMAGES)
 
     original = IMAGES / np.float32(255)
     degraded = np.asarray(GaussianNoise(0.3)(original, evaluation.keys(np.arange(21))))
@@ -44,7 +44,7 @@ def test_batches_are_as_large_as_devices_like_and_alike(monkeypatch):
     monkeypatch.setattr(evaluation, "_VALUES_ON_CPU", 5 * IMAGES[0].size)
     for devices, size in [(1, 5), (2, 8), (8, 24)]:
         evaluator = evaluation.Evaluator(
-            identity, GaussianNoise(0.3), DataParallel(jax.devices()[:devices])
+            identity, GaussianNoise(0.3), Devices(jax.devices()[:devices])
         )
         assert evaluator._size_of_batches(IMAGES) == size
 
@@ -56,12 +56,12 @@ def test_what_is_compiled_ahead_is_not_compiled_again():
         traced.append(images.shape)
         return images * params
 
-    params = DataParallel().replicate(np.float32(0.5))
-    evaluator = evaluation.Evaluator(network, GaussianNoise(0.3), DataParallel())
+    params = Devices().replicate(np.float32(0.5))
+    evaluator = evaluation.Evaluator(network, GaussianNoise(0.3), Devices())
     evaluator.compile_ahead(params, IMAGES)
     scores = evaluator(params, IMAGES)
     assert len(traced) == 1
-    expected = evaluation.Evaluator(network, GaussianNoise(0.3), DataParallel())
+    expected = evaluation.Evaluator(network, GaussianNoise(0.3), Devices())
     assert scores == expected(params, IMAGES)
     assert evaluator(params, IMAGES[:3]) == expected(params, IMAGES[:3])
 
@@ -71,7 +71,7 @@ def test_mse_is_of_the_output_as_it_is_and_psnr_of_the_clipped_one():
         return images + 2.0
 
     white = np.full((3, 16, 16, 1), 255, np.uint8)
-    scores = evaluation.Evaluator(overshoot, Pixelate(1.0), DataParallel(), 8)({}, white)
+    scores = evaluation.Evaluator(overshoot, Pixelate(1.0), Devices(), 8)({}, white)
     assert scores["mse"] == pytest.approx(4.0)
     assert scores["psnr"] == 100
     assert scores["ssim"] == pytest.approx(1.0)
@@ -105,7 +105,7 @@ def test_evaluate_refuses_what_does_not_fit(trained, tmp_path):
 
 
 def test_images_without_any_error_leave_the_mean_finite():
-    scores = evaluation.Evaluator(identity, GaussianNoise(0.0), DataParallel(), 8)({}, IMAGES)
+    scores = evaluation.Evaluator(identity, GaussianNoise(0.0), Devices(), 8)({}, IMAGES)
     assert scores["psnr"] == 100
 
 

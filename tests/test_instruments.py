@@ -165,7 +165,7 @@ def test_a_step_costs_the_host_less_than_a_millisecond(tmp_path, capfd):
 
 def test_a_restart_compiles_nothing_anew(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATCOMPILED_BY": "cpu"}
     kept = []
     for steps in ("3", "6"):
         flags = ["--run-dir", str(tmp_path / "run"), "--training.steps", steps]

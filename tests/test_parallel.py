@@ -46,7 +46,7 @@ def run(
     chosen = dataclasses.replace(experiment(model, **training), optimizer=optimizer)
     devices = assembly.devices(chosen.training)
     parts = assembly.assemble(chosen, images.shape[1:], devices, last_step=20)
-    feed = feeds.create(images, DEGRADATION, chosen.training, devices, parts.train_step)
+    feed = feeds.create(images, DEGRADATION, chosen.training, parts)
     state = devices.compile_create(parts.create)() if start is None else devices.replicate(start)
     losses, step = [], int(state.step)
     last = step + steps
@@ -266,6 +266,6 @@ def test_shares_of_a_batch_are_the_batch(count):
 def test_a_batch_is_divided_as_suits_the_cache():
     chosen = experiment(ResolutionEnhancer((256, 128, 64)), devices=1)
     devices = assembly.devices(chosen.training)
-    assert assembly.assemble(chosen, (80, 80, 3), devices, 1).train_step.keywords["parts"] == 32
+    assert assembly.assemble(chosen, (80, 80, 3), devices, 1).parts == 32
     chosen = experiment(NoiseReducer(), devices=1)
-    assert assembly.assemble(chosen, (28, 28, 1), devices, 1).train_step.keywords["parts"] == 1
+    assert assembly.assemble(chosen, (28, 28, 1), devices, 1).parts == 1

@@ -25,7 +25,7 @@ from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer
 from aecore.saved import checkpoints
 from aecore.saved.descriptions import Description, experiment_from_json
 from aecore.steps import state
-from aecore.steps.devices import DataParallel
+from aecore.steps.devices import Devices
 from aecore.steps.step import of_model, pairs, train_step
 from aecore.training import assembly, feeds
 
@@ -42,7 +42,7 @@ def newest(run):
     """Step and exact contents of a run's newest checkpoint."""
     run = Path(run)
     experiment = experiment_from_json(json.loads((run / "experiment.json").read_text()))
-    devices = DataParallel()
+    devices = Devices()
     with checkpoints.Checkpoints(run / "checkpoints", keep=100) as saved:
         description = checkpoints._read_description(saved._manager, max(saved._manager.all_steps()))
         shape = (*description.image_size, description.channels)
@@ -80,7 +80,7 @@ def assert_identical(run, other):
 def test_the_loss_falls_on_one_batch(model, channels):
     original = np.random.default_rng(0).random((8, 16, 16, channels), np.float32)
     degraded = np.asarray(GaussianNoise(0.1)(original, jax.random.key(0)))
-    devices = DataParallel()
+    devices = Devices()
     optimizer = optax.adam(1e-2)
     step = devices.compile_train_step(
         functools.partial(
@@ -96,7 +96,7 @@ def test_the_loss_falls_on_one_batch(model, channels):
     )()
     losses = []
     for _ in range(60):
-        current, loss = step(current, devices.place_batch((degraded, original)))
+        current, loss = step(current, devices.shard_batch((degraded, original)))
         losses.append(float(loss))
     assert losses[-1] < 0.7 * losses[0]
     assert int(current.step) == 60
@@ -398,28 +398,28 @@ def test_checkpoints_that_are_all_damaged_are_left_as_they_are(tiny):
 def test_a_checkpoint_stays_until_its_replacement_is_whole(tmp_path):
     folder = tmp_path / "run" / "checkpoints"
 
-    def save(checkpoints, value):
-        checkpoints.save(
+    def save(saved, value):
+        saved.save(
             state.TrainState(jax.numpy.int32(5), {"a": np.full(3, value, np.float32)}, {}),
             Description(step=5, image_size=(8, 8), channels=1),
         )
 
-    def restore(checkpoints):
+    def restore(saved):
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         step = jax.ShapeDtypeStruct((), np.int32, sharding=device)
         abstract = {"a": jax.ShapeDtypeStruct((3,), np.float32, sharding=device)}
-        return checkpoints.restore(state.TrainState(step, abstract, {}))[0].params["a"][0]
+        return saved.restore(state.TrainState(step, abstract, {}))[0].params["a"][0]
 
     with checkpoints.Checkpoints(folder, keep=1) as saved:
         save(saved, 1)
         save(saved, 2)
     assert [path.name for path in folder.glob("5*")] == ["5"]
     with checkpoints.Checkpoints(folder, keep=1) as saved:
-        assert restore(checkpoints) == 2
+        assert restore(saved) == 2
     # What is left of one that was killed before its replacement was whole.
     (folder / "5").rename(folder / "5.replaced")
     with checkpoints.Checkpoints(folder, keep=1) as saved:
-        assert restore(checkpoints) == 2
+        assert restore(saved) == 2
 
 
 def test_a_run_goes_on_past_a_smaller_limit(tiny, monkeypatch):
@@ -466,7 +466,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert steps_kept(run) == [20, 40, 50]
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {"a": jax.ShapeDtypeStruct((3,), np.float32, sharding=device)}
-    assert checkpoints.load(run, lambda _: abstract)[1]["step"] == 20
+    assert checkpoints.load(run, lambda _: abstract)[1].step == 20
 
 
 def test_a_different_experiment_is_refused(tiny):

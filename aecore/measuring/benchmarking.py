@@ -19,7 +19,7 @@ from aecore.data import sources
 from aecore.data.batches import training_batches
 from aecore.measuring import hardware, planning
 from aecore.restoring.restorer import Restorer
-from aecore.steps.devices import FORMS, DataParallel
+from aecore.steps.devices import COMPILED_BY, Devices
 from aecore.training import assembly, feeds
 from aecore.training.assembly import Assembly
 
@@ -134,7 +134,7 @@ def _steps(
 ) -> dict[str, Any]:
     """The training step alone, on one batch of random images that stays on the devices."""
     works, reports = {}, {}
-    for form in FORMS:
+    for form in COMPILED_BY:
         for precision in limits:
             devices = assembly.devices(experiment.training, form)
             name = f"{form} {precision}"
@@ -167,7 +167,7 @@ def one_batch(assembled: Assembly) -> Callable[[float], int]:
     random = np.random.default_rng(0)
     share = devices.share(assembled.batch_size)
     shape = (share.stop - share.start, *assembled.image_shape)
-    batch = devices.place_batch(
+    batch = devices.shard_batch(
         (random.random(shape, np.float32), random.random(shape, np.float32))
     )
     state = jax.block_until_ready(devices.compile_create(assembled.create)())
@@ -193,7 +193,7 @@ def _seconds(work: Callable[[float], int]) -> float:
     return time.perf_counter() - start
 
 
-def _peak_memory(devices: DataParallel) -> int | None:
+def _peak_memory(devices: Devices) -> int | None:
     """Bytes that were in use at most on a device, where it counts them."""
     statistics = devices.mesh.local_devices[0].memory_stats() or {}
     return statistics.get("peak_bytes_in_use")

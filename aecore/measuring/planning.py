@@ -13,7 +13,7 @@ import jax
 from aecore.config import Experiment
 from aecore.errors import ConfigError
 from aecore.measuring import hardware
-from aecore.steps.devices import FORMS, DataParallel
+from aecore.steps.devices import COMPILED_BY, Devices
 from aecore.training import assembly
 from aecore.training.assembly import Assembly
 
@@ -94,13 +94,13 @@ def plan(
       ConfigError: there is no such topology.
     """
     devices = devices_of(topology)
-    batch_size = DataParallel(devices).round_up(experiment.training.batch_size)
+    batch_size = Devices(devices).round_up(experiment.training.batch_size)
     share = batch_size // len(devices)
     limits = hardware.limits(devices[0], experiment.training.precision)
     forms = {}
-    for form in FORMS:
+    for form in COMPILED_BY:
         assembled = assembly.assemble(
-            experiment, image_shape, FORMS[form](devices), 1, batch_size=batch_size
+            experiment, image_shape, COMPILED_BY[form](devices), 1, batch_size=batch_size
         )
         compiled = compile_step(assembled)
         collectives = _collectives(compiled.as_text(), len(devices))
@@ -198,7 +198,7 @@ def _largest(
 
     @functools.cache
     def needed(share):
-        form = FORMS[experiment.training.parallel](devices)
+        form = COMPILED_BY[experiment.training.parallel](devices)
         assembled = assembly.assemble(
             experiment, image_shape, form, 1, batch_size=share * len(devices), parts=1
         )

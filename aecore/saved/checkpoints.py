@@ -188,7 +188,7 @@ class Checkpoints:
             folder.rename(folder.with_name(name))
 
 
-def _on_first_process(change: Callable[[], None]) -> None:
+def _on_first_process(change: Callable[[], object]) -> None:
     """Changes files; returns in every process when it is done."""
     if jax.process_index() == 0:
         change()
@@ -252,7 +252,7 @@ def load(
 
 def _read_description(manager: ocp.CheckpointManager, step: int) -> Description:
     args = ocp.args.Composite(description=ocp.args.JsonRestore())
-    return Description.from_json(manager.restore(step, args=args).description, of_run=True)
+    return Description.from_json(manager.restore(step, args=args)["description"], of_run=True)
 
 
 def _checksums(description: Description) -> Mapping[str, Any]:
@@ -315,7 +315,7 @@ def _checksum(tree: Any) -> str:
     """CRC-32 over the names, types and bytes of a tree's arrays."""
     crc = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.ascontiguousarray(jax.device_get(leaf))
+        array: Any = np.ascontiguousarray(jax.device_get(leaf))
         head = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}"
         crc = zlib.crc32(array, zlib.crc32(head.encode(), crc))
     return f"{crc:08x}"

@@ -35,7 +35,7 @@ SUFFIX = ".aecore"
 """The usual ending of such files."""
 
 _FORMAT = 1
-_PLATFORMS = ("cpu", "cuda", "tpu")
+_PLATCOMPILED_BY = ("cpu", "cuda", "tpu")
 _FUNCTIONS = ("apply", "apply_within", "encode", "decode")
 _DTYPES = {"float32": np.dtype("<f4"), "bfloat16": jnp.dtype(jnp.bfloat16)}
 _MOST_BYTES = 2**32
@@ -102,7 +102,7 @@ def _exported(network: Network, params: Any) -> dict[str, bytes]:
     }
     return {
         name: bytes(
-            export.export(jax.jit(getattr(network, name)), platforms=_PLATFORMS)(
+            export.export(jax.jit(getattr(network, name)), platforms=_PLATCOMPILED_BY)(
                 params, *args[name]
             ).serialize()
         )

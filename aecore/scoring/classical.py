@@ -1,7 +1,7 @@
-"""Classical methods that restore images without learning, to judge a network by.
+"""Classical image restoration, without learning, as a yardstick for networks.
 
-Each has a few settings, the best of which, by MSE, is found on training images alone; then it is
-scored on the same degraded images as a network.
+Each method's settings are tuned by MSE on training images only; then it is scored on the same
+degraded images as the network.
 """
 
 import collections
@@ -25,16 +25,16 @@ from aecore.scoring import evaluation
 _log = logging.getLogger(__name__)
 
 _TUNED_ON = 100
-"""Training images on which settings are compared."""
+"""Training images used to tune settings."""
 
 _BATCH_BYTES = 8 * 2**20
-"""Of the images restored and scored at a time, as float32."""
+"""Size of the images restored and scored at a time, as float32."""
 
 _CURVE_POINTS = 32
-"""Of the curve that calibrates a method."""
+"""Points of the curve that calibrates a method."""
 
 CALIBRATED = ", calibrated"
-"""Ends the name of a method whose values go through a curve afterwards."""
+"""Suffix of a method's name when its output goes through the calibration curve."""
 
 
 class Method(NamedTuple):
@@ -43,11 +43,11 @@ class Method(NamedTuple):
     restore: Callable[..., np.ndarray]
     """`(image, **settings) -> image`."""
     grid: Mapping[str, Sequence[Any]]
-    """Values of its settings, of which every combination is tried."""
+    """Values to try for each setting; every combination is tried."""
     package: str | None = None
-    """What must be installed besides aecore's own dependencies, as it is imported."""
+    """Import name of a package that must be installed in addition to aecore's dependencies."""
     threads: bool = True
-    """Whether several images may be restored at once."""
+    """Whether several threads may restore images at once."""
 
     def settings(self) -> Iterator[dict[str, Any]]:
         """Every combination."""
@@ -77,18 +77,18 @@ def _non_local_means(image, h, patch_size):
     from skimage.restoration import denoise_nl_means
 
     restored = denoise_nl_means(image, patch_size, patch_distance=6, h=h, channel_axis=-1)
-    return restored.reshape(image.shape)  # It drops an axis of one channel.
+    return restored.reshape(image.shape)  # scikit-image drops an axis of one channel.
 
 
 def _bm3d(image, sigma):
-    import bm3d
+    import bm3d  # pyright: ignore[reportMissingImports]  # Not on every platform.
 
     restore = bm3d.bm3d_rgb if image.shape[2] == 3 else bm3d.bm3d
     return restore(image, sigma).reshape(image.shape)
 
 
 def _bicubic(image, scale):
-    """The small image that pixelation kept, enlarged by bicubic interpolation instead."""
+    """Recovers the small image behind the pixelation and enlarges it by bicubic interpolation."""
     rows, columns = (_reducing(side, scale) for side in image.shape[:2])
     small = np.einsum("ih,hwc,jw->ijc", rows, image, columns, dtype=np.float32)
     return np.asarray(jax.image.resize(small, image.shape, "bicubic", antialias=False))
@@ -96,7 +96,7 @@ def _bicubic(image, scale):
 
 @functools.lru_cache(maxsize=32)
 def _reducing(size: int, scale: float) -> np.ndarray:
-    """`(small, size)`: from an enlarged side back to the pixels that were kept."""
+    """`(small, size)`: matrix from an enlarged side back to the kept pixels."""
     return np.linalg.pinv(enlarging(size, scale))
 
 
@@ -111,20 +111,20 @@ METHODS: dict[str, Method] = {
     "non-local means": Method(
         _non_local_means, {"h": (0.01, 0.03, *_STRENGTHS), "patch_size": (3, 5, 7)}, "skimage"
     ),
-    # Its threads are its own, and it ends the process if it is called from several.
+    # bm3d has threads of its own, and ends the process if it is called from several.
     "bm3d": Method(_bm3d, {"sigma": (0.02, *_STRENGTHS)}, "bm3d", threads=False),
 }
 
 
 def methods(degradation: Degradation, names: Sequence[str] | None = None) -> dict[str, Method]:
-    """The methods that can be used against a degradation.
+    """The methods that apply to a degradation.
 
     Args:
-      degradation: bicubic interpolation is for pixelation alone.
-      names: which to use; by default all whose packages are installed.
+      degradation: bicubic interpolation is only offered for pixelation.
+      names: methods to use; by default all whose packages are installed.
 
     Raises:
-      ConfigError: one of the names is unknown, or its package is not installed.
+      ConfigError: a name is unknown, or its package is not installed.
     """
     known = dict(METHODS)
     parts = degradation.parts if isinstance(degradation, Compose) else (degradation,)
@@ -142,8 +142,8 @@ def methods(degradation: Degradation, names: Sequence[str] | None = None) -> dic
     if names is None:
         if "skimage" in missing.values():
             _log.warning(
-                "scikit-image is not installed: total variation and non-local means are left out; "
-                'pip install "aecore[classical]" brings it'
+                "total variation and non-local means are skipped, as they need scikit-image; "
+                'install it with pip install "aecore[classical]"'
             )
         return {name: method for name, method in known.items() if name not in missing}
     for name in names:
@@ -161,21 +161,21 @@ def scores(
     *,
     progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """What classical methods reach on a dataset's validation images.
+    """Scores classical methods on a dataset's validation images.
 
-    A filter leaves the bias of noise that was clipped: black becomes gray on average. A network
-    learns to undo it. So that the comparison is fair, the best method is scored once more with its
-    values put through a curve, fitted on the training images.
+    Clipped noise has a bias: black becomes gray on average. Filters keep it, networks learn to undo
+    it. For a fair comparison, the best method is scored a second time after a calibration curve,
+    fitted on training images.
 
     Args:
-      chosen: the methods, as `methods` gives them.
-      degradation: what is done to the images.
+      chosen: the methods, from `methods`.
+      degradation: applied to the images.
       dataset: settings and the curve are chosen on its first training images.
       progress: whether to show a progress bar.
 
     Returns:
-      For each method scores as `evaluation.Evaluator` gives them, and `settings`; besides, for the
-      method that is best with a curve, the same under its name with `CALIBRATED`.
+      For each method its scores, as from `evaluation.Evaluator`, and its `settings`; the same for
+      the best calibrated method, whose name ends with `CALIBRATED`.
     """
     tuned_on, count = dataset.train[:_TUNED_ON], len(dataset.validation)
     tries = sum(len(list(method.settings())) for method in chosen.values())
@@ -197,7 +197,7 @@ def scores(
             bar.update(len(images))
             return np.stack(images, dtype=np.float32)
 
-        # Noise that no validation image gets.
+        # With indices beyond the validation images', so that the noise is different.
         degraded = evaluation.degraded(degradation, tuned_on, count)
         best, curves, errors = {}, {}, {}
         for name, method in chosen.items():
@@ -210,7 +210,7 @@ def scores(
                 )
             best[name] = min(tried, key=lambda entry: entry[0])[2]
             _, errors[name], *curves[name] = min(tried, key=lambda entry: entry[1])
-        calibrated = min(errors, key=errors.get)
+        calibrated = min(errors, key=lambda name: errors[name])
 
         values = collections.defaultdict(list)
         batch = max(1, _BATCH_BYTES // (4 * dataset.validation[0].size))
@@ -237,7 +237,7 @@ def _mse(restored: np.ndarray, originals: np.ndarray) -> float:
 def _fitted_curve(
     restored: np.ndarray, originals: np.ndarray
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """The mean original value as a function of the restored one, linear between some points."""
+    """The mean original value as a function of the restored value, piecewise linear."""
     values, targets = restored.ravel(), originals.ravel() / 255
     edges = np.unique(np.quantile(values, np.linspace(0, 1, _CURVE_POINTS + 1)))
     bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, max(len(edges) - 2, 0))

@@ -1,4 +1,4 @@
-"""Scores of a network over a dataset, each image counted exactly once."""
+"""Scores of a network over a dataset; every image counts exactly once."""
 
 import collections
 import dataclasses
@@ -21,45 +21,47 @@ from aecore.errors import ConfigError
 from aecore.restoring.restorer import Restorer
 from aecore.scoring import reports
 from aecore.steps import step
-from aecore.steps.devices import DataParallel
+from aecore.steps.devices import Devices
 from aecore.steps.step import Apply, degrading, score
 from aecore.storage import write_json
 
 _log = logging.getLogger(__name__)
 
-# The noise of evaluation depends on an image's index and on nothing that a run can choose, so
-# that every run and every model is scored on the same inputs.
+# The noise in evaluations depends on an image's index only, so that all runs and models are scored
+# on the same inputs.
 _SEED = 20070607
 
-# Values of the images, all channels, that a device is given at a time: enough that what a call
-# costs doesn't matter, and for CPUs so few that what the layers give stays in their caches.
+# Pixel values per device and call: enough that the cost of a call doesn't matter, and on CPUs few
+# enough that activations stay in their caches.
 _VALUES, _VALUES_ON_CPU = 2**18, 2**17
 
 Scores = dict[str, Any]
-"""`images`, their number; the means `mse`, `psnr` in dB and `ssim`; and `ci95`, for each of these
-means the half width of its 95 % confidence interval, if the images are independent. One image has
-none."""
+"""`images`, how many; the means `mse`, `psnr` (dB) and `ssim`; and `ci95`, the half width of each
+mean's 95 % confidence interval, taking images as independent (absent for a single image)."""
 
 PerImage = dict[str, np.ndarray]
 """`mse`, `psnr` and `ssim`, each `(N,)` float32."""
 
 
+class Stopped(Exception):  # noqa: N818 as it is no error.
+    """An evaluation was asked to stop."""
+
+
 class Evaluator:
-    """Scores a network on images; compiles once and can be called many times.
+    """Scores a network on images. Compiles once; call it as often as needed.
 
     Args:
       apply: `(params, images) -> images`, on `(B, H, W, C)` float32.
-      degradation: what is done to the images first, with noise that depends on their index.
-      parallel: the devices to use.
-      batch_size: images at a time, rounded up to what the devices can divide; None: as many as
-        are fast.
+      degradation: applied to the images, with noise that depends on their index.
+      devices: the devices to use.
+      batch_size: images per call, rounded up to a multiple of the devices; None: a fast number.
     """
 
     def __init__(
         self,
         apply: Apply,
         degradation: Degradation,
-        parallel: DataParallel,
+        devices: Devices,
         batch_size: int | None = None,
     ):
         prepare = degrading(degradation)
@@ -67,20 +69,20 @@ class Evaluator:
         def eval_step(params, images, indices):
             return step.eval_step(params, images, keys(indices), apply=apply, prepare=prepare)
 
-        self._parallel = parallel
+        self._devices = devices
         self._batch_size = batch_size
-        self._eval_step = parallel.compile_eval_step(eval_step)
+        self._eval_step = devices.compile_eval_step(eval_step)
         self._compiled = None
 
     def compile_ahead(self, params: Any, array: np.ndarray) -> None:
-        """Starts to compile in the background what a call with the same arguments needs.
+        """Starts to compile, in the background, the program for a call with these arguments.
 
         Args:
           params: the network's parameters, or their shapes, dtypes and shardings.
-          array: `(N, H, W, C)` uint8; its shape alone matters.
+          array: `(N, H, W, C)` uint8; only its shape matters.
         """
         size = self._size_of_batches(array)
-        sharding = self._parallel.sharded
+        sharding = self._devices.sharded
         arguments = (
             params,
             jax.ShapeDtypeStruct((size, *array.shape[1:]), np.uint8, sharding=sharding),
@@ -92,41 +94,37 @@ class Evaluator:
 
     def _size_of_batches(self, array: np.ndarray) -> int:
         if self._batch_size is not None:
-            return self._parallel.round_up(self._batch_size)
-        values = _VALUES_ON_CPU if self._parallel.platform == "cpu" else _VALUES
-        most = max(1, values // math.prod(array.shape[1:])) * self._parallel.device_count
+            return self._devices.round_up(self._batch_size)
+        values = _VALUES_ON_CPU if self._devices.platform == "cpu" else _VALUES
+        most = max(1, values // math.prod(array.shape[1:])) * self._devices.device_count
         count = -(-len(array) // most)
-        return self._parallel.round_up(-(-len(array) // count))
+        return self._devices.round_up(-(-len(array) // count))
 
     def __call__(
         self, params: Any, array: np.ndarray, stop: Callable[[], bool] = lambda: False
-    ) -> Scores | None:
-        """The means over all images.
-
-        Args and stopping are those of `per_image`.
-
-        Returns:
-          Scores; None if it was given up.
-        """
-        values = self.per_image(params, array, stop)
-        return None if values is None else summarize(values)
+    ) -> Scores:
+        """Mean scores over all images; arguments and errors as for `per_image`."""
+        return summarize(self.per_image(params, array, stop))
 
     def per_image(
         self, params: Any, array: np.ndarray, stop: Callable[[], bool] = lambda: False
-    ) -> PerImage | None:
-        """Every image's own scores.
+    ) -> PerImage:
+        """Scores of each image.
 
         Args:
           params: the network's parameters.
           array: `(N, H, W, C)` uint8 originals, N at least 1.
-          stop: asked before each batch; when it says yes, the evaluation is given up.
+          stop: called before each batch; returns whether to stop the evaluation.
 
         Returns:
-          `mse`, `psnr` in dB and `ssim`, each `(N,)`; None if it was given up.
+          `mse`, `psnr` in dB and `ssim`, each `(N,)`.
+
+        Raises:
+          Stopped: `stop` said so.
         """
         size = self._size_of_batches(array)
         if self._compiled:
-            self._compiled.result()  # JAX remembers what was compiled.
+            self._compiled.result()  # JAX keeps the compiled program.
         values = []
         running = collections.deque()
 
@@ -134,13 +132,13 @@ class Evaluator:
             results, count = running.popleft()
             values.append({name: v[:count] for name, v in jax.device_get(results).items()})
 
-        share = self._parallel.share(size)
+        share = self._devices.share(size)
         for batch in evaluation_batches(array, size):
             if stop():
-                return None
-            placed = self._parallel.place((batch.images[share], batch.indices[share]))
+                raise Stopped
+            placed = self._devices.shard((batch.images[share], batch.indices[share]))
             running.append((self._eval_step(params, *placed), batch.count))
-            # The next batch starts before this one is waited for.
+            # Starts the next batch before waiting for this one.
             if len(running) > 1:
                 collect()
         while running:
@@ -149,12 +147,12 @@ class Evaluator:
 
 
 def concatenate(parts: Sequence[PerImage]) -> PerImage:
-    """Several images' scores as one."""
+    """Joins the scores of several groups of images."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def summarize(values: PerImage) -> Scores:
-    """Means, and how certain they are, from the images' own scores."""
+    """Means and their confidence intervals, from the scores of each image."""
     count = len(values["mse"])
     means = {name: float(v.mean(dtype=np.float64)) for name, v in values.items()}
     if count == 1:
@@ -168,7 +166,7 @@ def summarize(values: PerImage) -> Scores:
 
 
 def image_scores(restored: np.ndarray, originals: np.ndarray) -> PerImage:
-    """The scores of images restored elsewhere.
+    """Scores of images that were restored elsewhere.
 
     Args:
       restored: `(N, H, W, C)` float32.
@@ -183,17 +181,17 @@ def _score(restored: jax.Array, originals: jax.Array) -> dict[str, jax.Array]:
 
 
 def keys(indices: jax.Array) -> jax.Array:
-    """The PRNG keys with which the images at `(N,)` indices are degraded for evaluation."""
+    """PRNG keys with which evaluations degrade the images at these `(N,)` indices."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(_SEED), indices)
 
 
 def degraded(degradation: Degradation, images: np.ndarray, first: int = 0) -> np.ndarray:
-    """`(N, H, W, C)` uint8 images of a dataset, degraded as they are for evaluation.
+    """Degrades images exactly as evaluations do.
 
     Args:
-      degradation: what is done to them.
-      images: successive ones.
-      first: the index of the first one.
+      degradation: applied to the images.
+      images: successive images of a dataset, `(N, H, W, C)` uint8.
+      first: index of the first of them.
     """
     return _degraded_at(degradation, images, np.arange(first, first + len(images)))
 
@@ -211,24 +209,24 @@ def _degrade(degradation: Degradation) -> Callable[[jax.Array, jax.Array], jax.A
 
 def baseline(
     degradation: Degradation,
-    parallel: DataParallel,
+    devices: Devices,
     array: np.ndarray,
     batch_size: int | None = None,
 ) -> Scores:
-    """The scores of the degraded images themselves."""
-    return Evaluator(lambda _, images: images, degradation, parallel, batch_size)({}, array)
+    """Scores of the degraded images themselves."""
+    return Evaluator(lambda _, images: images, degradation, devices, batch_size)({}, array)
 
 
 def table(
     evaluation: Scores, baseline: Scores, classical: Mapping[str, Scores] | None = None
 ) -> str:
-    """The scores before and after, and of classical methods, the worst first, as lines of text."""
+    """Scores before and after, and of classical methods, worst first, as a table in text."""
     others = sorted((classical or {}).items(), key=lambda item: -item[1]["mse"])
     rows = {"degraded": baseline, **dict(others), "restored": evaluation}
     width = max(map(len, rows)) + 2
 
     def entry(scores, name, digits):
-        # Runs of earlier versions have no interval.
+        # Runs by earlier versions have no intervals.
         half = scores.get("ci95", {}).get(name)
         return f"{scores[name]:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
@@ -253,28 +251,28 @@ def evaluate(
     save: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Scores a run's best checkpoint on its validation images, as training did.
+    """Scores the best checkpoint of a run on its validation images, as training does.
 
     Args:
       run: a run directory.
       data_dir: where the data are now, if they have moved.
-      batch_size: images at a time; None: as many as are fast.
+      batch_size: images per call; None: a fast number.
       model: needed if the checkpoint's model is not in `aecore.models.REGISTRY`.
-      degradation: what is done to the images; the run's own by default.
-      classical: whether to score classical methods too, tuned on the training images; or names of
-        those to score (`aecore.classical.METHODS`).
-      save: whether to write the scores into the run's `summary.json`, and `ranked.png` beside it,
-        a picture of the best, the median and the worst results by PSNR.
+      degradation: applied to the images; by default that of the run.
+      classical: whether to score classical methods too, tuned on training images; or the names of
+        methods to score.
+      save: whether to add the scores to the run's `summary.json` and to write `ranked.png` with the
+        best, median and worst results by PSNR.
       progress: whether to show a progress bar for the classical methods.
 
     Returns:
-      `evaluation` and `baseline`, as in `summary.json`; and `classical`, if asked for: for each
-      method its scores and its `settings`.
+      `evaluation` and `baseline`, as in `summary.json`; if asked for, `classical`: scores and
+      `settings` of each method.
 
     Raises:
       CheckpointError: there is no usable checkpoint.
-      ConfigError: `batch_size` is less than 1; the images are not of the run's kind; a classical
-        method is unknown or not installed; or what is to be saved would not be the run's own.
+      ConfigError: `batch_size` is less than 1; the images don't fit the run; a classical method is
+        unknown or not installed; or the scores to save are not those of the run's own images.
       DataError: the data can't be loaded.
     """
     if batch_size is not None and batch_size < 1:
@@ -283,14 +281,14 @@ def evaluate(
     experiment = restorer.description.experiment(model=model)
     own = degradation in (None, experiment.degradation)
     degradation = degradation or experiment.degradation
-    if classical:
-        from aecore.scoring import classical as classical_methods
+    from aecore.scoring import classical as classical_methods
 
-        names = (classical,) if isinstance(classical, str) else classical
+    names = (classical,) if isinstance(classical, str) else classical
+    methods = {}
+    if names:
         methods = classical_methods.methods(degradation, None if names is True else names)
     directory = epath.Path(run).expanduser()
-    if save:
-        summary = _read_summary(directory)
+    summary = _read_summary(directory) if save else {}
     settings = experiment.data
     if data_dir is not None:
         settings = dataclasses.replace(settings, data_dir=data_dir)
@@ -301,22 +299,22 @@ def evaluate(
         _log.warning("these are not the images that %s was trained on", run)
     if save and not own:
         raise ConfigError(
-            "a run's summary holds its scores on its own images and degradation, not on others; "
+            "a run's summary holds scores on the run's own images and degradation only; "
             "leave out save"
         )
-    parallel = DataParallel()
+    devices = Devices()
     evaluator = Evaluator(
         restorer.network.apply,
         degradation,
-        parallel,
+        devices,
         batch_size,
     )
-    values = evaluator.per_image(parallel.replicate(restorer.params), dataset.validation)
+    values = evaluator.per_image(devices.replicate(restorer.params), dataset.validation)
     scores = {
         "evaluation": {"step": restorer.description.step, **summarize(values)},
-        "baseline": baseline(degradation, parallel, dataset.validation, batch_size),
+        "baseline": baseline(degradation, devices, dataset.validation, batch_size),
     }
-    if classical:
+    if methods:
         scores["classical"] = classical_methods.scores(
             methods, degradation, dataset, progress=progress
         )
@@ -336,13 +334,13 @@ def _read_summary(directory: epath.Path) -> dict[str, Any]:
             raise ValueError("classical is no object")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"{path} can't be added to ({error}); let the run's training end first"
+            f"{path} can't be read ({error}); finish the training of this run first"
         ) from error
     return summary
 
 
 def ranked(psnr: np.ndarray, count: int = 3) -> dict[str, np.ndarray]:
-    """Indices of the images with the highest, the middle and the lowest PSNR, `count` of each."""
+    """Indices of the images with the highest, median and lowest PSNR, `count` each."""
     order = np.argsort(-psnr, kind="stable")
     middle = (len(order) - count) // 2
     return {"best": order[:count], "median": order[middle:][:count], "worst": order[-count:]}

@@ -1,4 +1,4 @@
-"""Pictures of results, as PNG files."""
+"""Pictures of results: sample grids and training curves, as PNG files."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from etils import epath
 def _save(figure: Any, path: epath.PathLike) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    # A canvas of its own, not pyplot's: nothing is shared with a program that also plots.
+    # Not pyplot, whose global state belongs to the program that calls us.
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", dpi=150)
@@ -24,15 +24,16 @@ def save_samples(
     """A grid of pictures.
 
     Args:
-      rows: a labelled row for each array `(N, H, W, C)` of floats in [0, 1].
-      path: of the PNG file.
-      titles: of the N columns.
+      rows: for each row a label and an array `(N, H, W, C)` of floats in [0, 1].
+      path: the PNG file.
+      titles: titles of the N columns.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     count = len(next(iter(rows.values())))
-    figure = Figure(figsize=(count + 0.4, len(rows)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    figure = Figure(figsize=(count + 0.4, len(rows)), layout=layout)
     axes = figure.subplots(len(rows), count, squeeze=False)
     for (label, pictures), row in zip(rows.items(), axes, strict=True):
         row[0].set_ylabel(label, fontsize=9)
@@ -58,9 +59,9 @@ def save_curves(
     Args:
       training: entries with `step` and `loss`.
       validation: entries with `step`, `mse` and `psnr`.
-      baseline: the degraded images' own scores.
-      path: of the PNG file.
-      loss_name: what the training loss is; the validation loss is the MSE.
+      baseline: scores of the degraded images.
+      path: the PNG file.
+      loss_name: name of the training loss; the validation loss is always the MSE.
     """
     from matplotlib.figure import Figure
 

@@ -1,13 +1,14 @@
-"""The compiled forms of a step: the batch is divided among devices, the state is on each of them.
+"""Steps compiled for several devices: the batch is divided among them, each holds the state.
 
-Every form runs the same function on every device, and they share one state and one format of
-checkpoints. Where several processes train together, each puts its share of a batch on its own
-devices; shares follow one another in the order of the processes.
+`Devices` compiles with `jit`, `PmapDevices` with `pmap`. Both run the same function on every device
+and share one state and one checkpoint format. When several processes train together, each puts its
+share of a batch on its own devices; shares are in the order of the processes.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +23,19 @@ AXIS = "batch"
 """Name of the devices' axis."""
 
 _RUNS_ONCE = {"xla_backend_optimization_level": 1}
-"""Compiler options of a program whose optimization would take longer than its only run."""
+"""Compiler options for a program that runs once, where optimizing would take longer than that."""
 
 
 def join_processes(distributed: str | None) -> None:
-    """Connects this process with those that train with it; must come before JAX is used.
+    """Connects this process with the others of a training; must be called before JAX is used.
 
     Args:
-      distributed: `auto`, for clusters that JAX knows (TPU pods, Slurm, Open MPI, Kubernetes);
-        `HOST:PORT,COUNT,INDEX`, the first process's address, how many processes there are and
-        which of them this one is; or None for one process alone.
+      distributed: `auto` on clusters that JAX knows (TPU pods, Slurm, Open MPI, Kubernetes);
+        `HOST:PORT,COUNT,INDEX` elsewhere: address of the first process, number of processes, index
+        of this one; None for a single process.
 
     Raises:
-      ConfigError: it is none of these, or the processes don't find each other.
+      ConfigError: the processes don't find each other.
     """
     if distributed is None or jax.distributed.is_initialized():
         return
@@ -51,16 +52,27 @@ def join_processes(distributed: str | None) -> None:
         ) from error
 
 
-class DataParallel:
+class Compiled(Protocol):
+    """A function that `jit` or `pmap` compiles when it is first called, or ahead of that."""
+
+    def __call__(self, *args: Any) -> Any: ...
+
+    def lower(self, *args: Any) -> Any: ...
+
+
+class Devices:
     """`jit` over a one-dimensional mesh of devices.
 
     Args:
-      devices: which to use; all of them by default.
+      devices: the devices to use; all by default.
     """
 
-    def __init__(self, devices: Sequence[jax.Device] | None = None):
+    def __init__(
+        self,
+        devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+    ):
         devices = jax.devices() if devices is None else devices
-        # A process's devices are neighbours, so that its share of a batch is in one piece.
+        # The devices of a process are neighbours, so that its share of a batch is contiguous.
         devices = sorted(devices, key=lambda device: (device.process_index, device.id))
         self.mesh = Mesh(np.asarray(devices), (AXIS,))
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
@@ -91,7 +103,7 @@ class DataParallel:
         return -(-batch_size // self.device_count) * self.device_count
 
     def share(self, batch_size: int) -> slice:
-        """Which images of a batch are for this process; all, if it is alone."""
+        """The images of a batch that belong to this process; all, if it is the only one."""
         size = batch_size // self._processes
         return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
 
@@ -99,17 +111,17 @@ class DataParallel:
         """The leading axes of a batch on the devices."""
         return (batch_size,)
 
-    def place_batch(self, share: Any, axis: int = 0) -> Any:
-        """Puts a batch on the devices as a compiled training step takes it.
+    def shard_batch(self, share: Any, axis: int = 0) -> Any:
+        """Puts a batch on the devices in the form that a compiled training step takes.
 
         Args:
-          share: host arrays; where there are several processes, this one's share of the batch.
-          axis: of the images; 1 for several batches, as `compile_train_steps` takes them.
+          share: host arrays; with several processes, this one's share of the batch.
+          axis: axis of the images; 1 for several batches, as `compile_train_steps` takes them.
         """
-        return self.place(share, axis)
+        return self.shard(share, axis)
 
-    def place(self, share: Any, axis: int = 0) -> Any:
-        """Puts arrays, or this process's share of them, on the devices, divided along an axis."""
+    def shard(self, share: Any, axis: int = 0) -> Any:
+        """Divides arrays, or this process's share of them, among the devices along an axis."""
         sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXIS))
         if self._processes == 1:
             return jax.device_put(share, sharding)
@@ -118,21 +130,21 @@ class DataParallel:
         )
 
     def replicate(self, tree: Any) -> Any:
-        """Puts arrays, the same in every process, on every device."""
+        """Puts arrays, which are the same in every process, on every device."""
         return jax.device_put(tree, self.replicated)
 
     def abstract(self, create: Callable[[], Any]) -> Any:
-        """The shapes, dtypes and shardings of what `create` returns."""
+        """Shapes, dtypes and shardings of the state that `create` returns."""
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.replicated),
             jax.eval_shape(create),
         )
 
-    def compile_create(self, create: Callable[[], Any]) -> Callable:
-        """Compiles `() -> state`, whose result is born on every device."""
+    def compile_create(self, create: Callable[[], Any]) -> Compiled:
+        """Compiles `() -> state`; the state is created on every device."""
         return jax.jit(create, out_shardings=self.replicated, compiler_options=_RUNS_ONCE)
 
-    def compile_train_step(self, train_step: Callable) -> Callable:
+    def compile_train_step(self, train_step: Callable) -> Compiled:
         """Compiles `(state, batch) -> (state, loss)`; the state is donated.
 
         Args:
@@ -140,15 +152,15 @@ class DataParallel:
         """
         return self._compile(functools.partial(train_step, axis_name=AXIS), 0)
 
-    def compile_train_steps(self, train_step: Callable, most: int) -> Callable:
+    def compile_train_steps(self, train_step: Callable, most: int) -> Compiled:
         """Compiles `(state, batches, count) -> (state, losses)`; the state is donated.
 
-        It does `count` steps, at most `most`, over `(S, B, ...)` batches that are on the devices;
-        step n uses batch n modulo S.
+        It does `count` steps, at most `most`, on `(S, B, ...)` batches that are already on the
+        devices; step n uses batch n modulo S.
 
         Args:
           train_step: as for `compile_train_step`.
-          most: the length of `losses`; those from `count` on mean nothing.
+          most: length of `losses`; entries from `count` on are undefined.
         """
 
         def train_steps(state, batches, count):
@@ -163,18 +175,18 @@ class DataParallel:
                 state, loss = train_step(state, batch, axis_name=AXIS)
                 return state, losses.at[index].set(loss)
 
-            # The number of steps is an argument, so that the program, and each bit that a step
-            # computes, is the same however the steps are divided among calls.
+            # The number of steps is an argument, so that there is one program, and each step gives
+            # the same bits however the steps are divided among calls.
             return lax.fori_loop(0, count, body, (state, jnp.zeros(most, jnp.float32)))
 
         return self._compile(train_steps, 1, None)
 
-    def _compile(self, function: Callable, *axes: int | None) -> Callable:
+    def _compile(self, function: Callable, *axes: int | None) -> Compiled:
         """Compiles `(state, *args) -> (state, value)`.
 
         Args:
-          function: run on every device, with its shares of the arguments.
-          axes: for each argument the axis that is divided, or None where all get the whole.
+          function: runs on every device, with the device's share of the arguments.
+          axes: for each argument the axis along which it is divided; None: every device gets all.
         """
         specs = tuple(
             PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)
@@ -186,14 +198,14 @@ class DataParallel:
                 mesh=self.mesh,
                 in_specs=(PartitionSpec(), *specs),
                 out_specs=PartitionSpec(),
-                # With it, gradients would be summed over devices before the mean is taken.
+                # The check would make gradients a sum over devices before the mean is taken.
                 check_vma=False,
             ),
             donate_argnums=0,
         )
 
-    def compile_eval_step(self, eval_step: Callable) -> Callable:
-        """Compiles `(params, images, indices) -> per-image values`, all of them on every device."""
+    def compile_eval_step(self, eval_step: Callable) -> Compiled:
+        """Compiles `(params, images, indices) -> per-image values`, given to every device."""
         divided = jax.shard_map(
             eval_step,
             mesh=self.mesh,
@@ -204,10 +216,11 @@ class DataParallel:
         return jax.jit(divided, out_shardings=self.replicated)
 
     def hold(self, array: np.ndarray) -> jax.Array:
-        """Puts `(N, ...)` images on the devices, divided among them; rows are added to even out."""
+        """Divides `(N, ...)` images among the devices; padded with zeros to equal shares."""
         shape = (self.round_up(len(array)), *array.shape[1:])
         pieces = []
         for device, index in self.sharded.addressable_devices_indices_map(shape).items():
+            assert index is not None
             start, stop, _ = index[0].indices(shape[0])
             piece = np.zeros((stop - start, *shape[1:]), array.dtype)
             real = array[start:stop]
@@ -215,7 +228,7 @@ class DataParallel:
             pieces.append(jax.device_put(piece, device))
         return jax.make_array_from_single_device_arrays(shape, self.sharded, pieces)
 
-    def compile_arrange(self) -> Callable:
+    def compile_arrange(self) -> Compiled:
         """Compiles `(held images, (S, B) indices) -> (S, B, ...) batches` for `train_steps`."""
         return jax.jit(
             lambda held, indices: held[indices],
@@ -223,15 +236,15 @@ class DataParallel:
         )
 
 
-class Pmap(DataParallel):
-    """`jax.pmap`. The state has no device axis, so that it is the state of the other form too."""
+class PmapDevices(Devices):
+    """`jax.pmap` over the same devices. The state has no device axis, as with `jit`."""
 
     def batch_shape(self, batch_size):
         return (self.device_count, batch_size // self.device_count)
 
-    def place_batch(self, share, axis=0):
+    def shard_batch(self, share, axis=0):
         count = self.device_count // self._processes
-        return self.place(
+        return self.shard(
             jax.tree.map(
                 lambda leaf: leaf.reshape(*leaf.shape[:axis], count, -1, *leaf.shape[axis + 1 :]),
                 share,
@@ -258,15 +271,22 @@ class Pmap(DataParallel):
         if self._processes == 1:
             return compiled
 
-        def with_global_state(state, *args):
-            # pmap gives each process its own copy of what is one array over all processes.
-            state, value = compiled(state, *args)
-            return multihost_utils.host_local_array_to_global_array(
-                (state, value), self.mesh, PartitionSpec()
-            )
-
-        with_global_state.lower = compiled.lower
-        return with_global_state
+        return _WithGlobalState(compiled, self.mesh)
 
 
-FORMS = {"jit": DataParallel, "pmap": Pmap}
+@dataclasses.dataclass(frozen=True)
+class _WithGlobalState:
+    """A pmapped function whose results, a copy in each process, become one array over all."""
+
+    compiled: Compiled
+    mesh: Mesh
+
+    def __call__(self, *args: Any) -> Any:
+        results = self.compiled(*args)
+        return multihost_utils.host_local_array_to_global_array(results, self.mesh, PartitionSpec())
+
+    def lower(self, *args: Any) -> Any:
+        return self.compiled.lower(*args)
+
+
+COMPILED_BY = {"jit": Devices, "pmap": PmapDevices}

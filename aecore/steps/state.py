@@ -10,7 +10,7 @@ import optax
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training changes."""
+    """Everything that training changes."""
 
     step: jax.Array
     """Steps done so far, int32 scalar."""
@@ -19,7 +19,7 @@ class TrainState:
     opt_state: Any
     """The optimizer's state for them."""
     ema: Any = None
-    """An exponential moving average of them; None if none is kept."""
+    """An exponential moving average of the parameters; None if there is none."""
 
     @property
     def inference_params(self) -> Any:
@@ -34,18 +34,18 @@ def create(
     seed: int,
     ema: bool = False,
 ) -> TrainState:
-    """The state at step 0; a pure function, to be called under `jit` or `jax.eval_shape`.
+    """The state at step 0; a pure function, for `jit` or `jax.eval_shape`.
 
     Args:
       model: a Linen module.
       optimizer: an optax transformation.
       image_shape: height, width and channels.
-      seed: of the initial parameters.
-      ema: whether to keep an average of the parameters, which starts as they do.
+      seed: seed of the initial parameters.
+      ema: whether to keep an average of the parameters; it starts equal to them.
     """
     images = jnp.zeros((1, *image_shape), jnp.float32)
     params = model.init(jax.random.key(seed), images)["params"]
-    # The average must not share its arrays, since a step's input is donated.
+    # A copy, since a step's input is donated.
     average = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 

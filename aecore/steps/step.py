@@ -1,7 +1,7 @@
 """One training step and one evaluation step, as pure functions of `(B, H, W, C)` batches.
 
-Compiling them for some devices is `aecore.parallel`'s part. Where several devices run a step at
-once, each on its share of a batch, `axis_name` names the axis over which they take their mean.
+`aecore.steps.devices` compiles them. Several devices run a step together, each on its share of the
+batch; they average over the axis named by `axis_name`.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ Apply = Callable[[Any, jax.Array], jax.Array]
 """`(params, images) -> images`."""
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
-"""`(outputs, originals) -> one value an image`."""
+"""`(outputs, originals) -> (B,)`, one value per image."""
 
 Prepare = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
-"""`(batch, keys) -> (degraded, original)`, both float32 in [0, 1]; one PRNG key an image."""
+"""`(batch, keys) -> (degraded, original)`, both float32 in [0, 1]; one PRNG key per image."""
 
 
 def train_step(
@@ -45,18 +45,18 @@ def train_step(
       state: before the step.
       batch: arrays of `(B, ...)`, this device's share of the batch.
       apply: the network.
-      prepare: makes of a batch what the network gets and what it should give.
+      prepare: makes the network's inputs and targets from a batch.
       optimizer: turns gradients into updates.
-      seed: of the keys, which depend besides on the step and on an image's place in the batch.
-      loss: of outputs and originals.
-      ema: decay of the average of the parameters, if `state` holds one. It is less at first, so
-        that the average soon forgets where the parameters began.
-      parts: into how many equal parts the batch is divided, whose gradients are computed one
-        after another and averaged. The result is the same but for rounding.
-      axis_name: of the devices' axis, or None if there is one device.
+      seed: seed of the images' keys, which also depend on the step and on the place in the batch.
+      loss: compares outputs with originals.
+      ema: decay of the average of the parameters, if `state` holds one. It starts lower, so that
+        the average quickly forgets the initial parameters.
+      parts: number of equal parts of the batch whose gradients are computed one after another and
+        averaged. The result is the same up to rounding.
+      axis_name: name of the devices' axis; None for one device.
 
     Returns:
-      The state after the step, and the loss before it: float32 scalar, the mean over images.
+      The state after the step, and the loss before it: a float32 scalar, the mean over images.
     """
 
     def gradient(params, degraded, original):
@@ -69,7 +69,7 @@ def train_step(
     first = 0 if axis_name is None else lax.axis_index(axis_name) * size
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, first + jnp.arange(size))
-    # Before the parts, so that no compiler draws the noise again wherever the network reads it.
+    # Outside of the parts: compilers would draw the noise again wherever the network reads it.
     prepared = prepare(batch, keys)
     value, gradients = _mean_over_parts(gradient, parts, state.params, *prepared)
     if axis_name is not None:
@@ -84,7 +84,7 @@ def train_step(
 
 
 def _mean_over_parts(function: Callable, parts: int, params: Any, *batch: Any) -> Any:
-    """The mean of `function(params, *part)` over a batch's equal parts, computed in turn."""
+    """The mean of `function(params, *part)` over equal parts of a batch, one after another."""
     if parts == 1:
         return function(params, *batch)
     divided = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
@@ -111,7 +111,7 @@ def pairs(batch: tuple[jax.Array, jax.Array], keys: jax.Array) -> tuple[jax.Arra
 
 
 def degrading(degradation: Degradation, flip: bool = False) -> Prepare:
-    """`Prepare` for batches of `(B, H, W, C)` uint8 originals, mirrored first if `flip` says so."""
+    """`Prepare` for batches of `(B, H, W, C)` uint8 originals; `flip` mirrors them at random."""
 
     def prepare(images, keys):
         original = images.astype(jnp.float32) / 255.0
@@ -131,20 +131,20 @@ def eval_step(
     Args:
       params: the network's parameters.
       images: `(B, H, W, C)` uint8 originals.
-      keys: `(B,)` PRNG keys, one an image.
+      keys: `(B,)` PRNG keys, one per image.
       apply: the network.
       prepare: degrades them.
 
     Returns:
-      `mse` of the network's output as it is, `psnr` and `ssim` of the output clipped to [0, 1];
-      each `(B,)` float32.
+      `mse` of the unclipped output, `psnr` and `ssim` of the output clipped to [0, 1]; each `(B,)`
+      float32.
     """
     degraded, original = prepare(images, keys)
     return score(apply(params, degraded), original)
 
 
 def score(restored: jax.Array, original: jax.Array) -> dict[str, jax.Array]:
-    """What `eval_step` returns, from `(B, H, W, C)` restored and original images."""
+    """Scores as `eval_step` returns them, from `(B, H, W, C)` restored and original images."""
     clipped = jnp.clip(restored.astype(jnp.float32), 0.0, 1.0)
     return {
         "mse": losses.mse(restored, original),

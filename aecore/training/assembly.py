@@ -13,7 +13,7 @@ from aecore.config import Experiment, Optimizer, Training
 from aecore.errors import ConfigError
 from aecore.networks.network import in_precision
 from aecore.steps import state, step
-from aecore.steps.devices import FORMS, DataParallel
+from aecore.steps.devices import COMPILED_BY, Devices
 from aecore.steps.state import TrainState
 from aecore.steps.step import Apply, Loss, Prepare
 
@@ -28,7 +28,7 @@ class Assembly:
     model: Any
     image_shape: tuple[int, int, int]
     """Height, width and channels."""
-    devices: DataParallel
+    devices: Devices
     batch_size: int
     apply: Apply
     """The network in float32."""
@@ -78,7 +78,7 @@ class Assembly:
         return image, image
 
 
-def devices(training: Training, parallel: str | None = None) -> DataParallel:
+def devices(training: Training, parallel: str | None = None) -> Devices:
     """The devices that an experiment uses.
 
     Args:
@@ -94,7 +94,7 @@ def devices(training: Training, parallel: str | None = None) -> DataParallel:
             f"training.devices {training.devices} is more than the {len(available)} there are; "
             "use fewer, or None for all"
         )
-    chosen = FORMS[parallel or training.parallel](available[: training.devices])
+    chosen = COMPILED_BY[parallel or training.parallel](available[: training.devices])
     chosen.check_batch_size(training.batch_size)
     return chosen
 
@@ -102,7 +102,7 @@ def devices(training: Training, parallel: str | None = None) -> DataParallel:
 def assemble(
     experiment: Experiment,
     image_shape: tuple[int, int, int],
-    devices: DataParallel,
+    devices: Devices,
     last_step: int,
     *,
     batch_size: int | None = None,

@@ -6,9 +6,9 @@ from aecore.saved.descriptions import Description
 
 
 class Clock:
-    """How long a run has taken, over all its sessions, and how fast its steps are.
+    """Training time, including earlier processes of the same run, and speed of the steps.
 
-    The speed leaves out the step's compilation, evaluation and saving.
+    The speed excludes compilation, evaluation and saving.
     """
 
     def __init__(self, batch_size: int, description: Description):
@@ -22,7 +22,7 @@ class Clock:
         self._step_seconds = 0.0
 
     def tick(self, steps: int) -> None:
-        """Steps are done. The first ones after a pause are not timed."""
+        """Counts finished steps. The first after a pause are not timed."""
         now = time.perf_counter()
         if self._last_tick is not None:
             self._steps += steps
@@ -30,7 +30,7 @@ class Clock:
         self._last_tick = now
 
     def pause(self) -> None:
-        """What comes before the next step does not count as a step."""
+        """Excludes the time until the next step from the speed."""
         self._last_tick = None
 
     def stop(self) -> None:
@@ -38,7 +38,7 @@ class Clock:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """As measured since this process started; None if nothing was yet."""
+        """Measured since this process started; None before the first measurement."""
         return self._step_seconds / self._steps if self._steps else None
 
     @property

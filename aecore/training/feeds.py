@@ -1,7 +1,7 @@
-"""What the compiled steps train on: batches streamed by tf.data, or all images held on the devices.
+"""Where the compiled steps get their batches: streamed by tf.data, or from images on the devices.
 
-A feed's `launch` starts one or more steps, from any step on. Both feeds visit the images in the
-same order; noise drawn on the device is the same in both.
+`launch` starts one or more steps and can begin at any step. Both feeds visit the images in the same
+order; noise drawn on the device is the same in both.
 """
 
 import collections
@@ -19,28 +19,28 @@ from aecore.config import Training
 from aecore.data.batches import epoch_order, training_batches
 from aecore.degradations import Degradation
 from aecore.errors import ConfigError
-from aecore.steps.devices import DataParallel
+from aecore.steps.devices import Devices
 from aecore.steps.state import TrainState
 from aecore.training.assembly import Assembly
 
 _AHEAD = 2
-"""Groups of batches that are on their way to the devices while a call runs."""
+"""Groups of batches sent to the devices ahead of time, while a call runs."""
 
 _GROUP_IMAGES, _MOST_BATCHES = 256, 8
-"""A stream's group has as many batches as make up so many images, but at most so many."""
+"""A stream's group has enough batches for this many images, but at most this many batches."""
 
 _MOST_STEPS = 128
-"""Steps a call, at most. By then, what a call costs is shared by many."""
+"""Most steps per call; with this many, the cost of a call no longer matters."""
 
 _CALL_SECONDS = 0.25
-"""How long a call of several steps should take, so that a run stops soon when it is asked to."""
+"""How long a call should take at most, so that a run stops soon after a request."""
 
 
 class Feed(Protocol):
     """Starts steps of training.
 
     Attributes:
-      seconds_waited: how long, in all, launching has waited for images.
+      seconds_waited: total time that `launch` has waited for images.
     """
 
     seconds_waited: float
@@ -51,21 +51,21 @@ class Feed(Protocol):
         Args:
           state: after `step` steps; it is donated.
           step: `state.step`, known to the host.
-          most: how many steps may be done.
+          most: most steps to start.
 
         Returns:
-          The state after the steps, their losses `(L,)` or a scalar, and how many they are; of
-          the losses, as many from the first on count.
+          The state after the steps, losses `(L,)` or a scalar, and the number of steps n; only the
+          first n losses are defined.
         """
 
     def seconds_per_step(self, seconds: float) -> None:
-        """Is told how long steps take."""
+        """Tells the feed how long a step takes."""
 
 
 def create(
     array: np.ndarray, degradation: Degradation, training: Training, assembled: Assembly
 ) -> Feed:
-    """The feed that the settings ask for.
+    """Makes the feed that `training` asks for.
 
     Args:
       array: `(N, H, W, C)` uint8.
@@ -81,10 +81,10 @@ def create(
 
 
 class _Calls:
-    """How many steps a call may do: as many as take `_CALL_SECONDS`, once it is known."""
+    """Steps per call: as many as take `_CALL_SECONDS`, once the time of a step is known."""
 
     def __init__(self, most: int):
-        # Where steps take long, a call starts with one; several processes must agree.
+        # One at first, as steps may take long; but several processes must agree.
         self.steps = 1 if jax.process_count() == 1 else most
         self._most = most
 
@@ -96,16 +96,16 @@ class _Calls:
 class Stream:
     """Batches from tf.data, put on the devices ahead of time.
 
-    Of small batches, several are put there together: a call then does several steps, which share
-    what it costs the host.
+    Small batches are sent in groups, and one call does several steps, which share its cost on the
+    host.
     """
 
     def __init__(self, array, degradation, training, assembled):
-        parallel = assembled.devices
-        share = parallel.share(training.batch_size)
+        devices = assembled.devices
+        share = devices.share(training.batch_size)
         self._group = min(max(1, _GROUP_IMAGES // (share.stop - share.start)), _MOST_BATCHES)
-        self._steps = parallel.compile_train_steps(assembled.train_step, self._group)
-        self._parallel = parallel
+        self._steps = devices.compile_train_steps(assembled.train_step, self._group)
+        self._devices = devices
         self._batches = functools.partial(
             training_batches,
             array,
@@ -130,12 +130,12 @@ class Stream:
         elif done == 0:
             self._current = next(self._placed)
         count = min(most, self._calls.steps, self._group - done)
-        state, losses = self._steps(state, self._current, self._parallel.replicate(np.int32(count)))
+        state, losses = self._steps(state, self._current, self._devices.replicate(np.int32(count)))
         self._next_step = step + count
         return state, losses, count
 
     def _placed_ahead(self, step: int) -> Iterator[Any]:
-        """Groups of batches; the first one is that of `step`, and lacks what comes before it."""
+        """Groups of batches, from that of `step` on; its batches before `step` are not read."""
         queue = collections.deque()
         batches = self._batches(start_step=step)
         done = step % self._group
@@ -145,7 +145,7 @@ class Stream:
                 group = list(itertools.islice(batches, self._group - done))
                 self.seconds_waited += time.perf_counter() - start
                 group = [group[0]] * done + group
-                queue.append(self._parallel.place_batch(jax.tree.map(_stack, *group), axis=1))
+                queue.append(self._devices.shard_batch(jax.tree.map(_stack, *group), axis=1))
                 done = 0
             yield queue.popleft()
 
@@ -155,26 +155,26 @@ def _stack(*arrays: np.ndarray) -> np.ndarray:
 
 
 class Resident:
-    """All images on the devices, as bytes; a call does many steps and takes nothing from the host.
+    """All images on the devices, as bytes; one call does many steps without work on the host.
 
-    At an epoch's start the devices arrange a copy of the images in the epoch's order, so that each
-    batch is a slice.
+    At the start of an epoch, the devices copy the images into the epoch's order, so that each batch
+    is a slice.
     """
 
     def __init__(self, array, degradation, training, assembled):
         del degradation  # The step does it.
-        parallel = assembled.devices
-        _check_memory(array, parallel)
+        devices = assembled.devices
+        _check_memory(array, devices)
 
         def train_step(state, rows, *, axis_name=None):
             images = rows.reshape(-1, *assembled.image_shape)
             return assembled.train_step(state, images, axis_name=axis_name)
 
-        self._parallel = parallel
-        self._steps = parallel.compile_train_steps(train_step, _MOST_STEPS)
-        self._arrange = parallel.compile_arrange()
-        # An image is one row: TPUs store the last axes in tiles, which few channels would not fill.
-        self._held = parallel.hold(array.reshape(len(array), -1))
+        self._devices = devices
+        self._steps = devices.compile_train_steps(train_step, _MOST_STEPS)
+        self._arrange = devices.compile_arrange()
+        # One row per image: TPUs store the last axes in tiles, which few channels would not fill.
+        self._held = devices.hold(array.reshape(len(array), -1))
         self._count = len(array)
         self._batch_size = training.batch_size
         self._seed = training.seed
@@ -190,22 +190,22 @@ class Resident:
         if epoch != self._epoch:
             order = epoch_order(self._seed, epoch, self._count)
             indices = order[: steps_per_epoch * self._batch_size].astype(np.int32)
-            self._batches = None  # Its memory is free before the next one is made.
+            self._batches = None  # Frees its memory before the next one is made.
             self._batches = self._arrange(
                 self._held,
-                self._parallel.replicate(indices.reshape(steps_per_epoch, self._batch_size)),
+                self._devices.replicate(indices.reshape(steps_per_epoch, self._batch_size)),
             )
             self._epoch = epoch
         count = min(most, self._calls.steps, steps_per_epoch - done)
-        state, losses = self._steps(state, self._batches, self._parallel.replicate(np.int32(count)))
+        state, losses = self._steps(state, self._batches, self._devices.replicate(np.int32(count)))
         return state, losses, count
 
 
-def _check_memory(array: np.ndarray, parallel: DataParallel) -> None:
-    """Two copies, as they are held and as they are arranged, must leave room for the steps."""
-    statistics = parallel.mesh.local_devices[0].memory_stats() or {}
+def _check_memory(array: np.ndarray, devices: Devices) -> None:
+    """Refuses images of which two copies, held and arranged, leave too little room for steps."""
+    statistics = devices.mesh.local_devices[0].memory_stats() or {}
     limit = statistics.get("bytes_limit", math.inf)
-    needed = 2 * array.nbytes / parallel.device_count
+    needed = 2 * array.nbytes / devices.device_count
     if needed > 0.8 * limit:
         raise ConfigError(
             f"the images need {needed / 2**30:.1f} GiB of the device's {limit / 2**30:.1f}; "

@@ -6,8 +6,10 @@ import time
 
 
 class Interruption:
-    """Turns SIGINT and SIGTERM into a request to stop; a second Ctrl-C stops at once,
-    but for a compilation that is under way."""
+    """Turns SIGINT and SIGTERM into a request to stop.
+
+    A second Ctrl-C stops at once, or after the compilation that is under way.
+    """
 
     def __init__(self):
         self.requested = False
@@ -28,7 +30,7 @@ class Interruption:
     def _handle(self, number, frame) -> None:
         del frame
         now = time.monotonic()
-        # A terminal and a wrapper may both pass on the same Ctrl-C.
+        # A terminal and a wrapper script may both deliver the same Ctrl-C.
         if self.requested and number == signal.SIGINT and now > self._first + 1:
             raise KeyboardInterrupt
         if not self.requested:

@@ -27,7 +27,7 @@ from aecore.saved.checkpoints import Checkpoints
 from aecore.saved.descriptions import Description, describe, experiment_from_json
 from aecore.scoring import evaluation, reports
 from aecore.steps import state
-from aecore.steps.devices import DataParallel, join_processes
+from aecore.steps.devices import Devices, join_processes
 from aecore.storage import write_json
 from aecore.training import assembly, feeds, resuming
 from aecore.training.clock import Clock
@@ -101,7 +101,7 @@ class _Run:
         self,
         experiment: Experiment,
         dataset: Dataset,
-        devices: DataParallel,
+        devices: Devices,
         directory: epath.Path,
         checkpoints: Checkpoints,
         interruption: Interruption,
@@ -293,10 +293,11 @@ class _Run:
         return training.patience is not None and waited >= training.patience
 
     def _evaluate(self) -> None:
-        scores = self.evaluator(
-            self.state.inference_params, self.dataset.validation, self._evaluation_may_stop
-        )
-        if scores is None:
+        try:
+            scores = self.evaluator(
+                self.state.inference_params, self.dataset.validation, self._evaluation_may_stop
+            )
+        except evaluation.Stopped:
             self._stop()
         self._check_finite("validation loss", scores["mse"], self.step)
         self.history.append({"step": self.step, **scores})

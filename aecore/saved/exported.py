@@ -135,6 +135,7 @@ class ExportedNetwork:
     """The functions of a file as an `aecore.networks.Network`."""
 
     def __init__(self, head: Mapping[str, Any], functions: Mapping[str, bytes]):
+        self._parts = head, functions
         described = head["network"]
         self.name = described["name"]
         if not self.name.isidentifier():
@@ -153,6 +154,10 @@ class ExportedNetwork:
                     f"JAX {jax.__version__} can't read what JAX {head.get('jax')!s:.20} wrote"
                 ) from error
             setattr(self, name, exported.call)
+
+    def __reduce__(self):
+        # What is pickled is the functions as they were written, as they are now can't be.
+        return ExportedNetwork, self._parts
 
     def receptive_field(self, params):
         del params

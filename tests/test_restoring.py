@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_params
+from etils import epath
 from PIL import Image
 
 import aecore
@@ -543,9 +544,8 @@ def test_devices_may_be_named(trained):
 def test_restorers_can_be_pickled_and_copied(trained, tmp_path, is_exported):
     source = trained
     if is_exported:
-        run = aecore.Restorer.load(trained)
-        source = Path(tmp_path / "a.aecore")
-        exported.save(source, run.network, run.params, run.description)
+        source = tmp_path / "a.aecore"
+        exported.save(epath.Path(source), aecore.Restorer.load(trained).trained)
     device = jax.local_devices()[2]
     restorer = aecore.Restorer.load(source, batch_size=3, device=device)
     image = RANDOM.random((8, 8), np.float32)
@@ -617,12 +617,11 @@ def test_networks_are_kept_for_the_next_call(trained, loaded):
 
 def test_networks_that_changed_are_loaded_again(trained, tmp_path, loaded):
     image = RANDOM.random((8, 8), np.float32)
-    run = aecore.Restorer(TrainedNetwork.of(NoiseReducer(), random_params(NoiseReducer())))
     path = tmp_path / "a.aecore"
     results = []
     for seed in (0, 1):
         params = random_params(NoiseReducer(), seed)
-        exported.save(path, run.network, params, Description())
+        exported.save(epath.Path(path), TrainedNetwork.of(NoiseReducer(), params))
         results += [aecore.restore(image, path) for _ in range(2)]
     assert len(loaded) == 2
     assert np.abs(results[1] - results[2]).max() > 1e-3
@@ -640,11 +639,11 @@ def test_a_run_that_went_on_is_loaded_again(tiny, loaded):
 
 
 def test_few_networks_are_kept(trained, tmp_path, loaded):
-    run = aecore.Restorer(TrainedNetwork.of(NoiseReducer(), random_params(NoiseReducer())))
+    network = TrainedNetwork.of(NoiseReducer(), random_params(NoiseReducer()))
     image = np.zeros((8, 8), np.float32)
     for index in range(6):
         path = tmp_path / f"{index}.aecore"
-        exported.save(path, run.network, run.params, Description(), with_functions=False)
+        exported.save(epath.Path(path), network, with_functions=False)
         aecore.restore(image, path, model=NoiseReducer())
     assert len(restorers._kept) == 4
 

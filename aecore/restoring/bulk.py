@@ -12,7 +12,7 @@ import numpy as np
 from aecore.errors import ImageError
 from aecore.media import images, videos
 from aecore.media.images import Picture
-from aecore.restoring import expectations, tiling
+from aecore.restoring import expectations
 from aecore.restoring.files import Failure, Job
 from aecore.restoring.restorer import Restorer
 from aecore.saved.descriptions import Description
@@ -83,28 +83,23 @@ def _restore_pictures(jobs, restorer, readers, writers, alpha, compare):
             yield extent
         else:
             sizes[job], pixels[job] = extent
-    shapes = restorer.shared_shapes(sizes.values())
-    order = sorted(
-        sizes, key=lambda job: tiling.smallest_containing(sizes[job], shapes) or sizes[job]
-    )
 
     def submit(job):
         return readers.submit(_read, job, alpha, restorer.description)
 
-    read = _ahead(submit, order, pixels)
     under_way = collections.deque()
     unreadable = collections.deque()
     writing = collections.deque()
 
-    def frames():
-        for picture in read:
+    def frames(order):
+        for picture in _ahead(submit, order, pixels):
             if isinstance(picture, Failure):
                 unreadable.append(picture)
                 continue
             job, content = picture
             under_way.append((job, content, []))
             for frame in content.frames:
-                yield frame.values
+                yield job, frame.values
 
     def finished(most_pixels):
         while unreadable:
@@ -114,7 +109,7 @@ def _restore_pictures(jobs, restorer, readers, writers, alpha, compare):
         ):
             yield writing.popleft()[0].result()
 
-    for values in restorer.each(frames(), shapes):
+    for _, values in restorer.many(sizes, frames):
         job, content, restored = under_way[0]
         restored.append(values)
         if len(restored) == len(content.frames):

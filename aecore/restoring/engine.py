@@ -8,14 +8,16 @@ import collections
 import functools
 import logging
 import math
+import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aecore import memory
 from aecore.errors import ConfigError, ImageError
 from aecore.networks.network import Network, fits_within, in_precision
 from aecore.networks.receptive_field import ReceptiveField
@@ -26,7 +28,8 @@ _log = logging.getLogger(__name__)
 
 _TILE = {"cpu": 256}
 _OTHER_TILE = 512
-"""The largest side that tiles have of themselves; on CPUs, caches should hold most of one."""
+"""The side of tiles for networks that see little around a pixel; on CPUs, caches should hold most
+of one. Networks that see far get larger tiles; see `tiling.economical_tile`."""
 
 _SMALLEST_TILE = 64
 """Smaller ones are not tried where memory is short."""
@@ -62,6 +65,37 @@ class Kind(NamedTuple):
     channels: int
 
 
+class Plan(NamedTuple):
+    """How images whose sizes are known beforehand are restored with little compiling and waste."""
+
+    order: list[Any]
+    """The images' keys; those of images that share a shape are neighbours."""
+    shapes: list[Size]
+    """Of the arrays that they share; none if each needs an array of its own size."""
+
+
+_process: int | None = None
+
+
+def refuse_fork() -> None:
+    """Raises a ConfigError in a process that was forked from one that already used JAX here.
+
+    JAX's threads don't survive a fork, so that computing would wait for them forever.
+    """
+    global _process
+    _process = _process or os.getpid()
+    if _process != os.getpid():
+        raise ConfigError(
+            "this process was forked after its parent used JAX, which can't work; start processes "
+            'with multiprocessing.get_context("spawn") or "forkserver"'
+        )
+
+
+def scale_of(network: Network) -> int:
+    """How many times larger than its input a network's output is."""
+    return getattr(network, "scale", 1)
+
+
 class Engine:
     """Runs a network; keeps what it compiles; safe to use from several threads.
 
@@ -85,7 +119,7 @@ class Engine:
         tile: Literal["auto"] | int,
         batch_size: int | None,
         precision: Literal["auto", "float32", "bfloat16"],
-        device: jax.Device,
+        device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]
     ):
         if tile != "auto" and not (isinstance(tile, int) and tile >= 0):
             raise ConfigError(f"tile {tile!r} is not possible; use auto, 0 for none, or a side")
@@ -96,12 +130,14 @@ class Engine:
         if precision == "auto":
             precision = "bfloat16" if device.platform == "tpu" else "float32"
         self.network = network
+        self.scale = network.scale
         self.device = device
         self.params = jax.device_put(params, device)
         self._dtype = jnp.dtype(precision)
         self._tile_setting = tile
         default = _TILE.get(device.platform, _OTHER_TILE)
         self._tile = default if tile == "auto" else tile
+        self._has_grown = False
         self._batch_size = batch_size
         self._most_pixels = _MOST_PIXELS * default**2
         self._known: dict[Any, Any] = {}
@@ -116,22 +152,32 @@ class Engine:
         Args:
           images: `(N, H, W, C)`, taken as they are needed, some ahead. If taking some fails, those
             before them are restored first.
-          shapes: what `shared_shapes` gave for the images' sizes.
+          shapes: those of the images' `Plan`, if their sizes were known beforehand.
 
         Yields:
-          The restored images, in order.
+          The restored images `(N, s H, s W, C)`, in order, where s is the network's scale.
 
         Raises:
           ImageError: the device's memory doesn't suffice.
         """
+        refuse_fork()
         return _Run(self, shapes)(images)
 
-    def shared_shapes(self, sizes: Iterable[Size]) -> list[Size]:
-        """Few shapes of arrays into which images of these sizes, or their tiles, can be put."""
-        parts = [window.size for size in sizes for window in self.windows(size)]
-        if len(set(parts)) > _SHARED_SHAPES and not self._can_share:
-            return []
-        return tiling.shared_shapes(parts, _SHARED_SHAPES)
+    def plan(self, sizes: Mapping[Any, Size]) -> Plan:
+        """In which order to restore images of these sizes, and in arrays of which few shapes.
+
+        Args:
+          sizes: height and width of each image, by any key.
+        """
+        parts = [window.size for size in sizes.values() for window in self.windows(size)]
+        shapes = []
+        if len(set(parts)) <= _SHARED_SHAPES or self._can_share:
+            shapes = tiling.shared_shapes(parts, _SHARED_SHAPES)
+
+        def shape(key):
+            return tiling.smallest_containing(sizes[key], shapes) or sizes[key]
+
+        return Plan(sorted(sizes, key=shape), shapes)
 
     def in_parts(
         self, method: Literal["encode", "decode"], batch: np.ndarray, shape: Size
@@ -146,6 +192,7 @@ class Engine:
         Raises:
           ImageError: the device's memory doesn't suffice.
         """
+        refuse_fork()
         function = self._once(
             method, lambda: jax.jit(self._in_precision(getattr(self.network, method)))
         )
@@ -161,7 +208,7 @@ class Engine:
                 part = jax.device_put(part, self.device)
                 parts.append(jax.device_get(function(self.params, part))[:count])
             except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" in str(error):
+                if memory.ran_out(error):
                     raise self._memory_error(shape, "use smaller images") from error
                 raise
         return np.concatenate(parts)
@@ -191,19 +238,23 @@ class Engine:
           ConfigError: the setting asks for tiles that the network can't be restored in.
         """
         stride = self.network.stride
-        size = tuple(-(-side // stride) * stride for side in size)
+        size = (-(-size[0] // stride) * stride, -(-size[1] // stride) * stride)
+        whole = tiling.windows(size, size, None, stride)
         if self._is_whole(size, self._tile):
-            return tiling.windows(size, size, None, stride)
+            return whole
         is_auto = self._tile_setting == "auto"
         if self.field is None:
             if is_auto:
-                return tiling.windows(size, size, None, stride)
+                return whole
             raise ConfigError(
                 f"{self.network.name} looks at whole pictures at once, so that it can't restore "
                 "them in tiles; use tile 0"
             )
         lowest = tiling.smallest_tile(self.field, stride)
         if is_auto:
+            self._grow_once(self.field)
+            if self._is_whole(size, self._tile):
+                return whole
             tile = tiling.tile_for(size, self._tile, self.field, stride)
         elif self._tile < lowest:
             raise ConfigError(
@@ -211,8 +262,16 @@ class Engine:
                 f"{self.field.before} and {self.field.after} pixels beyond; use at least {lowest}"
             )
         else:
-            tile = (self._tile // stride * stride,) * 2
+            side = self._tile // stride * stride
+            tile = (side, side)
         return tiling.windows(size, tile, self.field, stride)
+
+    def _grow_once(self, field: ReceptiveField) -> None:
+        """Makes tiles as large as the receptive field asks for, when it is first needed."""
+        with self._lock:
+            if not self._has_grown:
+                self._has_grown = True
+                self._tile = tiling.economical_tile(self._tile, field, self.network.stride)
 
     def shape_for(self, size: Size) -> Size:
         """The shape of the array that a window of an unannounced size is put into."""
@@ -268,7 +327,9 @@ class Engine:
             return restored if is_float else jnp.rint(restored * highest).astype(kind.dtype)
 
         device = jax.sharding.SingleDeviceSharding(self.device)
-        specs = [((count, *kind.shape, kind.channels), kind.dtype)]
+        specs: list[tuple[tuple[int, ...], Any]] = [
+            ((count, *kind.shape, kind.channels), kind.dtype)
+        ]
         if within:
             specs.append(((count, 2), np.int32))
         args = [jax.ShapeDtypeStruct(*spec, sharding=device) for spec in specs]
@@ -278,8 +339,8 @@ class Engine:
             raise _as_out_of_memory(error, kind) from error
         analysis = compiled.memory_analysis()
         needed = 0 if analysis is None else analysis.temp_size_in_bytes
-        if needed > self._memory and self._tile_setting == "auto" and self._smaller_tile(kind):
-            raise OutOfMemoryError(kind, expected=True)
+        if needed > self._memory and self._tile_setting == "auto" and self._smaller_tile(kind, 0.5):
+            raise OutOfMemoryError(kind, share=self._memory / needed)
         return compiled
 
     def _in_precision(self, function: Callable) -> Callable:
@@ -289,18 +350,24 @@ class Engine:
 
     @functools.cached_property
     def _memory(self) -> float:
-        limit = (self.device.memory_stats() or {}).get("bytes_limit")
+        limit = memory.limit(self.device)
         return _CPU_MEMORY if limit is None else limit / 4
 
-    def _smaller_tile(self, kind: Kind) -> int | None:
-        """The tile that is next tried instead of arrays of a kind; None if there is none."""
+    def _smaller_tile(self, kind: Kind, share: float) -> int | None:
+        """The tile that is next tried instead of arrays of a kind; None if there is none.
+
+        Args:
+          kind: of the batch that needs too much memory.
+          share: of its memory that there is. Memory grows with the pixels of a tile.
+        """
         if max(kind.shape) <= _SMALLEST_TILE or self._tile_setting == 0 or self.field is None:
             return None
-        lowest = max(_SMALLEST_TILE, tiling.smallest_tile(self.field, self.network.stride))
-        tile = self._tile // 2
+        stride = self.network.stride
+        lowest = max(_SMALLEST_TILE, tiling.smallest_tile(self.field, stride))
+        tile = max(int(self._tile * math.sqrt(share)) // stride * stride, lowest)
         while self._is_whole(kind.shape, tile) and tile // 2 >= lowest:
             tile //= 2
-        return tile if tile >= lowest else None
+        return tile if tile < self._tile else None
 
     def _is_whole(self, size: Size, tile: int) -> bool:
         """Whether a picture is restored at once where tiles would have this side."""
@@ -326,14 +393,14 @@ class Engine:
         with self._lock:
             if self._tile != tile:
                 return
-            tile = self._smaller_tile(error.kind)
-            if tile is None:
+            smaller = self._smaller_tile(error.kind, error.share)
+            if smaller is None:
                 advice = "use tile auto" if self._tile_setting == 0 else "use another device"
                 raise self._memory_error(error.kind.shape, advice) from error
-            self._tile = tile
-            self._most_pixels = _MOST_PIXELS * self._tile**2
+            self._tile = smaller
+            self._most_pixels = min(self._most_pixels, _MOST_PIXELS * smaller**2)
             self._shapes = []
-            if not error.expected:
+            if not error.is_expected:
                 _log.warning(
                     "the memory of %s does not suffice; going on with tiles of %d pixels",
                     self.device,
@@ -350,27 +417,33 @@ class Engine:
 class OutOfMemoryError(Exception):
     """The device's memory does not suffice for a batch of a kind.
 
-    `expected` if that is known without having tried.
+    Args:
+      kind: of the batch.
+      share: of the memory that it needs, how much there is; None if it was tried and failed, so
+        that this isn't known.
     """
 
-    def __init__(self, kind: Kind, expected: bool):
+    def __init__(self, kind: Kind, share: float | None = None):
         super().__init__()
         self.kind = kind
-        self.expected = expected
+        self.is_expected = share is not None
+        # Without a measurement, a tile of half the side is tried.
+        self.share = 0.25 if share is None else min(share, 0.9)
 
 
 def _as_out_of_memory(error: Exception, kind: Kind) -> Exception:
     """The same error, unless it means that memory did not suffice."""
-    return OutOfMemoryError(kind, False) if "RESOURCE_EXHAUSTED" in str(error) else error
+    return OutOfMemoryError(kind) if memory.ran_out(error) else error
 
 
 class _Stack:
     """Images of one size, of which some windows are not restored yet."""
 
-    def __init__(self, array: np.ndarray, windows: list[Window]):
+    def __init__(self, array: np.ndarray, windows: list[Window], scale: int):
+        count, height, width, channels = array.shape
         self.array = array
         self.windows = windows
-        self.result = np.empty_like(array)
+        self.result = np.empty((count, scale * height, scale * width, channels), array.dtype)
         self.missing = len(array) * len(windows)
 
 
@@ -394,7 +467,7 @@ class _Run:
         self._tile = engine.tile
         self._waiting = collections.deque()
         self._stacks = collections.deque()
-        self._kind = None
+        self._kind: Kind | None = None
         self._collected = []
         self._computing = collections.deque()
         self._counts = {}
@@ -439,7 +512,7 @@ class _Run:
     def _start(self) -> None:
         while self._waiting:
             images = self._waiting.popleft()
-            stack = _Stack(images, self._engine.windows(images.shape[1:3]))
+            stack = _Stack(images, self._engine.windows(images.shape[1:3]), self._engine.scale)
             self._stacks.append(stack)
             for window in stack.windows:
                 shape = tiling.smallest_containing(window.size, self._shapes)
@@ -448,10 +521,10 @@ class _Run:
                 if kind != self._kind:
                     self._flush()
                     self._kind = kind
-                self._collect(stack, window)
+                self._collect(stack, window, kind)
 
-    def _collect(self, stack: _Stack, window: Window) -> None:
-        first, most = 0, self._engine.most_images(self._kind.shape)
+    def _collect(self, stack: _Stack, window: Window, kind: Kind) -> None:
+        first, most = 0, self._engine.most_images(kind.shape)
         while first < len(stack.array):
             room = most - sum(map(len, self._collected))
             part = slice(first, min(first + room, len(stack.array)))
@@ -467,9 +540,9 @@ class _Run:
 
     def _flush(self) -> None:
         """Starts computing what was collected."""
-        if not self._collected:
-            return
         kind, pieces = self._kind, self._collected
+        if kind is None or not pieces:
+            return
         engine = self._engine
         # A batch that isn't full is filled up, as another size would be compiled anew.
         wanted, most = sum(map(len, pieces)), engine.most_images(kind.shape)
@@ -501,11 +574,14 @@ class _Run:
         except jax.errors.JaxRuntimeError as error:
             raise _as_out_of_memory(error, kind) from error
         self._computing.popleft()
+        scale = self._engine.scale
         for piece, place in _places(pieces):
             (rows, columns, _), stack = piece.window, piece.stack
-            target = stack.result[piece.part, rows.first : rows.last, columns.first : columns.last]
+            to_rows = slice(scale * rows.first, scale * rows.last)
+            to_columns = slice(scale * columns.first, scale * columns.last)
+            target = stack.result[piece.part, to_rows, to_columns]
             height, width = target.shape[1:3]
-            top, left = rows.first - rows.start, columns.first - columns.start
+            top, left = scale * (rows.first - rows.start), scale * (columns.first - columns.start)
             target[:] = restored[place, top : top + height, left : left + width]
             stack.missing -= len(piece)
 

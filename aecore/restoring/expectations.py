@@ -1,5 +1,10 @@
-"""How a picture differs from the images that a network was trained on."""
+"""Says how a picture differs from the images that a network was trained on.
 
+Only the middle of a picture is looked at, so that this costs little beside restoring it.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -7,54 +12,107 @@ import numpy as np
 from aecore.saved.descriptions import Description
 
 _LARGER, _SMALLER = 4.0, 0.5
-"""Sides that are so many times those of the training images are worth a word."""
+"""How many times the sides of the training images a picture's may be, before this is said."""
 
-_TOLERANCE = 1.5
-"""And so is noise that is so many times more or less than theirs."""
+_NOISE_FACTOR, _NOISE_MARGIN = 1.5, 0.01
+"""How far noise may lie beyond the range of the training images: times this, and this besides."""
+
+_BLOCKINESS_FACTOR = 1.25
+"""The same for blockiness."""
+
+_BLOCKINESS_OF_NOISE = 1.1
+"""The most that images with noise have, where a description doesn't say. Of 68 photographs with
+noise, with σ from 0.02 to 0.2, none had more than 1.09; saved as JPEG of quality 50, 97 % had
+more than 1.38."""
+
+_MOST_UNPIXELATED = 0.013
+"""The most by which pixelated images differ from blocks, in root mean square. Of 68 pixelated
+photographs saved as JPEG of quality 85, none differed by more; as they were before they were
+pixelated, all did."""
 
 _LOOKED_AT = 256
-"""Pixels on a side of the middle of a picture, in which noise is estimated."""
+"""Pixels on a side of the middle of a picture that is looked at."""
+
+_LEAST_FOR_BLOCKS = 32
+"""Pixels on a side without which blocks of 8 can't be told from chance."""
 
 
 def describe(degraded: np.ndarray) -> dict[str, Any]:
-    """What inputs of a network are like, as JSON values.
+    """What a network's inputs are like: the range of each measure, as JSON values.
 
     Args:
       degraded: `(N, H, W, C)` float in [0, 1].
     """
-    noise = [estimate_noise(image) for image in degraded]
-    return {"noise": [float(np.percentile(noise, share)) for share in (1, 99)]}
+    measures: dict[str, Callable[[np.ndarray], float]] = {"noise": estimate_noise}
+    if min(degraded.shape[1:3]) >= _LEAST_FOR_BLOCKS:
+        measures["blockiness"] = blockiness
+    return {
+        name: [
+            float(np.percentile([measure(middle(image)) for image in degraded], share))
+            for share in (1, 99)
+        ]
+        for name, measure in measures.items()
+    }
 
 
-def differences(description: Description, values: np.ndarray) -> tuple[str, ...]:
-    """What is unusual about a picture, for a network with this description; the words are the same
-    for all such pictures.
+def differences(description: Description, image: np.ndarray) -> tuple[str, ...]:
+    """What is unusual about an image, for a network with this description.
 
     Args:
-      description: of a checkpoint; what it lacks is not looked at.
-      values: `(H, W)` or `(H, W, C)`, uint8 or uint16.
+      description: of the network; what it lacks is not looked at.
+      image: `(H, W)` or `(H, W, C)`, uint8, uint16, or float in [0, 1].
+
+    Returns:
+      A sentence for each difference, the same for all images that differ in this way.
     """
-    found = []
+    return tuple(_differences(description, image))
+
+
+def _differences(description: Description, image: np.ndarray) -> Iterator[str]:
     if description.image_size:
-        trained = np.array(description.image_size)
-        ratios = values.shape[:2] / trained
-        if ratios.max() > _LARGER or ratios.min() < _SMALLER:
-            size = "larger" if ratios.max() > _LARGER else "smaller"
-            found.append(
-                f"much {size} than the {trained[0]}x{trained[1]} pixels that the network was "
-                "trained on"
-            )
-    noise = (description.inputs or {}).get("noise")
-    if noise and min(values.shape[:2]) >= 3:
-        low, high = noise
-        estimated = estimate_noise(_middle(values) / np.float32(np.iinfo(values.dtype).max))
-        if not low / _TOLERANCE - 0.01 <= estimated <= high * _TOLERANCE + 0.01:
-            which = "more" if estimated > high else "less"
-            found.append(
+        height, width = description.image_size
+        ratios = image.shape[0] / height, image.shape[1] / width
+        if max(ratios) > _LARGER or min(ratios) < _SMALLER:
+            size = "larger" if max(ratios) > _LARGER else "smaller"
+            yield f"much {size} than the {height}x{width} pixels that the network was trained on"
+    if min(image.shape[:2]) < 3:
+        return
+    part = middle(image).astype(np.float32)
+    if image.dtype.kind == "u":
+        part /= np.iinfo(image.dtype).max
+    inputs = description.inputs or {}
+    if "noise" in inputs:
+        low, high = inputs["noise"]
+        noise = estimate_noise(part)
+        least, most = low / _NOISE_FACTOR - _NOISE_MARGIN, high * _NOISE_FACTOR + _NOISE_MARGIN
+        if not least <= noise <= most:
+            which = "more" if noise > high else "less"
+            yield (
                 f"{which} noise or fine detail than the network was trained on, where its standard "
                 f"deviation was {low:.2f} to {high:.2f}"
             )
-    return tuple(found)
+    degradation = description.degradation or {}
+    most_blocky = None
+    if "blockiness" in inputs:
+        most_blocky = inputs["blockiness"][1]
+    elif degradation.get("type") == "GaussianNoise":
+        most_blocky = _BLOCKINESS_OF_NOISE
+    if (
+        most_blocky is not None
+        and min(part.shape[:2]) >= _LEAST_FOR_BLOCKS
+        and blockiness(part) > most_blocky * _BLOCKINESS_FACTOR
+    ):
+        yield "blocks of 8x8 pixels, as of JPEG, which the network was not trained to remove"
+    if degradation.get("type") == "Pixelate" and isinstance(degradation.get("scale"), (int, float)):
+        scale = degradation["scale"]
+        if unpixelated(part, image.shape[:2], scale) > _MOST_UNPIXELATED:
+            yield f"not pixelated to {scale:.0%} of its size, as the network's training images were"
+
+
+def middle(image: np.ndarray) -> np.ndarray:
+    """The part of an image that is looked at."""
+    top, left = (max(0, (side - _LOOKED_AT) // 2) for side in image.shape[:2])
+    return image[top : top + _LOOKED_AT, left : left + _LOOKED_AT]
 
 
 def estimate_noise(image: np.ndarray) -> float:
@@ -71,6 +129,59 @@ def estimate_noise(image: np.ndarray) -> float:
     return float(np.sqrt(np.pi / 2) / 6 * np.abs(response).mean())
 
 
-def _middle(values: np.ndarray) -> np.ndarray:
-    top, left = (max(0, (side - _LOOKED_AT) // 2) for side in values.shape[:2])
-    return values[top : top + _LOOKED_AT, left : left + _LOOKED_AT]
+def blockiness(image: np.ndarray) -> float:
+    """How much an image jumps every 8 pixels, as after JPEG compression; about 1 if it doesn't.
+
+    Jumps are third differences between neighbours, in absolute value. Their mean at one of the 8
+    places within a block, where it is largest, is divided by their median over the places.
+
+    Args:
+      image: `(H, W)` or `(H, W, C)` floats, of at least 32×32 pixels.
+    """
+    ratios = []
+    for lines in (_gray(image), _gray(image).T):
+        jumps = np.abs(np.diff(lines, 3)).mean(axis=0)
+        by_place = [jumps[place::8].mean() for place in range(8)]
+        # So small that rounding to 8 bits makes it, the median says nothing.
+        ratios.append(max(by_place) / max(float(np.median(by_place)), 1e-3))
+    return float(np.mean(ratios))
+
+
+def unpixelated(part: np.ndarray, size: tuple[int, int], scale: float) -> float:
+    """How far an image is from any that `Pixelate(scale)` gives, in root mean square.
+
+    Pixelated rows and columns are combinations of a few blocks. What remains of an image when the
+    best such combination is taken away is 0 for a pixelated one, but for rounding.
+
+    Args:
+      part: the middle of the image, `(H, W)` or `(H, W, C)` floats.
+      size: height and width of the whole image.
+      scale: what `Pixelate` kept of them.
+    """
+    image = _gray(part)
+    rows, columns = (
+        _basis(whole, shown, scale) for whole, shown in zip(size, image.shape, strict=True)
+    )
+    blocks = rows @ (rows.T @ image @ columns) @ columns.T
+    return float(np.sqrt(np.mean((image - blocks) ** 2)))
+
+
+@functools.lru_cache(maxsize=16)
+def _basis(size: int, shown: int, scale: float) -> np.ndarray:
+    return np.linalg.qr(_blocks(size, shown, scale))[0].astype(np.float32)
+
+
+def _blocks(size: int, shown: int, scale: float) -> np.ndarray:
+    """`(shown, blocks)`: how much of each middle pixel's area lies in each block.
+
+    These are the middle rows of `degradations.enlarging(size, scale)`.
+    """
+    pixels = max(int(size * scale + 1e-4), 1) / size  # In blocks.
+    start = ((size - shown) // 2 + np.arange(shown))[:, None] * pixels
+    end = start + pixels
+    block = np.arange(np.floor(start[0, 0]), np.ceil(end[-1, 0] - 1e-9))
+    return np.clip(np.minimum(end, block + 1) - np.maximum(start, block), 0, None) / pixels
+
+
+def _gray(image: np.ndarray) -> np.ndarray:
+    return image if image.ndim == 2 else image.mean(axis=2)

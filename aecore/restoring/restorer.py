@@ -3,24 +3,31 @@
 import collections
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+import sys
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from etils import epath
+from jax import core
 
-from aecore.errors import ImageError
+from aecore.errors import ConfigError, ImageError
 from aecore.media import images
 from aecore.networks.network import Network
 from aecore.networks.receptive_field import ReceptiveField
+from aecore.restoring import engine, expectations
 from aecore.restoring.engine import Engine
 from aecore.restoring.tiling import Size
+from aecore.saved import weights
 from aecore.saved.descriptions import Description
 from aecore.saved.trained import TrainedNetwork
 
 _log = logging.getLogger(__name__)
 
+
+Key = TypeVar("Key", bound=Hashable)
 
 _ROUNDING = 1e-5
 """How far floats may lie outside [0, 1]."""
@@ -35,10 +42,14 @@ class Restorer:
         for never; or the side of the tiles in pixels. The result is the same but for rounding.
       batch_size: most images at a time; None for as many as are worth it.
       precision: `"float32"`, `"bfloat16"`, or `"auto"` for bfloat16 on TPUs and else float32.
-      device: a JAX device; None for the default one.
+      device: a JAX device, or a platform such as `"cpu"`, `"gpu"` or `"tpu"`, of which the first
+        device is used; None for the default one.
+
+    A restorer can be copied and pickled; a copy compiles anew. JAX does not survive a fork: in a
+    process that was forked after the first restorer was made, restoring raises a ConfigError.
 
     Raises:
-      ConfigError: a setting is out of bounds.
+      ConfigError: a setting is out of bounds, there is no such device, or the process was forked.
     """
 
     def __init__(
@@ -48,16 +59,19 @@ class Restorer:
         tile: Literal["auto"] | int = "auto",
         batch_size: int | None = None,
         precision: Literal["auto", "float32", "bfloat16"] = "auto",
-        device: jax.Device | None = None,
+        device: jax.Device | str | None = None,  # pyright: ignore[reportInvalidTypeForm]
     ):
+        engine.refuse_fork()
         self.trained = trained
+        self._settings = {"tile": tile, "batch_size": batch_size, "precision": precision}
+        self._has_device = device is not None
         self._engine = Engine(
             trained.network,
             trained.params,
             tile=tile,
             batch_size=batch_size,
             precision=precision,
-            device=device or jax.local_devices()[0],
+            device=_device(device),
         )
         self._said = set()
 
@@ -74,14 +88,18 @@ class Restorer:
         Raises:
           CheckpointError: there is nothing that can be used, or its model is unknown.
         """
-        from aecore.saved import weights
-
+        engine.refuse_fork()
         return cls(weights.load(run, model=model), **settings)
 
     @classmethod
     def of(cls, model: Any, params: Any, **settings: Any) -> "Restorer":
         """Restores with your own Linen module; it has `encode`, `decode`, `channels`, `stride`."""
         return cls(TrainedNetwork.of(model, params), **settings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        device = self._engine.device
+        place = (device.platform, device.local_hardware_id) if self._has_device else None
+        return _rebuild, (type(self), self.trained, self._settings, place)
 
     @property
     def network(self) -> Network:
@@ -110,9 +128,11 @@ class Restorer:
             [0, 1]; a Pillow image; or a path to a picture, of which the first frame is taken.
 
         Returns:
-          The same kind, dtype, shape and mode (for a path, a Pillow image), rounded and clipped to
-          what the dtype can hold; floats are clipped to [0, 1]. Alpha is left as it was. Of
-          Pillow's modes, P becomes RGB or RGBA, and CMYK, YCbCr, LAB and HSV become RGB.
+          The same kind, dtype, shape and mode (for a path, a Pillow image; for a JAX or torch
+          array, such an array on the same device), rounded and clipped to what the dtype can hold;
+          floats are clipped to [0, 1]. A network that enlarges gives `s` times the height and
+          width. Alpha is left as it was. Of Pillow's modes, P becomes RGB or RGBA, and CMYK, YCbCr,
+          LAB and HSV become RGB.
 
         Raises:
           ImageError: the picture can't be read; its dtype, shape, values or number of channels
@@ -122,17 +142,17 @@ class Restorer:
         if frame is not None:
             restored = self(frame.values)
             return images.to_pillow(frame.replace(restored, frame.alpha))
-        return next(self._restored([_checked(image)]))
+        array = _checked(image)
+        self._notice(array)
+        return _like(image, next(self._restored([array])))
 
-    def each(
-        self, arrays: Iterable[np.ndarray], shapes: Sequence[Size] = ()
-    ) -> Iterator[np.ndarray]:
-        """Restores images of different sizes; consecutive ones that share a shape are batched.
+    def each(self, arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Restores images as they come; consecutive ones of one shape are batched.
+
+        Where the sizes of all images are known beforehand, `many` is faster.
 
         Args:
           arrays: `(H, W)` or `(H, W, C)`, as for calling; taken as they are needed, some ahead.
-          shapes: what `shared_shapes` gave for their sizes, where these are known. Images are
-            batched best in the order of the smallest shape that contains them.
 
         Yields:
           The restored images, in order.
@@ -140,14 +160,52 @@ class Restorer:
         Raises:
           ImageError: as for calling; the images before the one in question are yielded first.
         """
+        given = collections.deque()
 
         def checked():
-            for array in map(_checked, arrays):
-                if array.ndim == 4:
-                    raise ImageError(f"an array of shape {array.shape} is several images, not one")
+            for image in arrays:
+                array = _checked_one(image)
+                self._notice(array)
+                given.append(image)
                 yield array
 
-        return self._restored(checked(), shapes)
+        for restored in self._restored(checked()):
+            yield _like(given.popleft(), restored)
+
+    def many(
+        self,
+        sizes: Mapping[Key, Size],
+        read: Callable[[Sequence[Key]], Iterable[tuple[Key, np.ndarray]]],
+    ) -> Iterator[tuple[Key, np.ndarray]]:
+        """Restores images whose sizes are known beforehand, in the order that is fastest.
+
+        Images of similar sizes are restored together, so that few shapes are compiled.
+
+        Args:
+          sizes: height and width of each image, by any key, such as its path.
+          read: gets all keys in the order in which to read the images, and yields each key with
+            its image, `(H, W)` or `(H, W, C)`, as for calling. It may leave out images that can't
+            be read, and yield several images of a key. Its images are taken as they are needed, a
+            few ahead; it may read further ahead itself, in threads of its own.
+
+        Yields:
+          Each key with the restored image, in the order in which `read` gave them.
+
+        Raises:
+          ImageError: as for calling; the images before the one in question are yielded first.
+        """
+        plan = self._engine.plan(sizes)
+        given = collections.deque()
+
+        def checked():
+            for key, image in read(plan.order):
+                array = _checked_one(image)
+                given.append((key, image))
+                yield array
+
+        for restored in self._restored(checked(), plan.shapes):
+            key, image = given.popleft()
+            yield key, _like(image, restored)
 
     def _restored(
         self, arrays: Iterable[np.ndarray], shapes: Sequence[Size] = ()
@@ -166,24 +224,16 @@ class Restorer:
             array, count = under_way.popleft()
             parts = [first, *(next(restored) for _ in range(count - 1))]
             result = parts[0] if count == 1 else np.concatenate(parts, axis=3)
-            yield result.reshape(array.shape).astype(array.dtype, copy=False)
+            *count, height, width = array.shape[: array.ndim - (array.ndim > 2)]
+            sides = (self._engine.scale * height, self._engine.scale * width)
+            shape = (*count, *sides, *array.shape[3 if count else 2 :])
+            yield result.reshape(shape).astype(array.dtype, copy=False)
 
-    def shared_shapes(self, sizes: Iterable[Size]) -> list[Size]:
-        """Few shapes, of which each image, or each of its tiles, fits into one.
-
-        Args:
-          sizes: height and width of each image that will come.
-
-        Returns:
-          Heights and widths; none if the network needs arrays of the images' own sizes.
-        """
-        return self._engine.shared_shapes(sizes)
-
-    def encode(self, image: Any) -> np.ndarray:
+    def encode(self, image: Any) -> Any:
         """The codes `(N, h, w, K)` float32 of images, which are given as for calling.
 
         N is 1 for a single image; h and w are the sides divided by the stride, rounded up. The
-        number of channels must be the network's.
+        number of channels must be the network's. Of JAX and torch arrays, the codes are such too.
         """
         frame = self._frame(image)
         array = _checked(image if frame is None else frame.values)
@@ -194,11 +244,14 @@ class Restorer:
             raise self._channels_error(array, batch.shape[3])
         sides = [(0, -size % self.network.stride) for size in batch.shape[1:3]]
         batch = np.pad(batch, [(0, 0), *sides, (0, 0)], mode="reflect")
-        return self._engine.in_parts("encode", batch, batch.shape[1:3])
+        return _like(image, self._engine.in_parts("encode", batch, batch.shape[1:3]))
 
-    def decode(self, codes: Any) -> np.ndarray:
-        """The images `(N, H, W, C)` of codes `(N, h, w, K)`, float32 clipped to [0, 1]."""
-        codes = _to_array(codes)
+    def decode(self, codes: Any) -> Any:
+        """The images `(N, H, W, C)` of codes `(N, h, w, K)`, float32 clipped to [0, 1].
+
+        Where the network enlarges, they are larger than those that were encoded, by its scale.
+        """
+        given, codes = codes, _to_array(codes)
         if codes.ndim != 4 or codes.size == 0 or codes.dtype.kind != "f":
             raise ImageError(
                 f"a {codes.dtype} array of shape {codes.shape} holds no codes; use floats "
@@ -210,7 +263,8 @@ class Restorer:
                 f"the codes have {codes.shape[3]} features, those of {self.network.name} {features}"
             )
         shape = tuple(side * self.network.stride for side in codes.shape[1:3])
-        return np.clip(self._engine.in_parts("decode", codes.astype(np.float32), shape), 0, 1)
+        decoded = self._engine.in_parts("decode", codes.astype(np.float32), shape)
+        return _like(given, np.clip(decoded, 0, 1))
 
     def _code_features(self) -> int:
         side = 8 * self.network.stride
@@ -277,6 +331,12 @@ class Restorer:
             f"(of shape {array.shape}; several gray ones are (N, H, W, 1))"
         )
 
+    def _notice(self, array: np.ndarray) -> None:
+        """Warns where an image, or the first of several, is unlike those of the training."""
+        first = array[0] if array.ndim == 4 else array
+        for note in expectations.differences(self.description, first):
+            self._say(note)
+
     def _say(self, note: str) -> None:
         """Logs what a user should know, once."""
         if note not in self._said:
@@ -284,11 +344,69 @@ class Restorer:
             _log.warning("%s", note)
 
 
-def _to_array(value: Any) -> np.ndarray:
+def _device(
+    device: jax.Device | str | None,  # pyright: ignore[reportInvalidTypeForm]
+) -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
+    if isinstance(device, jax.Device):
+        return device
     try:
-        return np.asarray(value)
-    except (ValueError, TypeError) as error:
+        if device is None or isinstance(device, str):
+            return jax.local_devices(backend=device)[0]
+    except RuntimeError:
+        pass
+    raise ConfigError(
+        f"there is no device {device!r} here; use cpu, gpu, tpu, a JAX device, or None"
+    )
+
+
+def _rebuild(
+    cls: type[Restorer],
+    trained: TrainedNetwork,
+    settings: dict[str, Any],
+    place: tuple[str, int | None] | None,
+) -> Restorer:
+    """A pickled restorer, on the same device or, where there is none, the first of its platform."""
+    device = None
+    if place is not None:
+        engine.refuse_fork()
+        platform, number = place
+        same = [d for d in jax.local_devices(backend=platform) if d.local_hardware_id == number]
+        device = same[0] if same else platform
+    return cls(trained, **settings, device=device)
+
+
+def _is_torch(value: Any) -> bool:
+    # Whoever has a tensor has imported torch.
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _to_array(value: Any) -> np.ndarray:
+    if isinstance(value, core.Tracer):
+        raise ImageError(
+            "arrays can't be restored within jit, vmap or grad; use restorer.apply there"
+        )
+    if isinstance(value, np.ma.MaskedArray):
+        raise ImageError("masked arrays are not supported; fill them first, as by filled(0)")
+    try:
+        array = np.asarray(value.detach().cpu() if _is_torch(value) else value)
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ImageError(f"not an array: {error}") from error
+    if array.dtype.kind == "O":
+        raise ImageError(
+            f"{type(value).__name__} of objects is not an image; use an array of numbers, a Pillow "
+            "image, or a path"
+        )
+    return array
+
+
+def _like(value: Any, array: np.ndarray) -> Any:
+    """An array as the kind that a value is, where it is: NumPy's, JAX's or torch's."""
+    if isinstance(value, jax.Array):
+        return jax.device_put(array, value.sharding)
+    if _is_torch(value):
+        return sys.modules["torch"].from_numpy(array).to(value.device)
+    return array
 
 
 def _checked(image: Any) -> np.ndarray:
@@ -301,6 +419,14 @@ def _checked(image: Any) -> np.ndarray:
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype not in (np.uint8, np.uint16) and array.dtype.kind != "f":
         raise ImageError(f"dtype {array.dtype} is not supported; use uint8, uint16 or float")
+    return array
+
+
+def _checked_one(image: Any) -> np.ndarray:
+    """An array; refuses what is not one image."""
+    array = _checked(image)
+    if array.ndim == 4:
+        raise ImageError(f"an array of shape {array.shape} is several images; pass them one by one")
     return array
 
 
@@ -318,8 +444,40 @@ def _to_float(array: np.ndarray) -> np.ndarray:
     return np.clip(array, 0, 1).astype(np.float32)
 
 
+class _Kept(NamedTuple):
+    """A restorer that `restore` made."""
+
+    version: weights.Version
+    model: Any
+    restorer: Restorer
+
+
+_MOST_KEPT = 4
+"""Restorers that are kept for the next calls of `restore`."""
+
+_kept: list[_Kept] = []  # The last one was used last.
+_kept_lock = threading.Lock()
+
+
+def _kept_restorer(source: str | os.PathLike, model: Any) -> Restorer:
+    engine.refuse_fork()
+    with _kept_lock:
+        # Taken before loading, so that what changes meanwhile is loaded again next time.
+        version = weights.version(source)
+        found = [kept for kept in _kept if kept.version == version and kept.model == model]
+        new = found[0] if found else _Kept(version, model, Restorer.load(source, model=model))
+        others = [
+            kept for kept in _kept if (kept.version.path, kept.model) != (version.path, model)
+        ]
+        _kept[:] = [*others, new][-_MOST_KEPT:]
+        return new.restorer
+
+
 def restore(image: Any, run: str | os.PathLike, *, model: Any = None) -> Any:
-    """Restores an image with a trained network. To restore many, use a `Restorer`.
+    """Restores an image with a trained network.
+
+    The last few networks are kept, and loaded again when their files have changed. To choose tiles,
+    precision or device, use a `Restorer`.
 
     Args:
       image: what `Restorer` takes.
@@ -333,4 +491,4 @@ def restore(image: Any, run: str | os.PathLike, *, model: Any = None) -> Any:
       CheckpointError: the run has no usable checkpoint.
       ImageError: the image can't be read, or doesn't fit the model.
     """
-    return Restorer.load(run, model=model)(image)
+    return _kept_restorer(run, model)(image)

@@ -12,6 +12,12 @@ from aecore.networks.receptive_field import ReceptiveField
 Size = tuple[int, int]
 """Height and width."""
 
+_MOST_COMPUTED = 2.0
+"""Pixels computed for each that is kept, where memory allows such large tiles."""
+
+_STEP = 64
+"""Pixels by which tiles grow in looking for a side."""
+
 _MOST_MERGED = 256
 """Distinct sizes between which the best merges are looked for."""
 
@@ -64,6 +70,24 @@ def _spans(length: int, tile: int, field: ReceptiveField | None, stride: int) ->
 def smallest_tile(field: ReceptiveField, stride: int) -> int:
     """The least side of a tile that keeps at least as much as it throws away."""
     return max(2 * (field.before + field.after), 2 * stride)
+
+
+def computed_per_kept(tile: int, field: ReceptiveField) -> float:
+    """How many pixels are computed for each that is kept, in the inner tiles of a large picture."""
+    kept = tile - field.before - field.after
+    return (tile / kept) ** 2
+
+
+def economical_tile(at_least: int, field: ReceptiveField, stride: int) -> int:
+    """The smallest side of tiles, of at least `at_least` pixels, that wastes little work.
+
+    A small tile fits caches, but each tile computes a border as wide as the receptive field that
+    its neighbours compute again. For wide fields, larger tiles cost less in all.
+    """
+    tile = max(at_least, smallest_tile(field, stride))
+    while computed_per_kept(tile, field) > _MOST_COMPUTED:
+        tile += _STEP
+    return tile
 
 
 def tile_for(size: Size, tile: int, field: ReceptiveField, stride: int) -> Size:

@@ -144,6 +144,7 @@ def export_onnx(path: epath.Path, trained: TrainedNetwork) -> None:
         lambda images: jnp.clip(network.apply(params, images), 0.0, 1.0),
         channels=network.channels,
         stride=network.stride,
+        scale=network.scale,
         metadata={"aecore": json.dumps(trained.description.without_places().to_json())},
     )
     write_whole(path, graph.SerializeToString())
@@ -186,6 +187,17 @@ class ExportedNetwork:
     def receptive_field(self, params: Any) -> ReceptiveField | None:
         del params
         return self.field
+
+    def __reduce__(self):
+        # The functions are pickled as they are written to files.
+        written = {name: bytes(f.serialize()) for name, f in self.functions.items()}
+        fields = (self.name, self.channels, self.stride, self.scale, self.field)
+        return _unpickled, (fields, written)
+
+
+def _unpickled(fields: tuple, written: Mapping[str, bytes]) -> ExportedNetwork:
+    read = {name: export.deserialize(bytearray(data)) for name, data in written.items()}
+    return ExportedNetwork(*fields, functions=read)
 
 
 def load(path: epath.Path, *, sha256: str | None = None, model: Any = None) -> TrainedNetwork:

@@ -1,8 +1,9 @@
 """Where a trained network comes from: a run directory, an exported file, or aecore itself."""
 
 import os
+import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -11,6 +12,7 @@ from aecore.errors import CheckpointError
 from aecore.networks.network import LinenNetwork
 from aecore.saved import exported
 from aecore.saved.trained import TrainedNetwork
+from aecore.storage import absolute
 
 NAMES: Mapping[str, str] = {
     "fashion-mnist-denoise": "d9bde09ac9599da285bf5ff9ad6a85170a00abd4e6fe22b57907f82df5756217",
@@ -32,11 +34,7 @@ def load(source: str | os.PathLike, *, model: Any = None) -> TrainedNetwork:
     Raises:
       CheckpointError: there is nothing usable, or its model is not registered.
     """
-    if not isinstance(source, (str, os.PathLike)) or not str(source):
-        raise CheckpointError(
-            f"{source!r} is not a run directory, an exported file, or a name of weights"
-        )
-    path = epath.Path(source).expanduser()
+    path = _path(source)
     if not path.exists() and str(source) in NAMES:
         shipped = _FOLDER / f"{source}{exported.SUFFIX}"
         return exported.load(shipped, sha256=NAMES[str(source)])
@@ -48,6 +46,40 @@ def load(source: str | os.PathLike, *, model: Any = None) -> TrainedNetwork:
             f"or one of {', '.join(NAMES)}"
         )
     return _of_run(path, model)
+
+
+def _path(source: str | os.PathLike) -> epath.Path:
+    if not isinstance(source, (str, os.PathLike)) or not str(source):
+        raise CheckpointError(
+            f"{source!r} is not a run directory, an exported file, or a name of weights"
+        )
+    return absolute(source)
+
+
+class Version(NamedTuple):
+    """Tells whether what `load` gave for a path may have changed since."""
+
+    path: str
+    files: tuple[tuple[str, int, int], ...]
+    """Name, time of change and size of the file, or of each of a run's checkpoints."""
+
+
+def version(source: str | os.PathLike) -> Version:
+    """The version of a network, without loading it; that of shipped weights never changes."""
+    path = _path(source)
+    if not path.exists():
+        return Version(str(source), ())
+    files = [path] if path.is_file() else [*(path / "checkpoints").glob("*")]
+    return Version(str(path), tuple(sorted(map(_stamp, files))))
+
+
+def _stamp(path: epath.Path) -> tuple[str, int, int]:
+    if "://" in os.fspath(path):
+        remote = path.stat()
+        return path.name, remote.mtime, remote.length
+    # Finer than the seconds that epath knows.
+    local = pathlib.Path(path).stat()
+    return path.name, local.st_mtime_ns, local.st_size
 
 
 def _of_run(run: epath.Path, model: Any) -> TrainedNetwork:

@@ -8,7 +8,8 @@ import scipy.ndimage
 import scipy.stats
 from PIL import Image
 
-from aecore.data.batches import _TensorFlowOps, training_batches
+from aecore.data.batches import training_batches
+from aecore.data.ops import TensorFlowOps
 from aecore.degradations import (
     JPEG,
     Compose,
@@ -28,9 +29,9 @@ def run_in_tf_data(degradation, images, seed=(3, 4)):
     import tensorflow as tf
 
     def degrade(batch):
-        return degradation.apply(batch, _TensorFlowOps(tf.constant(seed, tf.int64)))
+        return degradation.apply(batch, TensorFlowOps(tf.constant(seed, tf.int64)))
 
-    dataset = tf.sources.Dataset.from_tensors(tf.constant(images)).map(degrade)
+    dataset = tf.data.Dataset.from_tensors(tf.constant(images)).map(degrade)
     return next(dataset.as_numpy_iterator())
 
 

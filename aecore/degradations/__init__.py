@@ -1,7 +1,8 @@
 """What happens to an image before it is restored.
 
 Degradations are frozen dataclasses that map `(B, H, W, C)` float32 images in [0, 1] to degraded
-ones. Each parameter is a number, or a range from which each image draws its own.
+ones. Each parameter is a number, or a range from which each image draws its own: a real number from
+[low, high), or a whole number from low to high, both included.
 """
 
 from aecore.degradations.base import (
@@ -11,7 +12,10 @@ from aecore.degradations.base import (
     JaxOps,
     Ops,
     Range,
+    WholeRange,
+    real,
     register,
+    whole,
 )
 from aecore.degradations.blurs import GaussianBlur
 from aecore.degradations.compose import Compose
@@ -35,6 +39,9 @@ __all__ = [
     "Range",
     "SaltAndPepper",
     "ShotNoise",
+    "WholeRange",
     "enlarging",
+    "real",
     "register",
+    "whole",
 ]

@@ -6,7 +6,7 @@ against `Ops`, and runs wherever there is an implementation of them: `JaxOps` he
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -16,7 +16,9 @@ from aecore.errors import ConfigError
 
 Array = Any
 Range = float | tuple[float, float]
-"""A number, or `(low, high)`, from which each image draws its own."""
+"""A number, or a range [low, high) from which each image draws its own."""
+WholeRange = int | tuple[int, int]
+"""A whole number, or a range from which each image draws its own; both ends are included."""
 
 
 class Ops(Protocol):
@@ -89,6 +91,59 @@ class JaxOps:
         return jax.vmap(draw)(self._next_keys(), means).astype(jnp.float32)
 
 
+_BOUNDS = "aecore.degradations.bounds"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bounds:
+    """What a parameter that is a number, or a range of numbers, may be."""
+
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+    whole: bool = False
+
+    def check(self, owner: str, name: str, value: Any) -> None:
+        ends = value if isinstance(value, tuple) else (value, value)
+        if len(ends) != 2 or not all(map(self._is_number, ends)):
+            number = "whole number" if self.whole else "number"
+            raise ConfigError(f"{owner}: {name} {value!r} is not a {number} or a (low, high) pair")
+        if not all(map(self._has, ends)):
+            raise ConfigError(f"{owner}: {name} {value} is out of bounds; use {self._text(name)}")
+        if ends[0] > ends[1]:
+            raise ConfigError(f"{owner}: {name} {value} has low above high; swap them")
+
+    def _is_number(self, value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        # Checkpoints written when JPEG's quality was a real number hold 50.0.
+        return not self.whole or value == value // 1
+
+    def _has(self, value: float) -> bool:
+        return (
+            math.isfinite(value) and self.at_least <= value <= self.at_most and value > self.above
+        )
+
+    def _text(self, name: str) -> str:
+        low = f"{self.above:.9g} <" if self.above > -math.inf else f"{self.at_least:.9g} <="
+        return f"{low} {name}" + (f" <= {self.at_most:.9g}" if self.at_most < math.inf else "")
+
+
+def real(default: Range, **bounds: float) -> Any:
+    """A dataclass field for a parameter of type `Range`.
+
+    Args:
+      default: the field's default.
+      **bounds: any of `at_least`, `above` and `at_most`.
+    """
+    return dataclasses.field(default=default, metadata={_BOUNDS: _Bounds(whole=False, **bounds)})
+
+
+def whole(default: WholeRange, **bounds: int) -> Any:
+    """A dataclass field for a parameter of type `WholeRange`, with bounds as in `real`."""
+    return dataclasses.field(default=default, metadata={_BOUNDS: _Bounds(whole=True, **bounds)})
+
+
 REGISTRY: dict[str, type["Degradation"]] = {}
 
 
@@ -105,9 +160,23 @@ class Degradation:
     noisy: ClassVar[bool] = False
     """Whether the result is random even if no parameter is a range."""
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if bounds := field.metadata.get(_BOUNDS):
+                bounds.check(type(self).__name__, field.name, getattr(self, field.name))
+
     def apply(self, images: Array, ops: Ops) -> Array:
         """Degrades `(B, H, W, C)` float32 images in [0, 1]; H, W and C are known statically."""
         raise NotImplementedError
+
+    def draw(self, name: str, images: Array, ops: Ops) -> Array:
+        """The parameter `name` itself, or `(B, 1, 1, 1)` values drawn from its range."""
+        value = getattr(self, name)
+        if not isinstance(value, tuple):
+            return value
+        if type(self).__dataclass_fields__[name].metadata[_BOUNDS].whole:
+            return draw_whole(value, images, ops)
+        return ops.uniform(images, value[0], value[1])
 
     @property
     def is_random(self) -> bool:
@@ -138,27 +207,11 @@ class Degradation:
         return self.apply(images, JaxOps(key))
 
 
-def check_range(
-    owner: str, name: str, value: Range, valid: Callable[[float], bool], bounds: str
-) -> None:
-    """Raises ConfigError unless `value` is a number or a range within bounds."""
-    ends = value if isinstance(value, tuple) else (value, value)
-    if len(ends) != 2 or not all(isinstance(end, (int, float)) for end in ends):
-        raise ConfigError(f"{owner}: {name} {value!r} is not a number or a (low, high) pair")
-    if not all(valid(end) for end in ends):
-        raise ConfigError(f"{owner}: {name} {value} is out of bounds; use {bounds}")
-    if ends[0] > ends[1]:
-        raise ConfigError(f"{owner}: {name} {value} has low above high; swap them")
-
-
-def check_share(owner: str, name: str, value: Range) -> None:
-    """Raises ConfigError unless `value` is a number in [0, 1], or a range within it."""
-    check_range(owner, name, value, lambda share: 0 <= share <= 1, f"0 <= {name} <= 1")
-
-
-def draw(value: Range, images: Array, ops: Ops) -> Array:
-    """The parameter itself, or `(B, 1, 1, 1)` values drawn from its range, one per image."""
-    return ops.uniform(images, *value) if isinstance(value, tuple) else value
+def draw_whole(ends: tuple[int, int], images: Array, ops: Ops) -> Array:
+    """`(B, 1, 1, 1)` whole numbers from one end to the other, both included, one per image."""
+    low, high = ends
+    # The minimum is for a value just below high + 1 that rounding made high + 1.
+    return ops.xp.minimum(ops.xp.floor(ops.uniform(images, low, high + 1)), high)
 
 
 def clip(images: Array, ops: Ops) -> Array:

@@ -4,16 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from aecore.degradations.base import (
-    Array,
-    Degradation,
-    Ops,
-    Range,
-    check_range,
-    clip,
-    draw,
-    register,
-)
+from aecore.degradations.base import Array, Degradation, Ops, Range, clip, real, register
 from aecore.degradations.separable import as_matrices, namespace, separable
 
 
@@ -22,14 +13,11 @@ from aecore.degradations.separable import as_matrices, namespace, separable
 class GaussianBlur(Degradation):
     """Convolves with a Gaussian. Beyond its edges the image is mirrored, edge pixels repeated."""
 
-    sigma: Range = 1.0
+    sigma: Range = real(1.0, at_least=0)
     """Standard deviation of the Gaussian in pixels, 0 or more; two numbers: a range."""
 
-    def __post_init__(self):
-        check_range("GaussianBlur", "sigma", self.sigma, lambda s: 0 <= s < np.inf, "sigma >= 0")
-
     def apply(self, images, ops):
-        sigma = draw(self.sigma, images, ops)
+        sigma = self.draw("sigma", images, ops)
         rows, columns = (_gaussian(size, sigma, ops) for size in images.shape[1:3])
         # The weights of a mean only add up to 1 up to rounding.
         return clip(separable(images, rows, columns, ops), ops)

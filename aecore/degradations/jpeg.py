@@ -4,15 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from aecore.degradations.base import (
-    Array,
-    Degradation,
-    Ops,
-    Range,
-    check_range,
-    clip,
-    register,
-)
+from aecore.degradations.base import Array, Degradation, Ops, WholeRange, clip, register, whole
 from aecore.degradations.separable import separable
 from aecore.errors import ConfigError
 
@@ -59,23 +51,19 @@ class JPEG(Degradation):
     rounded to multiples of a step, as libjpeg does, except for rounding within its transforms.
     """
 
-    quality: Range = 50
-    """libjpeg's quality, 1 to 100; two numbers: a range."""
-
-    def __post_init__(self):
-        check_range("JPEG", "quality", self.quality, lambda q: 1 <= q <= 100, "1 to 100")
+    quality: WholeRange = whole(50, at_least=1, at_most=100)
+    """libjpeg's quality, 1 to 100; two numbers: a range, both ends included."""
 
     def apply(self, images, ops):
         height, width, channels = images.shape[1:]
         if channels not in (1, 3):
             raise ConfigError(f"JPEG takes 1 or 3 channels, not {channels}")
         if isinstance(self.quality, tuple):
-            quality = ops.xp.floor(ops.uniform(images, *self.quality))
+            quality = self.draw("quality", images, ops)
             scale = ops.xp.where(quality < 50, ops.xp.floor(5000 / quality), 200 - 2 * quality)
             scale = scale[..., None, None]  # Broadcasts against blocks.
         else:
-            quality = int(self.quality)
-            scale = float(5000 // quality if quality < 50 else 200 - 2 * quality)
+            scale = float(5000 // self.quality if self.quality < 50 else 200 - 2 * self.quality)
         levels = ops.xp.round(images * 255.0)
         if channels == 1:
             result = _through_blocks(levels - 128.0, _TABLES[0], scale, ops) + 128.0

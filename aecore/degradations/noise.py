@@ -3,17 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-import numpy as np
-
-from aecore.degradations.base import (
-    Degradation,
-    Range,
-    check_range,
-    check_share,
-    clip,
-    draw,
-    register,
-)
+from aecore.degradations.base import Degradation, Range, clip, real, register
 
 
 @register
@@ -21,16 +11,13 @@ from aecore.degradations.base import (
 class GaussianNoise(Degradation):
     """Adds independent Gaussian noise to each value, then clips to [0, 1]."""
 
-    sigma: Range = 0.4
+    sigma: Range = real(0.4, at_least=0)
     """Standard deviation of the noise on the [0, 1] scale, 0 or more; two numbers: a range."""
 
     noisy: ClassVar[bool] = True
 
-    def __post_init__(self):
-        check_range("GaussianNoise", "sigma", self.sigma, lambda s: 0 <= s < np.inf, "sigma >= 0")
-
     def apply(self, images, ops):
-        return clip(images + draw(self.sigma, images, ops) * ops.normal(images), ops)
+        return clip(images + self.draw("sigma", images, ops) * ops.normal(images), ops)
 
 
 @register
@@ -38,17 +25,14 @@ class GaussianNoise(Degradation):
 class ShotNoise(Degradation):
     """The noise of counting photons: each value becomes a Poisson count, scaled back to [0, 1]."""
 
-    peak: Range = 30.0
+    peak: Range = real(30.0, above=0, at_most=1e6)
     """Photons on average where the image is 1; fewer are noisier. Above 0, at most 1e6; two
     numbers: a range."""
 
     noisy: ClassVar[bool] = True
 
-    def __post_init__(self):
-        check_range("ShotNoise", "peak", self.peak, lambda p: 0 < p <= 1e6, "0 < peak <= 1e6")
-
     def apply(self, images, ops):
-        peak = draw(self.peak, images, ops)
+        peak = self.draw("peak", images, ops)
         return clip(ops.poisson(images * peak) / peak, ops)
 
 
@@ -57,16 +41,13 @@ class ShotNoise(Degradation):
 class SaltAndPepper(Degradation):
     """Sets random values to 0 or to 1, with equal probability."""
 
-    amount: Range = 0.1
+    amount: Range = real(0.1, at_least=0, at_most=1)
     """Probability that a value is replaced, in [0, 1]; two numbers: a range."""
 
     noisy: ClassVar[bool] = True
 
-    def __post_init__(self):
-        check_share("SaltAndPepper", "amount", self.amount)
-
     def apply(self, images, ops):
-        amount = draw(self.amount, images, ops)
+        amount = self.draw("amount", images, ops)
         drawn = ops.uniform_values(images)
         peppered = ops.xp.where(drawn < amount / 2, 0.0, images)
         return ops.xp.where(drawn >= 1 - amount / 2, 1.0, peppered)

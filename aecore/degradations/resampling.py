@@ -5,16 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from aecore.degradations.base import (
-    Array,
-    Degradation,
-    Ops,
-    Range,
-    check_range,
-    clip,
-    draw,
-    register,
-)
+from aecore.degradations.base import Array, Degradation, Ops, Range, clip, real, register
 from aecore.degradations.separable import as_matrices, namespace, separable
 
 
@@ -26,14 +17,11 @@ class Pixelate(Degradation):
     Both ways as OpenCV's `INTER_AREA` does.
     """
 
-    scale: Range = 0.4
+    scale: Range = real(0.4, above=0, at_most=1)
     """Fraction of height and width that is kept, in (0, 1]; two numbers: a range."""
 
-    def __post_init__(self):
-        check_range("Pixelate", "scale", self.scale, lambda s: 0 < s <= 1, "0 < scale <= 1")
-
     def apply(self, images, ops):
-        scale = draw(self.scale, images, ops)
+        scale = self.draw("scale", images, ops)
         rows, columns = (_there_and_back(size, scale, ops) for size in images.shape[1:3])
         # The weights of a mean only add up to 1 up to rounding.
         return clip(separable(images, rows, columns, ops), ops)

@@ -8,7 +8,8 @@ import scipy.ndimage
 import scipy.stats
 from PIL import Image
 
-from aecore.data.batches import _TensorFlowOps, training_batches
+from aecore.data.batches import training_batches
+from aecore.data.ops import TensorFlowOps
 from aecore.degradations import (
     JPEG,
     Compose,
@@ -28,10 +29,16 @@ def run_in_tf_data(degradation, images, seed=(3, 4)):
     import tensorflow as tf
 
     def degrade(batch):
-        return degradation.apply(batch, _TensorFlowOps(tf.constant(seed, tf.int64)))
+        return degradation.apply(batch, TensorFlowOps(tf.constant(seed, tf.int64)))
 
-    dataset = tf.sources.Dataset.from_tensors(tf.constant(images)).map(degrade)
+    dataset = tf.data.Dataset.from_tensors(tf.constant(images)).map(degrade)
     return next(dataset.as_numpy_iterator())
+
+
+def degraded(run, degradation, images):
+    if run == "tf":
+        return run_in_tf_data(degradation, images)
+    return np.asarray(degradation(images, jax.random.key(0)))
 
 
 def opencv_pixelate(image, scale):
@@ -140,12 +147,7 @@ def test_fewer_photons_are_noisier_and_black_stays_black():
 @pytest.mark.parametrize("run", ["jax", "tf"])
 def test_salt_and_pepper_replaces_the_share_that_it_says(run):
     images = np.full((100, 16, 16, 3), 0.5, np.float32)
-    degradation = SaltAndPepper(0.2)
-    noisy = (
-        np.asarray(degradation(images, jax.random.key(0)))
-        if run == "jax"
-        else run_in_tf_data(degradation, images)
-    )
+    noisy = degraded(run, SaltAndPepper(0.2), images)
     assert set(np.unique(noisy)) == {0.0, 0.5, 1.0}
     for value in (0, 1):
         assert (noisy == value).mean() == pytest.approx(0.1, abs=0.005)
@@ -155,12 +157,7 @@ def test_salt_and_pepper_replaces_the_share_that_it_says(run):
 def test_a_mask_blanks_boxes_and_pixels_in_all_channels(run):
     images = np.full((300, 20, 30, 3), 0.5, np.float32)
 
-    def masked(mask):
-        if run == "jax":
-            return np.asarray(mask(images, jax.random.key(0)))
-        return run_in_tf_data(mask, images)
-
-    one_box = masked(Mask(boxes=1, size=0.25, value=1.0)) == 1
+    one_box = degraded(run, Mask(boxes=1, size=0.25, value=1.0), images) == 1
     assert (one_box == one_box[..., :1]).all()
     assert (one_box[..., 0].sum(axis=(1, 2)) == 5 * 8).all()
     # Boxes reach every edge, and are whole.
@@ -168,11 +165,11 @@ def test_a_mask_blanks_boxes_and_pixels_in_all_channels(run):
     assert one_box[..., 0].any(axis=(0, 2)).all()
     assert (one_box[..., 0].any(axis=2).sum(axis=1) == 5).all()
 
-    counts = masked(Mask(boxes=(0, 2), size=(0.1, 0.2)))[..., 0] == 0
+    counts = degraded(run, Mask(boxes=(0, 2), size=(0.1, 0.2)), images)[..., 0] == 0
     assert {0} < set(counts.sum(axis=(1, 2)))
     assert counts.any(axis=(1, 2)).mean() == pytest.approx(2 / 3, abs=0.1)
 
-    pixels = masked(Mask(pixels=0.3, boxes=0)) == 0
+    pixels = degraded(run, Mask(pixels=0.3, boxes=0), images) == 0
     assert (pixels == pixels[..., :1]).all()
     assert pixels.mean() == pytest.approx(0.3, abs=0.01)
 
@@ -228,11 +225,24 @@ def test_a_range_of_jpeg_qualities_draws_one_for_each_image():
     ):
         each = [
             np.abs(JPEG(quality)(images[:1]) - results).mean(axis=(1, 2, 3))
-            for quality in range(5, 60)
+            for quality in range(5, 61)
         ]
         nearest = np.array(each)
         assert nearest.min(axis=0).max() < 1e-3
         assert len(set(nearest.argmin(axis=0))) > 10
+
+
+@pytest.mark.parametrize("run", ["jax", "tf"])
+def test_ranges_of_whole_numbers_draw_both_ends(run):
+    images = np.tile(smooth_images((1, 24, 24, 1)), (40, 1, 1, 1)) / np.float32(255)
+
+    results = degraded(run, JPEG((99, 100)), images)
+    errors = [np.abs(results - JPEG(q)(images)).mean(axis=(1, 2, 3)) for q in (98, 99, 100)]
+    assert set(np.argmin(errors, axis=0)) == {1, 2}
+    boxes = (degraded(run, Mask(boxes=(1, 2), size=0.05, value=0.0), images / 2 + 0.5) == 0).sum(
+        axis=(1, 2, 3)
+    )
+    assert set(boxes) == {1, 2}
 
 
 RANDOM_ONES = [
@@ -301,18 +311,25 @@ def test_results_stay_in_range():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: GaussianNoise(-0.1), "sigma -0.1 is out of bounds"),
+        (lambda: GaussianNoise(-0.1), "sigma -0.1 is out of bounds; use 0 <= sigma$"),
         (lambda: GaussianNoise(float("nan")), "sigma nan is out of bounds"),
         (lambda: GaussianNoise((0.5, 0.1)), "low above high"),
         (lambda: GaussianNoise((0.1, 0.2, 0.3)), "not a number or a"),
+        (lambda: GaussianNoise("x"), "GaussianNoise: sigma 'x' is not a number"),
+        (lambda: GaussianNoise(True), "sigma True is not a number"),
+        (lambda: GaussianNoise((0.1, None)), r"sigma \(0.1, None\) is not a number"),
         (lambda: Pixelate(0.0), "use 0 < scale <= 1"),
         (lambda: Pixelate(1.5), "use 0 < scale <= 1"),
-        (lambda: ShotNoise(0.0), "use 0 < peak <= 1e6"),
+        (lambda: ShotNoise(0.0), "use 0 < peak <= 1000000"),
         (lambda: SaltAndPepper(1.1), "use 0 <= amount <= 1"),
-        (lambda: JPEG(0), "use 1 to 100"),
-        (lambda: Mask(boxes=1.5), "use whole numbers"),
+        (lambda: JPEG(0), "use 1 <= quality <= 100"),
+        (lambda: JPEG((30.5, 60)), "quality .* is not a whole number"),
+        (lambda: Mask(boxes=1.5), "boxes 1.5 is not a whole number"),
+        (lambda: Mask(boxes=True), "boxes True is not a whole number"),
+        (lambda: Mask(boxes=(-1, 2)), "use 0 <= boxes"),
         (lambda: Mask(size=2.0), "use 0 <= size <= 1"),
-        (lambda: GaussianBlur(-1.0), "use sigma >= 0"),
+        (lambda: GaussianBlur(-1.0), "use 0 <= sigma"),
+        (lambda: GaussianBlur(float("inf")), "sigma inf is out of bounds"),
         (lambda: GaussianNoise(0.1)(np.zeros((1, 8, 8, 1))), "pass key="),
     ],
 )

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from aecore.data.ops import TensorFlowOps
 from aecore.data.tensorflow import import_tensorflow
 from aecore.degradations import Degradation, augmentations
 
@@ -102,7 +103,7 @@ def training_batches(
 
     def degrade(step, images):
         original = tf.cast(images, tf.float32) / 255.0
-        ops = _TensorFlowOps(tf.stack([tf.constant(seed, tf.int64), step]), first)
+        ops = TensorFlowOps(tf.stack([tf.constant(seed, tf.int64), step]), first)
         if flip:
             original = augmentations.flip(original, ops)
         return degradation.apply(original, ops), original
@@ -125,62 +126,3 @@ def evaluation_batches(array: np.ndarray, batch_size: int) -> Iterator[Evaluatio
         count = min(batch_size, len(array) - start)
         indices[count:] = start
         yield EvaluationBatch(np.asarray(array[indices]), indices, count)
-
-
-class _TensorFlowOps:
-    """`aecore.degradations.Ops` for TensorFlow.
-
-    Args:
-      seed: `(2,)` int64; every value drawn is a function of it and of its image's place.
-      first: the place in the batch of the first of the images.
-    """
-
-    def __init__(self, seed, first: int = 0):
-        self.xp = import_tensorflow()
-        self._seed = seed
-        self._first = first
-        self._draws = 0
-
-    def _next_seed(self):
-        self._draws += 1
-        return self.xp.random.experimental.stateless_fold_in(self._seed, self._draws)
-
-    def einsum(self, equation, *operands):
-        return self.xp.einsum(equation, *operands)
-
-    def normal(self, images):
-        return self._draw(self.xp.raw_ops.StatelessRandomNormalV2, images.shape)
-
-    def uniform(self, images, low, high):
-        values = self._draw(self.xp.raw_ops.StatelessRandomUniformV2, (images.shape[0], 1, 1, 1))
-        return low + (high - low) * values
-
-    def uniform_values(self, images):
-        return self._draw(self.xp.raw_ops.StatelessRandomUniformV2, images.shape)
-
-    def poisson(self, means):
-        # How many random numbers a count takes depends on its mean: each image has its own seed.
-        tf, seed = self.xp, self._next_seed()
-
-        def of_image(values):
-            place, image_means = values
-            key = tf.random.experimental.stateless_fold_in(seed, place)
-            return tf.random.stateless_poisson(image_means.shape, key, image_means, tf.float32)
-
-        places = tf.range(self._first, self._first + means.shape[0])
-        counts = tf.map_fn(of_image, (places, means), fn_output_signature=tf.float32)
-        return tf.ensure_shape(counts, means.shape)
-
-    def _draw(self, operation, shape):
-        """Values for the images from `first` on, without drawing those before them."""
-        key, counter = self.xp.raw_ops.StatelessRandomGetKeyCounter(seed=self._next_seed())
-        # Philox makes four values at each count.
-        size = int(np.prod(shape))
-        count, skipped = divmod(self._first * (size // shape[0]), 4)
-        values = operation(
-            shape=[skipped + size],
-            key=key,
-            counter=counter + self.xp.constant([count, 0], self.xp.uint64),
-            alg=1,
-        )
-        return self.xp.reshape(values[skipped:], shape)

@@ -1,0 +1,68 @@
+"""TensorFlow's implementation of what degradations are written in, so that they run in tf.data."""
+
+from typing import Any
+
+import numpy as np
+
+from aecore.data.tensorflow import import_tensorflow
+
+
+class TensorFlowOps:
+    """`aecore.degradations.Ops` for TensorFlow.
+
+    The values drawn for an image depend on the seed and on the image's place in the batch alone.
+
+    Args:
+      seed: `(2,)` int64.
+      first: place of the first of these images, if they are a later part of a batch.
+    """
+
+    def __init__(self, seed, first: int = 0):
+        self.xp: Any = import_tensorflow()
+        self._seed = seed
+        self._first = first
+        self._draws = 0
+
+    def _next_seed(self):
+        self._draws += 1
+        return self.xp.random.experimental.stateless_fold_in(self._seed, self._draws)
+
+    def einsum(self, equation, *operands):
+        return self.xp.einsum(equation, *operands)
+
+    def normal(self, images):
+        return self._draw(self.xp.raw_ops.StatelessRandomNormalV2, images.shape)
+
+    def uniform(self, images, low, high):
+        values = self._draw(self.xp.raw_ops.StatelessRandomUniformV2, (images.shape[0], 1, 1, 1))
+        return low + (high - low) * values
+
+    def uniform_values(self, images):
+        return self._draw(self.xp.raw_ops.StatelessRandomUniformV2, images.shape)
+
+    def poisson(self, means):
+        # A count takes as many random numbers as its mean asks for, so each image has its own seed.
+        tf, seed = self.xp, self._next_seed()
+
+        def of_image(values):
+            place, image_means = values
+            key = tf.random.experimental.stateless_fold_in(seed, place)
+            return tf.random.stateless_poisson(image_means.shape, key, image_means, tf.float32)
+
+        places = tf.range(self._first, self._first + means.shape[0])
+        counts = tf.map_fn(of_image, (places, means), fn_output_signature=tf.float32)
+        return tf.ensure_shape(counts, means.shape)
+
+    def _draw(self, operation, shape):
+        """Values for the images from `first` on; those before them are not drawn."""
+        key, counter = self.xp.raw_ops.StatelessRandomGetKeyCounter(seed=self._next_seed())
+        # Philox makes four values per count.
+        size = int(np.prod(shape))
+        count, skipped = divmod(self._first * (size // shape[0]), 4)
+        values = operation(
+            shape=[skipped + size],
+            key=key,
+            counter=counter + self.xp.constant([count, 0], self.xp.uint64),
+            alg=1,
+        )
+        return self.xp.reshape(values[skipped:], shape)

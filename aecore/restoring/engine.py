@@ -91,11 +91,6 @@ def refuse_fork() -> None:
         )
 
 
-def scale_of(network: Network) -> int:
-    """How many times larger than its input a network's output is."""
-    return getattr(network, "scale", 1)
-
-
 class Engine:
     """Runs a network; keeps what it compiles; safe to use from several threads.
 

@@ -45,10 +45,11 @@ def save_unchanged(path, channels=3):
 
     from aecore.networks import network
     from aecore.saved import exported
+    from aecore.saved.descriptions import Description
 
     network = network.LinenNetwork(Unchanged(channels))
     params = {"unused": np.zeros(1, np.float32)}
-    exported.save(epath.Path(path), network, params, {})
+    exported.save(epath.Path(path), network, params, Description())
     return str(path)
 
 

@@ -10,7 +10,6 @@ import threading
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -22,12 +21,10 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
 from aecore.errors import ImageError
-from aecore.media import images
+from aecore.media import decoders, encoders, frames, images
 from aecore.media.images import (
     Frame,
     Picture,
-    encoders,
-    frames,
     from_pillow,
     read_picture,
     to_pillow,
@@ -36,6 +33,7 @@ from aecore.media.images import (
 
 RANDOM = np.random.default_rng(0)
 SIZE = (23, 31)
+PATH = type(epath.Path("/"))
 MODES = ("1", "L", "LA", "RGB", "RGBA", "I;16", "LA;16", "RGB;16", "RGBA;16")
 RGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 CMYK_PROFILE = RGB_PROFILE[:16] + b"CMYK" + RGB_PROFILE[20:]
@@ -365,7 +363,7 @@ def test_other_colour_spaces_become_rgb(tmp_path, mode):
     else:
         image = image.convert(mode)
     frame, notes = from_pillow(image)
-    assert notes == (f"{mode} became RGB",)
+    assert notes[0] == f"{mode} became RGB"
     assert frame.values.shape == (*SIZE, 3)
     if mode != "HSV":
         image.save(tmp_path / "a.tif")
@@ -854,7 +852,7 @@ def test_an_animation_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
     for ending in (".gif", ".webp", ".png", ".tif"):
         first.save(tmp_path / f"a{ending}", save_all=True, append_images=rest)
         monkeypatch.setattr(images, "PIXEL_LIMIT", SIZE[0] * SIZE[1] * 3)
-        monkeypatch.setattr(images, "_read_frame", lambda *_: pytest.fail("decoded"))
+        monkeypatch.setattr(decoders, "read_frame", lambda *_: pytest.fail("decoded"))
         with pytest.raises(ImageError, match=r"a\.\w+ can't be read: its frames have more than"):
             read_picture(tmp_path / f"a{ending}")
         monkeypatch.undo()
@@ -913,7 +911,7 @@ def test_a_full_disk_is_told_apart(tmp_path, monkeypatch, number):
         def write(self, data):
             raise OSError(number, os.strerror(number))
 
-    real = Path.open
+    real = PATH.open
 
     def limited(path, mode="r", *rest):
         file = real(path, mode, *rest)
@@ -922,7 +920,7 @@ def test_a_full_disk_is_told_apart(tmp_path, monkeypatch, number):
         file.close()
         return Full()
 
-    monkeypatch.setattr(Path, "open", limited)
+    monkeypatch.setattr(PATH, "open", limited)
     with pytest.raises(OSError) as caught:
         write_picture(Picture((random_frame("RGB"),), ""), target)
     assert caught.value.errno == number and not isinstance(caught.value, ImageError)
@@ -934,7 +932,7 @@ def test_a_full_disk_is_told_apart(tmp_path, monkeypatch, number):
 def test_a_file_that_may_not_grow(tmp_path):
     code = (
         "import sys, numpy as np, pathlib\n"
-        "from aecore.images import Frame, Picture, write_picture\n"
+        "from aecore.media.images import Frame, Picture, write_picture\n"
         "values = np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8)\n"
         "try:\n"
         "    write_picture(Picture((Frame(values),), ''), pathlib.Path(sys.argv[1]))\n"
@@ -1036,7 +1034,10 @@ def quiet(capfd, caplog):
         yield
         logging.getLogger("PIL").setLevel(level)
     assert not [str(warning.message) for warning in caught]
-    assert capfd.readouterr() == ("", "")
+    output, errors = capfd.readouterr()
+    # libtiff says on stderr what is damaged, which Pillow can't prevent.
+    assert not output
+    assert "Traceback" not in errors and "Warning" not in errors
 
 
 def try_to_read(path):

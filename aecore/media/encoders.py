@@ -32,7 +32,7 @@ from aecore.media.frames import (
     check_frame,
     converted,
     interleaved,
-    to_pillow,
+    to_image,
 )
 
 
@@ -48,7 +48,7 @@ class _Format:
 _EMBEDDED = frozenset({"icc_profile", "exif", "xmp"})
 FORMATS = {
     "PNG": _Format(frozenset(KINDS), _EMBEDDED | {"dpi", "duration", "comment", "png"}, True),
-    "TIFF": _Format(frozenset(KINDS) - {"LA;16"}, _EMBEDDED | {"dpi"}, True),
+    "TIFF": _Format(frozenset(KINDS) - {"LA;16"}, _EMBEDDED | {"dpi", "aspect"}, True),
     "WEBP": _Format(frozenset({"RGB", "RGBA"}), _EMBEDDED | {"dpi", "duration"}, True),
     "GIF": _Format(frozenset({"L", "RGB", "RGBA"}), frozenset({"duration", "comment"}), True),
     "JPEG": _Format(frozenset({"L", "RGB"}), _EMBEDDED | {"dpi", "comment"}),
@@ -63,6 +63,7 @@ _NAMES = {
     "exif": "EXIF was",
     "xmp": "XMP was",
     "dpi": "the resolution was",
+    "aspect": "the shape of pixels was",
     "duration": "durations were",
     "comment": "the comment was",
 }
@@ -157,8 +158,10 @@ def _unify(frames: Sequence[Frame]) -> list[Frame]:
     return [converted(frame, MODES[joint]) for frame in frames]
 
 
-def encode(picture: Picture, file_format: str) -> tuple[bytes, tuple[str, ...]]:
-    """The bytes of a file, and what it does not hold."""
+def encode(
+    picture: Picture, file_format: str, quality: int | None = None
+) -> tuple[bytes, tuple[str, ...]]:
+    """The bytes of a file, and what it does not hold; `quality` as for `write_picture`."""
     for frame in picture.frames:
         check_frame(frame)
     if not picture.frames:
@@ -185,19 +188,25 @@ def encode(picture: Picture, file_format: str) -> tuple[bytes, tuple[str, ...]]:
     if file_format == "PNG":
         return _png(frames, plays), tuple(notes)
     if file_format == "WEBP":
-        return _webp(frames, plays, picture.carried.get("lossless", True)), tuple(notes)
+        lossless = quality is None and picture.carried.get("lossless", True)
+        return _webp(frames, plays, lossless, quality or 95), tuple(notes)
     frame = frames[0]
     if frame.mode == "RGB;16":
         header = "P6\n{1} {0}\n65535\n".format(*frame.values.shape)
         return header.encode() + frame.values.astype(">u2").tobytes(), tuple(notes)
-    return _with_pillow(frame, file_format, notes), tuple(notes)
+    compression = {"quality": quality or 95, "subsampling": "4:4:4"}
+    if file_format == "JPEG" and quality is None:
+        compression = picture.carried.get("jpeg", compression)
+    return _with_pillow(frame, file_format, compression, notes), tuple(notes)
 
 
-def _with_pillow(frame: Frame, file_format: str, notes: dict[str, None]) -> bytes:
-    """One frame, as Pillow writes it."""
+def _with_pillow(
+    frame: Frame, file_format: str, compression: Mapping[str, Any], notes: dict[str, None]
+) -> bytes:
+    """One frame, as Pillow writes it; `compression` is for JPEG and AVIF."""
     options = dict(frame.carried)
     if file_format == "JPEG":
-        options |= {"quality": 95, "subsampling": "4:4:4"}
+        options |= compression
         for name in ("exif", "xmp", "comment"):
             # A JPEG has them in one segment, with a length of 16 bits and a name of up to 29.
             if len(options.get(name, b"")) > 65500:
@@ -206,9 +215,9 @@ def _with_pillow(frame: Frame, file_format: str, notes: dict[str, None]) -> byte
         if max(options.get("dpi", (0,))) >= 65536:
             del options["dpi"]
     elif file_format == "AVIF":
-        options |= {"quality": 95, "subsampling": "4:4:4"}
+        options |= compression
     file = io.BytesIO()
-    to_pillow(frame).save(file, format=file_format, **options)
+    to_image(frame).save(file, format=file_format, **options)
     return file.getvalue()
 
 
@@ -269,7 +278,7 @@ def _png_pixels(frame: Frame) -> tuple[bytes, bytes]:
         header = struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)
         return header, _filtered(interleaved(frame))
     file = io.BytesIO()
-    to_pillow(frame).save(file, format="PNG")
+    to_image(frame).save(file, format="PNG")
     content = file.getvalue()
     header, pixels = b"", []
     place = 8
@@ -370,13 +379,13 @@ def _with_palette(frame: Frame) -> tuple[Image.Image, int | None]:
     return image, transparent
 
 
-def _webp(frames: Sequence[Frame], plays: int, lossless: bool) -> bytes:
+def _webp(frames: Sequence[Frame], plays: int, lossless: bool, quality: int) -> bytes:
     """A WebP, animated if there are several frames.
 
     Not Pillow's writer of animations, which joins equal frames and changes hidden colours.
     """
     carried = frames[0].carried
-    options = {"lossless": lossless, "quality": 80 if lossless else 95, "exact": True}
+    options = {"lossless": lossless, "quality": 80 if lossless else quality, "exact": True}
     embedded = {
         b"ICCP": carried.get("icc_profile", b""),
         b"EXIF": _with_resolution(carried).removeprefix(b"Exif\0\0"),
@@ -385,7 +394,7 @@ def _webp(frames: Sequence[Frame], plays: int, lossless: bool) -> bytes:
     bodies = []
     for frame in frames:
         file = io.BytesIO()
-        to_pillow(frame).save(file, format="WEBP", **options)
+        to_image(frame).save(file, format="WEBP", **options)
         bodies.append(_webp_chunks(file.getvalue()))
     height, width = frames[0].values.shape[:2]
     size = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
@@ -507,6 +516,7 @@ def _add_carried(ifd: Any, carried: Mapping[str, Any]) -> None:
     if "xmp" in carried:
         ifd.tagtype[700] = TiffTags.BYTE
         ifd[700] = carried["xmp"]
-    if "dpi" in carried:
-        ifd[282], ifd[283] = carried["dpi"]
-        ifd[296] = 2
+    for name, unit in (("aspect", 1), ("dpi", 2)):
+        if name in carried:
+            ifd[282], ifd[283] = carried[name]
+            ifd[296] = unit

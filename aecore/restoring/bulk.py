@@ -16,6 +16,7 @@ from aecore.restoring import expectations, tiling
 from aecore.restoring.files import Failure, Job
 from aecore.restoring.restorer import Restorer
 from aecore.saved.descriptions import Description
+from aecore.storage import is_disk_full
 
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -191,11 +192,6 @@ def _write(
             raise
         return _failure(job, error)
     return Done(job, (*picture.notes, *notes))
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Whether there is no room for what is being written."""
-    return isinstance(error, OSError) and error.errno in images.DISK_FULL
 
 
 def _restore_video(job: Job, restorer: Restorer) -> Done | Failure:

@@ -260,11 +260,11 @@ def test_a_full_disk_stops_and_leaves_nothing_half_written(unchanged, tmp_path, 
     write = images.write_picture
     written = []
 
-    def full(picture, path, *args):
+    def full(picture, path, **options):
         if len(written) == 5:
             raise OSError(28, os.strerror(28), str(path))
         written.append(path)
-        return write(picture, path, *args)
+        return write(picture, path, **options)
 
     monkeypatch.setattr(images, "write_picture", full)
     status, _, errors = run(capfd, tmp_path / "in", "-o", tmp_path / "out", "-m", unchanged)
@@ -300,7 +300,9 @@ def test_an_interruption_leaves_what_was_finished(unchanged, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.startswith("interrupted: ")
-    assert "of 400 files are done; the same command with --if-exists skip goes on" in errors
+    assert (
+        "of 400 files are done; to continue, run the same command with --if-exists skip" in errors
+    )
     written = names(tmp_path / "out")
     assert 3 <= len(written) < 400
     for name in written:
@@ -367,7 +369,7 @@ def test_what_is_no_regular_file_is_not_replaced(unchanged, tmp_path, capfd):
     args = [tmp_path / "in" / "0.png", "-o", pipe, "-m", unchanged, "--if-exists", "overwrite"]
     status, _, errors = run(capfd, *args)
     assert status == 2
-    assert "no regular file" in errors
+    assert "not a regular file" in errors
     assert pipe.is_fifo()
 
 

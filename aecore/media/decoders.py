@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import tifffile
 from etils import epath
-from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 
 from aecore.errors import ImageError
 from aecore.media.encoders import STRUCTURAL_TAGS, SUB_IFDS
 from aecore.media.frames import KINDS, Frame
-from aecore.storage import is_remote, reason
+from aecore.storage import is_remote, naming, reason
 
 _GRAY_MODES = ("1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L")
 
@@ -35,13 +35,13 @@ _UPRIGHT: Mapping[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @contextlib.contextmanager
-def opened(path: epath.Path) -> Iterator[Image.Image]:
+def opened(path: epath.Path) -> Iterator[ImageFile.ImageFile]:
     """Opens a picture file. Whatever fails, here or while the image is used, is an ImageError."""
     try:
         # Opening a pipe would wait for somebody to write to it.
         if not is_remote(path) and stat.S_ISFIFO(os.stat(path).st_mode):  # noqa: PTH116
             raise ImageError("it is a pipe; save the picture to a file")
-        with path.open("rb") as file, Image.open(file) as image:
+        with path.open("rb") as file, _identified(path, file) as image:
             if not image.width or not image.height:
                 raise ImageError("it has no pixels")
             yield image
@@ -55,7 +55,14 @@ def opened(path: epath.Path) -> Iterator[Image.Image]:
         raise ImageError(f"{path} can't be read: {reason(error)}") from error
 
 
-def upright_shape(image: Image.Image) -> tuple[int, int, int]:
+def _identified(path: epath.Path, file: Any) -> ImageFile.ImageFile:
+    with naming(path):  # Remote files are only opened when they are read.
+        file.read(1)
+    file.seek(0)
+    return Image.open(file)
+
+
+def upright_shape(image: ImageFile.ImageFile) -> tuple[int, int, int]:
     """Height, width and channels (1 for gray, else 3) once the image is turned upright."""
     height, width = image.height, image.width
     # Pillow's TIFF reader has swapped them itself.
@@ -65,7 +72,7 @@ def upright_shape(image: Image.Image) -> tuple[int, int, int]:
     return height, width, 1 if gray else 3
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: ImageFile.ImageFile) -> int:
     """The EXIF orientation of a picture whose pixels are not needed, 1 if it has none."""
     known = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"} & set(image.info)
     # Image.getexif decodes a PNG to find what follows the pixels, which is rare.
@@ -91,16 +98,17 @@ def _has_late_chunks(file: Any) -> bool:
         file.seek(position)
 
 
-def frame_range(image: Image.Image) -> tuple[int, int]:
+def frame_range(image: ImageFile.ImageFile) -> tuple[int, int]:
     """The first and the last frame to read."""
     if image.format not in ("GIF", "PNG", "TIFF", "WEBP"):
         return 0, 0
     # The default image of an animated PNG is for readers that know no animation.
-    first = 1 if getattr(image, "default_image", False) and image.n_frames > 1 else 0
-    return first, image.n_frames - 1
+    count = getattr(image, "n_frames", 1)
+    first = 1 if getattr(image, "default_image", False) and count > 1 else 0
+    return first, count - 1
 
 
-def count_pixels(image: Image.Image, first: int, last: int) -> int:
+def count_pixels(image: ImageFile.ImageFile, first: int, last: int) -> int:
     """The number of pixels of all frames, decoding none."""
     if image.format != "TIFF" or first == last:
         return (last - first + 1) * image.width * image.height
@@ -116,7 +124,7 @@ def _tags(image: Image.Image) -> Mapping[int, Any]:
     return image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
 
 
-def _rawmode(image: Image.Image) -> str:
+def _rawmode(image: Any) -> str:
     """How the pixels of a picture that is not loaded yet are stored, in Pillow's terms."""
     if not getattr(image, "tile", None):
         return ""
@@ -124,7 +132,7 @@ def _rawmode(image: Image.Image) -> str:
     return str(args if isinstance(args, str) else args[0] if args else "")
 
 
-def loaded(image: Image.Image) -> Image.Image:
+def loaded(image: ImageFile.ImageFile) -> Image.Image:
     """Decodes an image's pixels. Gray of 12 or 16 bits comes out as mode I;16, white at 65535."""
     rawmode, tags = _rawmode(image), _tags(image)
     image.load()
@@ -143,7 +151,7 @@ def loaded(image: Image.Image) -> Image.Image:
     return Image.fromarray(~values if inverted else values)
 
 
-def read_frame(image: Image.Image, again: Image.Image) -> tuple[Frame, list[str]]:
+def read_frame(image: ImageFile.ImageFile, again: ImageFile.ImageFile) -> tuple[Frame, list[str]]:
     """Decodes the frame that an open picture is at, and notes what was changed.
 
     Args:
@@ -153,7 +161,7 @@ def read_frame(image: Image.Image, again: Image.Image) -> tuple[Frame, list[str]
     rawmode, tags = _rawmode(image), _tags(image)
     bits = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (8,)))
     if image.format == "PPM" and image.tile[0].codec_name.startswith("ppm") and image.mode != "1":
-        bits = image.tile[0].args[1].bit_length()
+        bits = int(image.tile[0].args[1]).bit_length()  # pyright: ignore[reportOptionalSubscript]
     # Pillow's TIFF reader turns the picture itself, and then forgets how it lay.
     turned = image.format == "TIFF" and tags.get(ExifTags.Base.Orientation, 1) >= 5
     notes = []
@@ -197,10 +205,8 @@ def _with_carried(frame: Frame, image: Image.Image, turned: bool, notes: list[st
     """The frame turned upright, with what belongs to the image that it was decoded from."""
     orientation, carried = _read_carried(image, turned, notes)
     turn = _UPRIGHT.get(orientation, lambda array: array)
-    values, alpha = (
-        None if array is None else np.ascontiguousarray(turn(array))
-        for array in (frame.values, frame.alpha)
-    )
+    values = np.ascontiguousarray(turn(frame.values))
+    alpha = None if frame.alpha is None else np.ascontiguousarray(turn(frame.alpha))
     profile = carried.get("icc_profile")
     if profile and image.mode in ("CMYK", "YCbCr", "LAB", "HSV") and profile[16:20] != b"RGB ":
         del carried["icc_profile"]
@@ -208,14 +214,14 @@ def _with_carried(frame: Frame, image: Image.Image, turned: bool, notes: list[st
     return Frame(values, alpha, frame.mode, carried)
 
 
-def _deep_samples(image: Image.Image, again: Image.Image) -> np.ndarray | None:
+def _deep_samples(image: Any, again: Any) -> np.ndarray | None:
     """`(H, W, C)` uint16, C from 2 to 4, of a picture with more than 8 bits of colour; else None.
 
     Pillow's images hold 8 bits of each colour: it takes the upper of two bytes. Told that the bytes
     come in the other order it takes the lower one, so the picture is decoded twice.
 
     Args:
-      image: the picture, which is not loaded yet.
+      image: the picture, an `ImageFile`, which is not loaded yet.
       again: the same file, opened a second time.
     """
     rawmode, tile = _rawmode(image), next(iter(image.tile), None)
@@ -356,7 +362,7 @@ def _read_carried(image: Image.Image, turned: bool, notes: list[str]) -> tuple[i
     for name in ("icc_profile", "comment"):
         if isinstance(info.get(name), bytes):
             carried[name] = info[name]
-    dpi = info.get("dpi")
+    dpi: Any = info.get("dpi")
     if image.format == "TIFF" and TiffImagePlugin.X_RESOLUTION not in _tags(image):
         dpi = None
     elif image.format == "TIFF" and dpi is None:
@@ -370,7 +376,7 @@ def _read_carried(image: Image.Image, turned: bool, notes: list[str]) -> tuple[i
             carried["dpi"] = dpi
     if image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False):
         carried["duration"] = float(info.get("duration", 0))
-    if image.format == "PNG":
+    if isinstance(image, PngImagePlugin.PngImageFile):
         carried["png"] = _png_chunks(image)
     return orientation, {key: value for key, value in carried.items() if value or value == 0}
 
@@ -400,7 +406,7 @@ def _exif_bytes(exif: Image.Exif, *, turned: bool) -> bytes:
     return exif.tobytes() if len(exif) else b""
 
 
-def _png_chunks(image: Image.Image) -> tuple[tuple[bytes, bytes], ...]:
+def _png_chunks(image: PngImagePlugin.PngImageFile) -> tuple[tuple[bytes, bytes], ...]:
     """The chunks of a PNG that have no counterpart in other formats: how its colours are meant
     without a profile, and texts."""
     info = image.info
@@ -412,7 +418,7 @@ def _png_chunks(image: Image.Image) -> tuple[tuple[bytes, bytes], ...]:
         chunks.append((b"gAMA", struct.pack(">I", round(info["gamma"] * 100_000))))
     if "srgb" in info and "icc_profile" not in info:
         chunks.append((b"sRGB", bytes([info["srgb"]])))
-    if not image.is_animated:
+    if not getattr(image, "is_animated", False):
         texts = PngImagePlugin.PngInfo()
         for key, text in image.text.items():
             if key not in ("XML:com.adobe.xmp", "Raw profile type exif"):
@@ -421,7 +427,7 @@ def _png_chunks(image: Image.Image) -> tuple[tuple[bytes, bytes], ...]:
     return tuple(chunks)
 
 
-def read_carried_by_file(image: Image.Image, *, animated: bool) -> dict[str, Any]:
+def read_carried_by_file(image: ImageFile.ImageFile, *, animated: bool) -> dict[str, Any]:
     """What belongs to a picture file as a whole, before its pixels are loaded; see `Picture`."""
     carried = {}
     if animated and image.format in ("GIF", "PNG", "WEBP"):

@@ -372,7 +372,7 @@ def _with_palette(frame: Frame) -> tuple[Image.Image, int | None]:
         image.putpalette(palette.astype(np.uint8).tobytes())
     if hidden is None:
         return image, None
-    palette = list(image.getpalette())
+    palette = list(image.getpalette() or ())
     transparent = len(palette) // 3
     image.putpalette(palette + color)
     image.paste(transparent, mask=Image.fromarray(hidden))

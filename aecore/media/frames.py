@@ -117,7 +117,8 @@ def check_frame(frame: Frame) -> None:
         or frame.values.dtype != dtype
         or frame.values.size == 0
         or (frame.alpha is not None) != kind.alpha
-        or (kind.alpha and (frame.alpha.shape != shape[:2] or frame.alpha.dtype != dtype))
+        or (frame.alpha is not None and frame.alpha.shape != shape[:2])
+        or (frame.alpha is not None and frame.alpha.dtype != dtype)
     ):
         arrays = ", ".join(
             "none" if array is None else f"{array.dtype} {array.shape}"

@@ -215,7 +215,9 @@ class Restore:
 
     def _without_existing(self, jobs: list[Any]) -> tuple[list[Any], list[Any]]:
         """Jobs to do, and those to skip because their output exists."""
-        existing = {job for job in jobs if any(path.exists() for path in job.outputs(self.compare))}
+        from aecore.storage import exists
+
+        existing = {job for job in jobs if any(map(exists, job.outputs(self.compare)))}
         if existing and self.if_exists == "fail":
             first = next(job for job in jobs if job in existing)
             others = f", and {len(existing) - 1} others do" if len(existing) > 1 else ""

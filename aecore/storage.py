@@ -91,6 +91,12 @@ def naming(path: epath.PathLike) -> Iterator[None]:
         raise OSError(errno.EIO, message, os.fspath(path)) from error
 
 
+def exists(path: epath.Path) -> bool:
+    """Whether there is a file or folder; raises OSError if a remote file system can't tell."""
+    with naming(path):
+        return path.exists()
+
+
 def write_whole(path: epath.PathLike, data: bytes) -> None:
     """Writes a file by way of a temporary one beside it, which is removed whatever happens.
 

@@ -168,6 +168,20 @@ def test_everything_stays_where_nothing_is_restored(
     assert leftovers(tmp_path) == [source.name, target.name]
 
 
+@pytest.mark.parametrize("suffix", [".ts", ".mts", ".m2ts"])
+def test_transport_streams(tmp_path, suffix):
+    source, target = make(tmp_path / f"source{suffix}", "libx264"), tmp_path / f"target{suffix}"
+    assert videos.restore(source, target, same, batch_size=8) == ()
+    (expected_times, expected), (actual_times, actual) = read(source), read(target)
+    assert actual_times == pytest.approx(expected_times)
+    assert np.abs(actual.astype(int) - expected).mean() < 2
+    assert len(sound_packets(source)) > 10
+    assert sound_packets(source) == sound_packets(target)
+    # Transport streams have packets of 188 bytes; cameras and Blu-rays put a time before each.
+    content, length = target.read_bytes(), 188 if suffix == ".ts" else 192
+    assert {content[place] for place in range(length - 188, len(content), length)} == {0x47}
+
+
 @pytest.mark.parametrize("pixels", ["yuv420p", "yuv422p", "yuv444p"])
 def test_conversion_to_rgb_and_back_loses_nothing(tmp_path, monkeypatch, pixels):
     monkeypatch.setitem(videos._QUALITY, "libx264", {"qp": "0"})

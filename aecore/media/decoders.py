@@ -7,7 +7,7 @@ import stat
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import tifffile
@@ -41,7 +41,7 @@ def opened(path: epath.Path) -> Iterator[ImageFile.ImageFile]:
         # Opening a pipe would wait for somebody to write to it.
         if not is_remote(path) and stat.S_ISFIFO(os.stat(path).st_mode):  # noqa: PTH116
             raise ImageError("it is a pipe; save the picture to a file")
-        with path.open("rb") as file, _identified(path, file) as image:
+        with _open_binary(path) as file, Image.open(file) as image:
             if not image.width or not image.height:
                 raise ImageError("it has no pixels")
             yield image
@@ -55,11 +55,12 @@ def opened(path: epath.Path) -> Iterator[ImageFile.ImageFile]:
         raise ImageError(f"{path} can't be read: {reason(error)}") from error
 
 
-def _identified(path: epath.Path, file: Any) -> ImageFile.ImageFile:
-    with naming(path):  # Remote files are only opened when they are read.
-        file.read(1)
-    file.seek(0)
-    return Image.open(file)
+def _open_binary(path: epath.Path) -> IO[bytes]:
+    with naming(path):
+        file = path.open("rb")
+        file.read(1)  # Remote files are only opened when they are read.
+        file.seek(0)
+    return file
 
 
 def upright_shape(image: ImageFile.ImageFile) -> tuple[int, int, int]:
@@ -362,18 +363,18 @@ def _read_carried(image: Image.Image, turned: bool, notes: list[str]) -> tuple[i
     for name in ("icc_profile", "comment"):
         if isinstance(info.get(name), bytes):
             carried[name] = info[name]
-    dpi: Any = info.get("dpi")
+    name, resolution = "dpi", info.get("dpi")
     if image.format == "TIFF" and TiffImagePlugin.X_RESOLUTION not in _tags(image):
-        dpi = None
-    elif image.format == "TIFF" and dpi is None:
+        resolution = None
+    elif image.format == "TIFF" and resolution is None:
         # Without a unit, only the ratio of the two means something.
-        carried["aspect"] = tuple(map(float, info.get("resolution", ())))
+        name, resolution = "aspect", info.get("resolution")
     if image.format == "WEBP" and exif.get(ExifTags.Base.ResolutionUnit) == 2:
-        dpi = (exif.get(ExifTags.Base.XResolution), exif.get(ExifTags.Base.YResolution))
+        resolution = exif.get(ExifTags.Base.XResolution), exif.get(ExifTags.Base.YResolution)
     with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):
-        dpi = tuple(float(value) for value in dpi)
-        if len(dpi) == 2 and all(0 < value < 1e6 for value in dpi):
-            carried["dpi"] = dpi
+        pair = tuple(float(value) for value in resolution or ())
+        if len(pair) == 2 and all(0 < value < 1e6 for value in pair):
+            carried[name] = pair
     if image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False):
         carried["duration"] = float(info.get("duration", 0))
     if isinstance(image, PngImagePlugin.PngImageFile):

@@ -21,10 +21,13 @@ from aecore.errors import ImageError
 
 _FORMATS = {
     ".avi": "avi",
+    ".m2ts": "mpegts",
     ".m4v": "mp4",
     ".mkv": "matroska",
     ".mov": "mov",
     ".mp4": "mp4",
+    ".mts": "mpegts",
+    ".ts": "mpegts",
     ".webm": "webm",
 }
 """FFmpeg's names of the containers that are written, by the file's ending."""
@@ -420,6 +423,8 @@ class _Writer:
         if container in ("mov", "mp4") and any("." in key for key in metadata):
             # The names that phones give, such as com.apple.quicktime.model.
             options["movflags"] = "use_metadata_tags"
+        if self._target.suffix.lower() in (".m2ts", ".mts"):
+            options["mpegts_m2ts_mode"] = "1"  # Packets as cameras and Blu-rays have them.
         self._output = self._av.open(
             _local(path),
             "w",

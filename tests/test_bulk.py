@@ -505,7 +505,7 @@ def test_typescript_is_no_video(unchanged, tmp_path, capfd):
     status, output, errors = run(capfd, tmp_path / "in", "-o", tmp_path / "out", "-m", unchanged)
     assert status == 1
     assert errors.count("\n") == 1
-    assert "code.ts: is damaged or no video" in errors
+    assert "code.ts: is damaged, or not a video" in errors
     assert "1 restored, 1 failed" in output
 
 

@@ -372,7 +372,7 @@ def _read_carried(image: Image.Image, turned: bool, notes: list[str]) -> tuple[i
     if image.format == "WEBP" and exif.get(ExifTags.Base.ResolutionUnit) == 2:
         resolution = exif.get(ExifTags.Base.XResolution), exif.get(ExifTags.Base.YResolution)
     with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):
-        pair = tuple(float(value) for value in resolution or ())
+        pair = tuple(float(value) for value in (resolution or ()) if value is not None)
         if len(pair) == 2 and all(0 < value < 1e6 for value in pair):
             carried[name] = pair
     if image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False):

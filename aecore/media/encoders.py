@@ -1,7 +1,9 @@
-"""Frames as the bytes of files, with all that belongs to them.
+"""Encodes pictures as the bytes of files, with all that belongs to them.
 
-Pillow compresses; what its own writers lose (16 bits of colour, hidden colours, equal frames of an
-animation, pages of different kinds) is put together here.
+Pillow compresses the pixels. This module builds the files that Pillow's own writers can't: with 16
+bits of colour, colours under full transparency, equal frames in an animation, or pages of different
+kinds. TIFF is among them: Pillow loses EXIF when it compresses, and tifffile can't write EXIF's
+sub-directories.
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ from aecore.media.frames import (
 
 @dataclasses.dataclass(frozen=True)
 class _Format:
-    """What a file format can hold, as far as Pillow or this module writes it."""
+    """What a file format can hold, as far as Pillow or this module can write it."""
 
     modes: frozenset[str]
     carries: frozenset[str] = frozenset()
@@ -67,11 +69,11 @@ _NAMES = {
     "duration": "durations were",
     "comment": "the comment was",
 }
-# Of zlib: a higher level takes 16 bits of a photograph three times as long and saves 3 %.
+# zlib's level. A higher one takes three times as long for a 16-bit photograph, and saves 3 %.
 _COMPRESSION = 3
 
-# Tags of a TIFF that describe how its pixels are stored: they are part of neither EXIF nor what
-# may be copied to another file. Sizes and offsets, colour maps, JPEG tables, XMP, ICC, thumbnails.
+# TIFF tags that describe how the pixels are stored in one file, and so aren't copied to another:
+# sizes and offsets, colour maps, JPEG tables, XMP, ICC, thumbnails.
 STRUCTURAL_TAGS = frozenset(
     tag
     for first, last in (
@@ -100,12 +102,12 @@ SUB_IFDS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 
 
 def _fit(frame: Frame, file_format: str) -> tuple[Frame, list[str]]:
-    """A frame as a file format can hold it, and notes of what it lost."""
+    """Converts a frame to what a file format can hold; also returns notes of what it lost."""
     modes, carries = FORMATS[file_format].modes, FORMATS[file_format].carries
     old = KINDS[frame.mode]
     notes = []
     if frame.mode not in modes:
-        # What is lost first comes last: gray that becomes RGB loses nothing.
+        # The first that the format holds loses least: gray that becomes RGB loses nothing.
         candidates = itertools.product(
             (True, False) if old.alpha else (False,),
             (16, 8) if old.bits == 16 else (8,),
@@ -117,7 +119,7 @@ def _fit(frame: Frame, file_format: str) -> tuple[Frame, list[str]]:
             if MODES[kind := Kind(gray, alpha, bits)] in modes
         )
         if old.alpha and not new.alpha:
-            notes.append(f"alpha was dropped: {file_format} holds none")
+            notes.append(f"alpha was dropped: {file_format} can't hold it")
         if old.bits == 16 and new.bits == 8:
             notes.append(f"16 bits became 8: {file_format} holds no more")
         if old.bits == 1:
@@ -134,12 +136,12 @@ def _fit(frame: Frame, file_format: str) -> tuple[Frame, list[str]]:
     for name in set(carried) - carries:
         value = carried.pop(name)
         if name in _NAMES and value:
-            notes.append(f"{_NAMES[name]} dropped: {file_format} holds none")
+            notes.append(f"{_NAMES[name]} dropped: {file_format} can't hold it")
     return dataclasses.replace(frame, carried=carried), sorted(notes)
 
 
 def _unify(frames: Sequence[Frame]) -> list[Frame]:
-    """Frames of one animation in one mode that holds all.
+    """Converts the frames of an animation to one mode that can hold all of them.
 
     Raises:
       ImageError: they differ in size.
@@ -203,7 +205,7 @@ def encode(
 def _with_pillow(
     frame: Frame, file_format: str, compression: Mapping[str, Any], notes: dict[str, None]
 ) -> bytes:
-    """One frame, as Pillow writes it; `compression` is for JPEG and AVIF."""
+    """Encodes one frame with Pillow; `compression` is for JPEG and AVIF."""
     options = dict(frame.carried)
     if file_format == "JPEG":
         options |= compression
@@ -227,10 +229,9 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _png(frames: Sequence[Frame], plays: int) -> bytes:
-    """A PNG, animated if there are several frames; each frame is stored whole.
+    """Encodes a PNG, animated if there are several frames; each frame is stored whole.
 
-    Not Pillow's writer of animations, which joins equal frames, nor of 16 bits, as it knows no
-    such colour.
+    Pillow's writer merges equal frames of an animation, and has no colour of 16 bits.
     """
     carried = frames[0].carried
     header, data = _png_pixels(frames[0])
@@ -254,7 +255,7 @@ def _png(frames: Sequence[Frame], plays: int) -> bytes:
         numbers = itertools.count()
         for index, frame in enumerate(frames):
             seconds = Fraction(frame.carried.get("duration", 0) / 1000)
-            # A duration is a fraction of two numbers of 16 bits.
+            # A duration is stored as a fraction of two 16-bit numbers.
             delay = min(seconds.limit_denominator(65535), Fraction(65535))
             if delay.numerator > 65535:
                 delay = seconds.limit_denominator(max(1, int(65535 / delay)))
@@ -294,7 +295,7 @@ def _png_pixels(frame: Frame) -> tuple[bytes, bytes]:
 
 
 def _filtered(samples: np.ndarray) -> bytes:
-    """`(H, W, C)` uint16 as PNG compresses them: each row less its left or its upper neighbour."""
+    """Compresses `(H, W, C)` uint16 for PNG, each row minus its left or its upper neighbours."""
     height, _, channels = samples.shape
     compressor = zlib.compressobj(_COMPRESSION)
     parts = []
@@ -305,7 +306,7 @@ def _filtered(samples: np.ndarray) -> bytes:
         left[:, 2 * channels :] -= rows[:, : -2 * channels]
         up = rows - np.concatenate([above, rows[:-1]])
         above = rows[-1:]
-        # The usual guess at which compresses better: the smaller sum of signed differences.
+        # As most encoders do, guess that the smaller sum of signed differences compresses better.
         weights = [np.abs(part.view(np.int8).astype(np.int16)).sum(axis=1) for part in (left, up)]
         kinds = np.where(weights[0] <= weights[1], 1, 2).astype(np.uint8)[:, None]
         block = np.concatenate([kinds, np.where(kinds == 1, left, up)], axis=1)
@@ -318,7 +319,7 @@ def _has_partial_alpha(frame: Frame) -> bool:
 
 
 def _gif(frames: Sequence[Frame], plays: int) -> bytes:
-    """A GIF, animated if there are several frames; each is stored whole, with its own palette."""
+    """Encodes a GIF, animated if there are several frames; each has a palette of its own."""
     parts = []
     for index, frame in enumerate(frames):
         image, transparent = _with_palette(frame)
@@ -340,9 +341,9 @@ def _gif(frames: Sequence[Frame], plays: int) -> bytes:
 
 
 def _with_palette(frame: Frame) -> tuple[Image.Image, int | None]:
-    """A frame as an image with a palette, and the index of the transparent colour, if any.
+    """Converts a frame to a palette; also returns the index of the transparent colour, if any.
 
-    Colours are exact if they are few enough.
+    Up to 256 colours stay exact, counting the transparent one.
     """
     if frame.mode == "L":
         image = Image.fromarray(frame.values).copy()
@@ -357,7 +358,7 @@ def _with_palette(frame: Frame) -> tuple[Image.Image, int | None]:
     color = [0, 0, 0]
     if hidden is not None:
         color = values[hidden][0].tolist()
-        # What is hidden takes no room in the palette.
+        # Hidden colours take no room in the palette.
         shown = np.zeros(3, np.uint8) if hidden.all() else values[~hidden][0]
         values = np.where(hidden[..., None], shown, values)
     image = Image.fromarray(values)
@@ -380,9 +381,9 @@ def _with_palette(frame: Frame) -> tuple[Image.Image, int | None]:
 
 
 def _webp(frames: Sequence[Frame], plays: int, lossless: bool, quality: int) -> bytes:
-    """A WebP, animated if there are several frames.
+    """Encodes a WebP, animated if there are several frames.
 
-    Not Pillow's writer of animations, which joins equal frames and changes hidden colours.
+    Pillow's writer of animations merges equal frames and changes hidden colours.
     """
     carried = frames[0].carried
     options = {"lossless": lossless, "quality": 80 if lossless else quality, "exact": True}
@@ -435,7 +436,7 @@ def _webp_chunks(content: bytes) -> bytes:
 
 
 def _with_resolution(carried: Mapping[str, Any]) -> bytes:
-    """EXIF with the resolution in it, for formats that have no other place for it."""
+    """EXIF that includes the resolution, for formats that have no other place for it."""
     exif = Image.Exif()
     exif.load(carried.get("exif", b""))
     if "dpi" not in carried or ExifTags.Base.XResolution in exif:
@@ -446,10 +447,7 @@ def _with_resolution(carried: Mapping[str, Any]) -> bytes:
 
 
 def _tiff(frames: Sequence[Frame]) -> bytes:
-    """A TIFF with a page for each frame, compressed without loss.
-
-    Not Pillow's writer, which knows no colour of 16 bits, and loses EXIF where it compresses.
-    """
+    """Encodes a TIFF with a page for each frame, compressed without loss."""
     parts = [b"II*\0" + struct.pack("<I", 8)]
     place = 8
     for index, frame in enumerate(frames):
@@ -491,7 +489,7 @@ def _tiff(frames: Sequence[Frame]) -> bytes:
 
 
 def _tiff_strip(samples: np.ndarray, kind: Kind) -> bytes:
-    """Rows `(N, W, C)` as they are compressed: bits, or each pixel less its left neighbour."""
+    """Rows `(N, W, C)` as they are compressed: bits, or pixels minus their left neighbours."""
     if kind.bits == 1:
         return np.packbits(samples[..., 0] >= 128, axis=1).tobytes()
     rows = samples.copy()

@@ -1,4 +1,4 @@
-"""Pictures as arrays, `(H, W)` gray or `(H, W, 3)` RGB, and what they must become again."""
+"""Pictures as arrays, `(H, W)` gray or `(H, W, 3)` RGB, with what is needed to write them again."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from aecore.errors import ImageError
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a mode says of pixels."""
+    """The properties of pixels that a mode stands for."""
 
     gray: bool
     alpha: bool
@@ -35,24 +35,24 @@ MODES = {kind: mode for mode, kind in KINDS.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """One picture as arrays, and what it must become again."""
+    """One picture as arrays, with its mode and metadata."""
 
     values: np.ndarray
     """`(H, W)` gray or `(H, W, 3)` RGB, uint8, or uint16 if the mode has 16 bits."""
     alpha: np.ndarray | None = None
-    """`(H, W)`, of the same dtype; None if the mode has none."""
+    """`(H, W)`, of the same dtype; None if the mode has no alpha."""
     mode: str = "RGB"
     """1, L, LA, RGB, RGBA or I;16, as Pillow calls them, or LA;16, RGB;16 or RGBA;16."""
     carried: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What else belongs to this frame, as far as the file has it: icc_profile, exif (without
+    """Metadata of this frame, as far as the file has it: icc_profile, exif (without
     orientation), xmp and comment (bytes), dpi (a pair), aspect (a pair: a resolution without unit),
     duration (ms), png (chunks of a PNG)."""
 
     def replace(self, values: np.ndarray, alpha: np.ndarray | None) -> "Frame":
-        """The same frame with other pixels; `values` may be gray where these are RGB or reverse.
+        """The same frame with other pixels, which may be gray instead of RGB or the reverse.
 
         Raises:
-          ImageError: shapes or dtypes don't fit one another.
+          ImageError: the shapes or dtypes of `values` and `alpha` don't match.
         """
         kind = KINDS[self.mode]
         gray = values.ndim == 2
@@ -71,7 +71,7 @@ class Frame:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture file: one frame, or those of an animation, or the pages of a TIFF."""
+    """The content of a picture file: one frame, or all of an animation, or the pages of a TIFF."""
 
     frames: tuple[Frame, ...]
     format: str
@@ -124,7 +124,7 @@ def check_frame(frame: Frame) -> None:
             "none" if array is None else f"{array.dtype} {array.shape}"
             for array in (frame.values, frame.alpha)
         )
-        raise ImageError(f"values and alpha ({arrays}) do not make a picture of mode {frame.mode}")
+        raise ImageError(f"values and alpha ({arrays}) don't make a picture of mode {frame.mode}")
 
 
 def interleaved(frame: Frame) -> np.ndarray:
@@ -135,7 +135,7 @@ def interleaved(frame: Frame) -> np.ndarray:
 
 
 def converted(frame: Frame, mode: str) -> Frame:
-    """A frame in another mode; colour can't become gray, as gray alone would not be told."""
+    """Converts a frame to another mode. RGB isn't converted to gray, which would go unnoticed."""
     old, new = KINDS[frame.mode], KINDS[mode]
 
     def scale(array: np.ndarray) -> np.ndarray:

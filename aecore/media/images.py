@@ -207,11 +207,7 @@ def at_working_size(
 
 
 def write_picture(
-    picture: Picture,
-    path: epath.Path,
-    file_format: str | None = None,
-    *,
-    quality: int | None = None,
+    picture: Picture, path: epath.Path, *, quality: int | None = None
 ) -> tuple[str, ...]:
     """Writes a picture with all that belongs to it; the file appears whole or not at all.
 
@@ -222,8 +218,7 @@ def write_picture(
 
     Args:
       picture: the picture.
-      path: where to write.
-      file_format: Pillow's name of the format; by default the path's ending tells.
+      path: where to write; its ending determines the format.
       quality: from 1 to 100, of JPEG, WebP (which becomes lossy) and AVIF; other formats ignore it.
 
     Returns:
@@ -234,7 +229,7 @@ def write_picture(
       OSError: the disk, or a quota, is full; see `aecore.storage.is_disk_full`.
     """
     suffix = path.suffix.lower()
-    file_format = (file_format or "").upper() or Image.registered_extensions().get(suffix, "")
+    file_format = Image.registered_extensions().get(suffix, "")
     if file_format not in FORMATS:
         named = file_format or f"the ending {suffix!r}"
         raise ImageError(f"{path}: pictures can't be written as {named}; use .png, .tif or .jpg")

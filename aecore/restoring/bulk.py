@@ -1,10 +1,10 @@
-"""Many picture files in, the same files restored out: reading, computing and writing overlap."""
+"""Restores many files, so that reading, computing and writing overlap."""
 
 import collections
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -21,13 +21,13 @@ from aecore.storage import is_disk_full, reason
 _THREADS = min(8, os.cpu_count() or 1)
 
 _MOST_PIXELS = 2**26
-"""Pixels of pictures that are read ahead, and of those that wait to be written."""
+"""Most pixels to hold of pictures read ahead, and as many again of those to be written."""
 
 _MOST_FILES = 256
-"""How many files these may be."""
+"""Most files to read ahead."""
 
 _VIDEO_FRAMES = 16
-"""Frames of a video at a time."""
+"""Frames of a video that are restored at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Done:
 
     job: Job
     notes: tuple[str, ...]
-    """What was changed besides, each a few words."""
+    """What was changed besides restoring, each a few words."""
 
 
 def restore(
@@ -47,7 +47,7 @@ def restore(
     compare: bool = False,
     quality: int | None = None,
     late: Callable[[Done | Failure], None] = lambda _: None,
-) -> Iterator[Done | Failure]:
+) -> Generator[Done | Failure]:
     """Restores files; each output appears whole or not at all.
 
     Args:
@@ -153,7 +153,7 @@ def _restore_pictures(
 
 
 def _ahead(submit: Callable, jobs: Sequence[Job], pixels: Mapping[Job, int]) -> Iterator[Any]:
-    """The results of submitted jobs, in order, some of which are worked on ahead."""
+    """The results of jobs in order; the next jobs are submitted before they are needed."""
     futures, total = collections.deque(), 0
     remaining = collections.deque(jobs)
     while remaining or futures:

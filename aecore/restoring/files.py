@@ -1,4 +1,4 @@
-"""Which files are restored, and what becomes of each; nothing is read or written."""
+"""Finds the files to restore and names their outputs, without reading or writing any."""
 
 import glob
 import os
@@ -12,10 +12,10 @@ from aecore.media import images, videos
 from aecore.storage import is_free, is_remote, naming, reason, resolved, to_path
 
 COMPARISON = "_compare.png"
-"""What is appended to an output's stem to name the comparison with its input."""
+"""Appended to an output's stem to name the picture that compares it with its input."""
 
 _FALLBACK = ".png"
-"""For pictures in formats that are read but not written."""
+"""Output format for pictures in formats that can be read but not written."""
 
 
 class Job(NamedTuple):
@@ -26,7 +26,7 @@ class Job(NamedTuple):
 
     @property
     def comparison(self) -> epath.Path:
-        """Where a picture of both goes, if one is wanted."""
+        """Path of the picture that shows input and output side by side."""
         return self.target.with_name(self.target.stem + COMPARISON)
 
     def outputs(self, comparing: bool) -> list[epath.Path]:
@@ -61,7 +61,7 @@ def find(
         structure, and in which no inputs are looked for.
       recursive: whether folders within folders are searched.
       suffix: appended to the stems of files in the output folder.
-      extension: the ending of pictures in it, without the dot; or `auto` for the inputs' own.
+      extension: the ending of pictures in it, without the dot; or `auto` for the input's own.
 
     Returns:
       Jobs, and the inputs that can't be restored.

@@ -69,40 +69,45 @@ class Restore:
     inputs: tyro.conf.Positional[tuple[str, ...]]
     """Pictures, videos, folders of them, and patterns such as 'pictures/*.png'."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
-    """A file, if there is one input; else a folder, in which folders keep their structure."""
+    """A file, if there is one input; otherwise a folder, with subfolders as in the inputs."""
     model: Annotated[str, tyro.conf.arg(aliases=["-m"])]
     """A run directory, an exported file, or the name of weights that ship with aecore."""
     recursive: bool = False
-    """Search folders within folders."""
+    """Also restore what lies in folders within the given ones."""
     suffix: str = ""
-    """Appended to the names of files in the output folder, before their ending."""
+    """Text appended to output file names, before the ending."""
     ext: Literal["auto", "png", "jpg", "webp", "tiff"] = "auto"
-    """The ending and format of pictures in the output folder; auto: the input's."""
+    """File format of pictures in the output folder; auto: the same as the input's."""
+    quality: int | None = None
+    """Quality of JPEG, WebP and AVIF files, 1 to 100. None: JPEGs are compressed as strongly as the
+    input, if that is a JPEG; otherwise 95."""
     tile: Literal["auto"] | int = "auto"
-    """The side of the tiles in which large pictures are restored, in pixels; 0: none."""
+    """Large pictures are restored in tiles of this many pixels a side; 0: never."""
     batch_size: int | None = None
-    """Most pictures at a time; None: as many as are worth it."""
+    """Restore at most this many pictures at a time; None: as many as pay off."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-    """What computes."""
+    """The kind of device to compute on."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the network computes in; auto: bfloat16 on TPUs, else float32."""
+    """Number format for computing; auto: bfloat16 on TPUs, float32 elsewhere."""
     alpha: Literal["keep", "drop"] = "keep"
-    """What becomes of alpha channels, which are never restored."""
+    """Whether outputs keep the input's alpha channel, which is never restored."""
     if_exists: Literal["fail", "skip", "overwrite"] = "fail"
-    """What to do about outputs that are there already; fail: nothing is restored at all."""
+    """What to do if output files exist; fail: stop before restoring anything."""
     on_error: Literal["continue", "stop"] = "continue"
-    """What to do after a file that can't be restored."""
+    """What to do when a file can't be restored."""
     compare: bool = False
     """Also write NAME_compare.png, with input and output side by side."""
     report: str | None = None
-    """A file to write to, as JSON, what became of each input."""
+    """Write a JSON file that lists what became of each input."""
     dry_run: bool = False
-    """Only say what would be written."""
+    """Only print what would be written."""
 
     def run(self) -> int:
         from aecore.media import images
         from aecore.restoring import bulk, files
 
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise ConfigError(f"--quality {self.quality} is out of range; use 1 to 100")
         jobs, failures = files.find(
             self.inputs,
             self.output,
@@ -118,52 +123,72 @@ class Restore:
         )
         jobs, skipped = self._without_existing(jobs)
         if self.dry_run:
-            for job in jobs:
-                print(f"{job.source} -> {job.target}")
+            _print_lines(f"{job.source} -> {job.target}" for job in jobs)
             for failure in failures:
                 print(failure, file=sys.stderr)
             return 1 if failures else 0
         images.silence_pillow()
         with _notes_on_stdout(), _interruptible() as is_interrupted:
             restorer = self._restorer()
-            results = bulk.restore(jobs, restorer, alpha=self.alpha, compare=self.compare)
-            with contextlib.closing(results):
-                watched = _until(is_interrupted, itertools.chain(failures, results))
-                outcomes = self._collect(watched, skipped, len(failures) + len(jobs))
+            outcomes = []
+            results = bulk.restore(
+                jobs,
+                restorer,
+                alpha=self.alpha,
+                compare=self.compare,
+                quality=self.quality,
+                late=outcomes.append,
+            )
+            total = len(failures) + len(jobs)
+            try:
+                with contextlib.closing(results):
+                    self._collect(
+                        itertools.chain(failures, results), outcomes, total, is_interrupted
+                    )
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    f"{len(outcomes):,} of {total:,} files are done; "
+                    "to continue, run the same command with --if-exists skip"
+                ) from None
+            finally:
+                if self.report is not None:
+                    _write_report(self.report, outcomes, skipped)
             counts = collections.Counter(type(outcome).__name__ for outcome in outcomes)
         print(
             f"{counts['Done']:,} restored, {counts['Failure']:,} failed, {len(skipped):,} skipped"
         )
         return 1 if counts["Failure"] else 0
 
-    def _collect(self, results: Iterator[Any], skipped: Sequence[Any], total: int) -> list[Any]:
-        """Reports results as they come."""
+    def _collect(
+        self,
+        results: Iterable[Any],
+        outcomes: list[Any],
+        total: int,
+        is_interrupted: Callable[[], bool],
+    ) -> None:
+        """Adds results to `outcomes` and reports them as they come.
+
+        Raises:
+          KeyboardInterrupt: somebody pressed Ctrl-C, or SIGTERM came.
+        """
         from aecore.restoring.files import Failure
 
-        outcomes, said = [], set()
-        try:
-            with tqdm(total=total, unit=" files", disable=None) as bar:
-                for outcome in results:
-                    outcomes.append(outcome)
-                    bar.update()
-                    if isinstance(outcome, Failure):
-                        tqdm.write(str(outcome), file=sys.stderr)
-                        if self.on_error == "stop":
-                            break
-                        continue
+        said = set()
+        with tqdm(total=total, unit=" files", disable=None) as bar:
+            for outcome in results:
+                outcomes.append(outcome)
+                bar.update()
+                if isinstance(outcome, Failure):
+                    tqdm.write(str(outcome), file=sys.stderr)
+                    if self.on_error == "stop":
+                        return
+                else:
                     for note in outcome.notes:
                         if note not in said:
                             said.add(note)
                             tqdm.write(f"note: {outcome.job.source}: {note}", file=sys.stdout)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"{len(outcomes):,} of {total:,} files are done; "
-                "the same command with --if-exists skip goes on"
-            ) from None
-        finally:
-            if self.report is not None:
-                _write_report(epath.Path(self.report).expanduser(), outcomes, skipped)
-        return outcomes
+                if is_interrupted():
+                    raise KeyboardInterrupt
 
     def _restorer(self) -> Any:
         import jax
@@ -189,16 +214,22 @@ class Restore:
         return restorer
 
     def _without_existing(self, jobs: list[Any]) -> tuple[list[Any], list[Any]]:
-        existing = [
-            job for job in jobs if job.target.exists() or (self.compare and job.comparison.exists())
-        ]
+        """Jobs to do, and those to skip because their output exists."""
+        from aecore.storage import exists
+
+        existing = {job for job in jobs if any(map(exists, job.outputs(self.compare)))}
         if existing and self.if_exists == "fail":
+            first = next(job for job in jobs if job in existing)
             others = f", and {len(existing) - 1} others do" if len(existing) > 1 else ""
             raise ConfigError(
-                f"{existing[0].target} exists{others}; use --if-exists skip or overwrite"
+                f"{first.target} exists{others}; use --if-exists skip or --if-exists overwrite"
             )
-        skipped = existing if self.if_exists == "skip" else []
-        return [job for job in jobs if job not in set(skipped)], skipped
+        if self.if_exists == "overwrite":
+            return jobs, []
+        return (
+            [job for job in jobs if job not in existing],
+            [job for job in jobs if job in existing],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,9 +375,9 @@ class Bench:
         return _show(report, benchmarking.table, self.json)
 
 
-def _write_report(path: Any, outcomes: Sequence[Any], skipped: Sequence[Any]) -> None:
+def _write_report(path: str, outcomes: Sequence[Any], skipped: Sequence[Any]) -> None:
     from aecore.restoring.files import Failure
-    from aecore.storage import write_whole
+    from aecore.storage import to_path, write_json
 
     entries = [
         {"source": str(outcome.source), "status": "failed", "reason": outcome.reason}
@@ -363,7 +394,7 @@ def _write_report(path: Any, outcomes: Sequence[Any], skipped: Sequence[Any]) ->
         {"source": str(job.source), "target": str(job.target), "status": "skipped"}
         for job in skipped
     ]
-    write_whole(path, (json.dumps({"files": entries}, indent=2) + "\n").encode())
+    write_json(to_path(path), {"files": entries})
 
 
 @contextlib.contextmanager
@@ -389,11 +420,15 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def _until(is_interrupted: Callable[[], bool], results: Iterable[Any]) -> Iterator[Any]:
-    for result in results:
-        if is_interrupted():
-            raise KeyboardInterrupt
-        yield result
+def _print_lines(lines: Iterable[str]) -> None:
+    """Prints lines, until whoever reads them, such as `head`, has enough."""
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would fail once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -10,11 +10,13 @@ import cv2
 import numpy as np
 import pytest
 from conftest import save_pictures
-from PIL import Image
+from etils import epath
+from etils.epath import backend, gpath
+from PIL import ExifTags, Image, ImageCms
 
 import aecore
-from aecore import cli
-from aecore.errors import ConfigError
+from aecore import cli, storage
+from aecore.errors import ConfigError, ImageError
 from aecore.media import images
 from aecore.models import Autoencoder, register
 from aecore.restoring import bulk, files
@@ -258,11 +260,11 @@ def test_a_full_disk_stops_and_leaves_nothing_half_written(unchanged, tmp_path, 
     write = images.write_picture
     written = []
 
-    def full(picture, path, *args):
+    def full(picture, path, **options):
         if len(written) == 5:
             raise OSError(28, os.strerror(28), str(path))
         written.append(path)
-        return write(picture, path, *args)
+        return write(picture, path, **options)
 
     monkeypatch.setattr(images, "write_picture", full)
     status, _, errors = run(capfd, tmp_path / "in", "-o", tmp_path / "out", "-m", unchanged)
@@ -287,7 +289,11 @@ def test_an_interruption_leaves_what_was_finished(unchanged, tmp_path):
     save_pictures(tmp_path / "in", 400, (300, 300), mode="RGB")
     command = [sys.executable, "-m", "aecore", "restore", tmp_path / "in"]
     process = subprocess.Popen(
-        [*map(str, command), "-o", str(tmp_path / "out"), "-m", unchanged],
+        [
+            *map(str, command),
+            *("-o", str(tmp_path / "out"), "-m", unchanged),
+            *("--report", str(tmp_path / "report.json")),
+        ],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -298,9 +304,16 @@ def test_an_interruption_leaves_what_was_finished(unchanged, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.startswith("interrupted: ")
-    assert "of 400 files are done; the same command with --if-exists skip goes on" in errors
+    assert (
+        "of 400 files are done; to continue, run the same command with --if-exists skip" in errors
+    )
     written = names(tmp_path / "out")
     assert 3 <= len(written) < 400
+    assert f"{len(written)} of 400 files are done" in errors
+    reported = json.loads((tmp_path / "report.json").read_text())["files"]
+    assert sorted(entry["target"] for entry in reported) == [
+        str(tmp_path / "out" / name) for name in written
+    ]
     for name in written:
         np.testing.assert_array_equal(
             Image.open(tmp_path / "out" / name), Image.open(tmp_path / "in" / name)
@@ -365,7 +378,7 @@ def test_what_is_no_regular_file_is_not_replaced(unchanged, tmp_path, capfd):
     args = [tmp_path / "in" / "0.png", "-o", pipe, "-m", unchanged, "--if-exists", "overwrite"]
     status, _, errors = run(capfd, *args)
     assert status == 2
-    assert "no regular file" in errors
+    assert "not a regular file" in errors
     assert pipe.is_fifo()
 
 
@@ -411,3 +424,231 @@ def test_videos_are_restored_too(unchanged, tmp_path, capfd):
         restored = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(restored) == 20
     assert np.abs(restored[10].mean() - 120) < 3
+
+
+def test_what_is_being_written_when_restoring_stops_is_reported(unchanged, tmp_path, monkeypatch):
+    save_pictures(tmp_path / "in", 6)
+    write = images.write_picture
+
+    def slow(picture, path, **options):
+        time.sleep(0.2)
+        return write(picture, path, **options)
+
+    monkeypatch.setattr(images, "write_picture", slow)
+    jobs = find(tmp_path / "in", tmp_path / "out")
+    outcomes = []
+    results = bulk.restore(jobs, aecore.Restorer.load(unchanged), late=outcomes.append)
+    outcomes.append(next(results))
+    results.close()
+    assert sorted(done.job.target.name for done in outcomes) == names(tmp_path / "out")
+
+
+def find(source, output, **options):
+    """The jobs of a command with a folder as its input."""
+    options = dict(recursive=False, suffix="", extension="auto") | options
+    return files.find([str(source)], str(output), **options)[0]
+
+
+def test_a_list_may_be_cut_off(tmp_path):
+    save_pictures(tmp_path / "in", 3000, (1, 1))
+    args = [sys.executable, "-m", "aecore", "restore", str(tmp_path / "in"), "-m", "none"]
+    process = subprocess.Popen(
+        [*args, "-o", str(tmp_path / "out"), "--dry-run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert b" -> " in process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 0
+
+
+def test_skipping_takes_linear_time(tmp_path, monkeypatch):
+    hashed = []
+    real = files.Job.__hash__
+    monkeypatch.setattr(files.Job, "__hash__", lambda job: hashed.append(1) or real(job))
+    jobs = [
+        files.Job(epath.Path(f"{index}.png"), tmp_path / f"{index % 2}.png") for index in range(300)
+    ]
+    (tmp_path / "0.png").touch()
+    command = cli.Restore(inputs=(), output="out", model="none", if_exists="skip")
+    assert command._without_existing(jobs) == (jobs[1::2], jobs[::2])
+    assert len(hashed) < 5 * len(jobs)
+
+
+def test_a_video_has_no_comparison(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("v.mp4", "v_compare.png"):
+        (tmp_path / "in" / name).touch()
+    jobs = find(tmp_path / "in", tmp_path / "out")
+    files.check(jobs, comparing=True, overwrite=False, report=None)
+    save_pictures(tmp_path / "in", 1)
+    (tmp_path / "in" / "0_compare.png").touch()
+    with pytest.raises(ConfigError, match="would both become"):
+        files.check(
+            find(tmp_path / "in", tmp_path / "out"), comparing=True, overwrite=False, report=None
+        )
+
+
+def test_a_folder_in_the_home_directory_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_pictures(tmp_path / "pics", 1)
+    (job,) = find("~/pics", tmp_path / "out.png")
+    assert job.target == tmp_path / "out.png" / "0.png"
+
+
+def test_typescript_is_no_video(unchanged, tmp_path, capfd):
+    pytest.importorskip("av")
+    save_pictures(tmp_path / "in", 1)
+    (tmp_path / "in" / "code.ts").write_text("export const a: number = 1;\n" * 100)
+    status, output, errors = run(capfd, tmp_path / "in", "-o", tmp_path / "out", "-m", unchanged)
+    assert status == 1
+    assert errors.count("\n") == 1
+    assert "code.ts: is damaged, or not a video" in errors
+    assert "1 restored, 1 failed" in output
+
+
+def test_quality(unchanged, tmp_path, capfd):
+    save_pictures(tmp_path / "in", 1, (90, 80), mode="RGB")
+    args = [tmp_path / "in", "-o", tmp_path / "out", "-m", unchanged, "--ext", "jpg"]
+    args += ["--if-exists", "overwrite"]
+    sizes = []
+    for quality in ("10", "60", None):
+        assert run(capfd, *args, *(["--quality", quality] if quality else []))[0] == 0
+        sizes.append((tmp_path / "out" / "0.jpg").stat().st_size)
+    assert sizes == sorted(set(sizes))
+    status, _, errors = run(capfd, *args, "--quality", "101")
+    assert status == 2
+    assert errors == "error: --quality 101 is out of range; use 1 to 100\n"
+
+
+@pytest.mark.parametrize("kind", ["path", "picture"])
+def test_a_photograph_comes_back_upright_with_its_profile(unchanged, tmp_path, kind):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Make] = "Phone"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    save_pictures(tmp_path, 1, (20, 30), mode="RGB")
+    with Image.open(tmp_path / "0.png") as image:
+        image.save(tmp_path / "0.jpg", exif=exif, icc_profile=profile, dpi=(300, 300))
+    expected = np.asarray(images.read(epath.Path(tmp_path / "0.jpg")))
+    restorer = aecore.Restorer.load(unchanged)
+    if kind == "path":
+        restored = restorer(tmp_path / "0.jpg")
+    else:
+        with Image.open(tmp_path / "0.jpg") as image:
+            restored = restorer(image)
+    assert restored.size == (20, 30)
+    np.testing.assert_array_equal(restored, expected)
+    assert restored.info["icc_profile"] == profile
+    assert restored.info["dpi"] == (300, 300)
+    assert restored.getexif()[ExifTags.Base.Make] == "Phone"
+    assert ExifTags.Base.Orientation not in restored.getexif()
+
+
+def test_addresses_are_refused_in_one_line(unchanged, tmp_path, capfd):
+    address = "https://example.org/a.png"
+    with pytest.raises(ImageError, match="download the file first"):
+        aecore.Restorer.load(unchanged)(address)
+    for args in ([address, "-o", tmp_path / "a.png"], [tmp_path / "a.png", "-o", address]):
+        status, _, errors = run(capfd, *args, "-m", unchanged)
+        assert status == 2
+        assert errors == (
+            f"error: {address}: https:// addresses can't be read; download the file first\n"
+        )
+
+
+class Bucket(backend._OsPathBackend):
+    """A remote file system whose buckets are folders of this machine."""
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    def __getattribute__(self, name):
+        method = super().__getattribute__(name)
+        if name.startswith("_"):
+            return method
+
+        def local(path):
+            if isinstance(path, str) and path.startswith("gs://"):
+                return path.replace("gs:/", self._folder, 1)
+            return path
+
+        def remote(result):
+            if isinstance(result, str):
+                return result.replace(self._folder, "gs:/", 1)
+            return [remote(item) for item in result] if isinstance(result, list) else result
+
+        def call(*args, **options):
+            result = method(*map(local, args), **options)
+            if name == "walk":
+                return [(remote(root), folders, names) for root, folders, names in result]
+            return remote(result)
+
+        return call
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """The folder behind `gs://bucket`."""
+    fake = Bucket(str(tmp_path / "remote"))
+    monkeypatch.setattr(backend, "tf_backend", fake)
+    monkeypatch.setattr(gpath, "_GCS_BACKENDS", (fake,))
+    (tmp_path / "remote" / "bucket").mkdir(parents=True)
+    return tmp_path / "remote" / "bucket"
+
+
+def test_pictures_in_a_bucket(unchanged, bucket, capfd):
+    save_pictures(bucket / "in" / "deep", 2)
+    save_pictures(bucket / "in" / ".hidden", 1)
+    args = ["gs://bucket/in", "-o", "gs://bucket/out", "-m", unchanged, "--recursive"]
+    for extra in (["--report", "gs://bucket/report.json"], ["--if-exists", "overwrite"]):
+        status, output, errors = run(capfd, *args, *extra)
+        assert (status, errors) == (0, "")
+        assert "2 restored" in output
+        assert names(bucket / "out") == ["deep/0.png", "deep/1.png"]
+    assert run(capfd, *args)[0] == 2
+    pattern = ["gs://bucket/in/*/0.png", "-o", "gs://bucket/out2", "-m", unchanged]
+    assert run(capfd, *pattern)[::2] == (0, "")
+    assert names(bucket / "out2") == ["deep/0.png"]
+    walked = images.walk(epath.Path("gs://bucket/in"))
+    assert list(map(str, walked)) == [f"gs://bucket/in/deep/{index}.png" for index in range(2)]
+
+
+def test_a_bucket_that_cannot_be_reached(unchanged, tmp_path, capfd, monkeypatch, bucket):
+    class Unreachable:
+        def __getattr__(self, name):
+            def fail(*_, **__):
+                raise RuntimeError("could not\nresolve the host")
+
+            return fail if name != "isdir" else lambda *_: False
+
+    save_pictures(tmp_path, 1)
+    monkeypatch.setattr(backend, "tf_backend", Unreachable())
+    reason = "check the network and your credentials (could not resolve the host)"
+    with pytest.raises(ImageError, match="gs://bucket/a.png can't be read: .*check the network"):
+        images.read_picture("gs://bucket/a.png")
+    for source, target in (("gs://bucket/a.png", tmp_path / "b.png"), (tmp_path / "0.png", None)):
+        status, _, errors = run(capfd, source, "-o", target or "gs://bucket/b.png", "-m", unchanged)
+        assert status == 1
+        assert errors.count("\n") == 1
+        assert reason in errors
+
+
+def test_a_path_means_the_same_anywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert str(storage.absolute("a/b")) == str(storage.absolute("~/a/b")) == f"{tmp_path}/a/b"
+    assert str(storage.absolute("gs://bucket/a")) == "gs://bucket/a"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")  # noqa: PTH110
+def test_a_full_disk_names_the_path(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path) / "a.json"
+    real = type(path).open
+    monkeypatch.setattr(type(path), "open", lambda _, mode: real(epath.Path("/dev/full"), mode))
+    with pytest.raises(OSError) as caught:
+        storage.write_json(path, {"a": 1})
+    assert storage.is_disk_full(caught.value)
+    assert caught.value.filename == str(path)

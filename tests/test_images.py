@@ -10,7 +10,6 @@ import threading
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -22,12 +21,10 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
 from aecore.errors import ImageError
-from aecore.media import images
+from aecore.media import decoders, encoders, frames, images
 from aecore.media.images import (
     Frame,
     Picture,
-    encoders,
-    frames,
     from_pillow,
     read_picture,
     to_pillow,
@@ -36,6 +33,7 @@ from aecore.media.images import (
 
 RANDOM = np.random.default_rng(0)
 SIZE = (23, 31)
+PATH = type(epath.Path("/"))
 MODES = ("1", "L", "LA", "RGB", "RGBA", "I;16", "LA;16", "RGB;16", "RGBA;16")
 RGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 CMYK_PROFILE = RGB_PROFILE[:16] + b"CMYK" + RGB_PROFILE[20:]
@@ -365,7 +363,7 @@ def test_other_colour_spaces_become_rgb(tmp_path, mode):
     else:
         image = image.convert(mode)
     frame, notes = from_pillow(image)
-    assert notes == (f"{mode} became RGB",)
+    assert notes[0] == f"{mode} became RGB"
     assert frame.values.shape == (*SIZE, 3)
     if mode != "HSV":
         image.save(tmp_path / "a.tif")
@@ -418,7 +416,7 @@ def test_frames_that_contradict_themselves_are_refused(tmp_path):
         Frame(noise(3), noise(0, np.uint16), "RGBA"),
         Frame(np.zeros((0, 4), np.uint8), mode="L"),
     ):
-        with pytest.raises(ImageError, match="do not make a picture"):
+        with pytest.raises(ImageError, match="don't make a picture"):
             write_picture(Picture((frame,), ""), tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
 
@@ -430,7 +428,7 @@ def test_replacing_pixels():
     bits = random_frame("1")
     assert bits.replace(bits.values, None).mode == "1"
     assert bits.replace(bits.values, bits.values).mode == "LA"
-    with pytest.raises(ImageError, match="do not make"):
+    with pytest.raises(ImageError, match="don't make"):
         frame.replace(frame.values, noise())
 
 
@@ -609,6 +607,106 @@ def test_colours_under_full_transparency_are_kept(tmp_path):
         assert_same_frame(frame, read_picture(tmp_path / f"a{ending}").frames[0])
 
 
+@pytest.mark.parametrize("unit", [1, 2, 3])
+def test_the_resolution_of_a_tiff_keeps_its_meaning(tmp_path, unit):
+    resolution = {"resolution": (30, 20), "resolutionunit": unit}
+    tifffile.imwrite(tmp_path / "a.tif", noise(3), photometric="rgb", **resolution)
+    _, again, _ = rewrite(tmp_path / "a.tif", tmp_path / "b.tif")
+    carried = again.frames[0].carried
+    assert carried.get("dpi") == {1: None, 2: (30, 20), 3: (76.2, 50.8)}[unit]
+    with tifffile.TiffFile(tmp_path / "b.tif") as file:
+        (across, one), (down, other) = (file.pages[0].tags[tag].value for tag in (282, 283))
+        assert file.pages[0].tags[296].value == (1 if unit == 1 else 2)
+        assert across / one == pytest.approx(1.5 * down / other)
+    picture = read_picture(tmp_path / "a.tif")
+    notes = write_picture(picture, tmp_path / "b.png")
+    assert notes == (("the shape of pixels was dropped: PNG can't hold it",) if unit == 1 else ())
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [0, 3])
+def test_bigtiff(tmp_path, dtype, channels):
+    pixels = noise(channels, dtype)
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        pixels,
+        bigtiff=True,
+        photometric="rgb" if channels else "minisblack",
+        extratags=[(315, 2, None, "Artist", True)],
+    )
+    picture, again, notes = rewrite(tmp_path / "a.tif", tmp_path / "b.tif")
+    assert picture.notes == notes == ()
+    np.testing.assert_array_equal(again.frames[0].values, pixels)
+    with Image.open(tmp_path / "b.tif") as image:
+        assert image.getexif()[ExifTags.Base.Artist] == "Artist"
+    assert images.read(tmp_path / "a.tif").size == SIZE[::-1]
+
+
+def test_planes_of_16_bits_may_be_compressed(tmp_path):
+    pixels = noise(3, np.uint16)
+    options = dict(photometric="rgb", planarconfig="separate", compression="zlib")
+    tifffile.imwrite(tmp_path / "a.tif", pixels.transpose(2, 0, 1), **options)
+    assert_same_frame(Frame(pixels, mode="RGB;16"), read_picture(tmp_path / "a.tif").frames[0])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".webp", ".tif"])
+def test_a_pillow_image_comes_back_upright_with_what_it_carried(tmp_path, orientation, ending):
+    source = tmp_path / f"a{ending}"
+    options = {} if ending == ".webp" else {"dpi": (300, 300)}
+    exif = exif_of_a_camera(orientation).tobytes()
+    smooth().save(source, exif=exif, icc_profile=RGB_PROFILE, **options)
+    upright = images.read(source)
+    with Image.open(source) as image:
+        image.load()
+        before = image.getexif().get(ExifTags.Base.Orientation), dict(image.info)
+        frame, notes = from_pillow(image)
+        assert (image.getexif().get(ExifTags.Base.Orientation), dict(image.info)) == before
+    assert notes == ()
+    result = to_pillow(frame)
+    np.testing.assert_array_equal(np.asarray(result), np.asarray(upright))
+    assert result.info["icc_profile"] == RGB_PROFILE
+    assert result.info.get("dpi", (300, 300)) == pytest.approx((300, 300), abs=0.02)
+    result.save(tmp_path / "b.png", exif=result.info["exif"])
+    with Image.open(tmp_path / "b.png") as image:
+        assert image.info["icc_profile"] == RGB_PROFILE
+        assert ExifTags.Base.Orientation not in image.getexif()
+        assert image.getexif()[ExifTags.Base.Artist] == "Artist"
+
+
+def test_a_truncated_image_that_was_opened_already(tmp_path):
+    smooth().save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
+    with (
+        Image.open(tmp_path / "a.png") as image,
+        pytest.raises(ImageError, match=r"a\.png can't be read: .*truncated"),
+    ):
+        from_pillow(image)
+
+
+@pytest.mark.parametrize("address", ["http://x.org/a.png", "https://x.org/a.png", "ftp://x/a.png"])
+def test_addresses_are_refused(address):
+    with pytest.raises(ImageError, match=f"{address}: .*download the file first"):
+        read_picture(address)
+
+
+# Training.
+
+
+@pytest.mark.parametrize("largest", [255, 1023, 65535])
+def test_training_reads_gray_pictures_as_restoring_does(tmp_path, largest):
+    values = noise(0, np.uint16) & np.uint16(largest)
+    samples = values.astype(np.uint8 if largest < 256 else ">u2").tobytes()
+    (tmp_path / "a.pgm").write_bytes(b"P5\n31 23\n%d\n" % largest + samples)
+    read = read_picture(tmp_path / "a.pgm").frames[0].values
+    expected = np.rint(read / 257) if largest > 255 else read
+    image = images.read(tmp_path / "a.pgm")
+    found = images.at_working_size(image, SIZE, 1, "antialiased")
+    np.testing.assert_array_equal(found[..., 0], expected)
+    assert images.read_shape(tmp_path / "a.pgm") == (*SIZE, 1)
+
+
 # Animations and pages.
 
 
@@ -762,7 +860,7 @@ def test_animations_in_formats_without(tmp_path):
             write_picture(Picture(frames, ""), tmp_path / f"a{ending}")
     assert not list(tmp_path.iterdir())
     assert write_picture(Picture(frames, ""), tmp_path / "a.tif") == (
-        "durations were dropped: TIFF holds none",
+        "durations were dropped: TIFF can't hold it",
     )
 
 
@@ -784,6 +882,34 @@ def test_jpeg_loses_little(tmp_path):
     assert np.abs(difference).max() <= 8
     with Image.open(tmp_path / "b.jpg") as image:
         assert {layer[1:3] for layer in image.layer} == {(1, 1)}
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("quality", [30, 99])
+def test_a_jpeg_stays_as_small_as_it_was(tmp_path, mode, subsampling, quality):
+    options = dict(quality=quality, subsampling=subsampling)
+    smooth(mode, size=(64, 80)).save(tmp_path / "a.jpg", **options)
+    picture, _, _ = rewrite(tmp_path / "a.jpg", tmp_path / "b.jpg")
+    write_picture(picture, tmp_path / "c.jpg", quality=50)
+    smooth().save(tmp_path / "50.jpg", quality=50)
+
+    def compression(name):
+        with Image.open(tmp_path / f"{name}.jpg") as image:
+            return image.quantization, image.layer if mode == "RGB" else None
+
+    assert compression("b") == compression("a")
+    assert compression("c")[0][0] == compression("50")[0][0]
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".webp", ".avif"])
+def test_a_lower_quality_makes_smaller_files(tmp_path, ending):
+    picture = Picture((from_pillow(smooth(size=(90, 90)))[0],), "")
+    sizes = []
+    for quality in (20, 60, 99):
+        write_picture(picture, tmp_path / f"a{ending}", quality=quality)
+        sizes.append((tmp_path / f"a{ending}").stat().st_size)
+    assert sizes == sorted(set(sizes))
 
 
 @pytest.mark.parametrize("animated", [False, True])
@@ -854,7 +980,7 @@ def test_an_animation_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
     for ending in (".gif", ".webp", ".png", ".tif"):
         first.save(tmp_path / f"a{ending}", save_all=True, append_images=rest)
         monkeypatch.setattr(images, "PIXEL_LIMIT", SIZE[0] * SIZE[1] * 3)
-        monkeypatch.setattr(images, "_read_frame", lambda *_: pytest.fail("decoded"))
+        monkeypatch.setattr(decoders, "read_frame", lambda *_: pytest.fail("decoded"))
         with pytest.raises(ImageError, match=r"a\.\w+ can't be read: its frames have more than"):
             read_picture(tmp_path / f"a{ending}")
         monkeypatch.undo()
@@ -913,7 +1039,7 @@ def test_a_full_disk_is_told_apart(tmp_path, monkeypatch, number):
         def write(self, data):
             raise OSError(number, os.strerror(number))
 
-    real = Path.open
+    real = PATH.open
 
     def limited(path, mode="r", *rest):
         file = real(path, mode, *rest)
@@ -922,7 +1048,7 @@ def test_a_full_disk_is_told_apart(tmp_path, monkeypatch, number):
         file.close()
         return Full()
 
-    monkeypatch.setattr(Path, "open", limited)
+    monkeypatch.setattr(PATH, "open", limited)
     with pytest.raises(OSError) as caught:
         write_picture(Picture((random_frame("RGB"),), ""), target)
     assert caught.value.errno == number and not isinstance(caught.value, ImageError)
@@ -934,7 +1060,7 @@ def test_a_full_disk_is_told_apart(tmp_path, monkeypatch, number):
 def test_a_file_that_may_not_grow(tmp_path):
     code = (
         "import sys, numpy as np, pathlib\n"
-        "from aecore.images import Frame, Picture, write_picture\n"
+        "from aecore.media.images import Frame, Picture, write_picture\n"
         "values = np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8)\n"
         "try:\n"
         "    write_picture(Picture((Frame(values),), ''), pathlib.Path(sys.argv[1]))\n"
@@ -1036,7 +1162,10 @@ def quiet(capfd, caplog):
         yield
         logging.getLogger("PIL").setLevel(level)
     assert not [str(warning.message) for warning in caught]
-    assert capfd.readouterr() == ("", "")
+    output, errors = capfd.readouterr()
+    # libtiff says on stderr what is damaged, which Pillow can't prevent.
+    assert not output
+    assert "Traceback" not in errors and "Warning" not in errors
 
 
 def try_to_read(path):

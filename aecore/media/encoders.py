@@ -1,7 +1,9 @@
-"""Frames as the bytes of files, with all that belongs to them.
+"""Encodes pictures as the bytes of files, with all that belongs to them.
 
-Pillow compresses; what its own writers lose (16 bits of colour, hidden colours, equal frames of an
-animation, pages of different kinds) is put together here.
+Pillow compresses the pixels. This module builds the files that Pillow's own writers can't: with 16
+bits of colour, colours under full transparency, equal frames in an animation, or pages of different
+kinds. TIFF is among them: Pillow loses EXIF when it compresses, and tifffile can't write EXIF's
+sub-directories.
 """
 
 import dataclasses
@@ -32,13 +34,13 @@ from aecore.media.frames import (
     check_frame,
     converted,
     interleaved,
-    to_pillow,
+    to_image,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Format:
-    """What a file format can hold, as far as Pillow or this module writes it."""
+    """What a file format can hold, as far as Pillow or this module can write it."""
 
     modes: frozenset[str]
     carries: frozenset[str] = frozenset()
@@ -48,7 +50,7 @@ class _Format:
 _EMBEDDED = frozenset({"icc_profile", "exif", "xmp"})
 FORMATS = {
     "PNG": _Format(frozenset(KINDS), _EMBEDDED | {"dpi", "duration", "comment", "png"}, True),
-    "TIFF": _Format(frozenset(KINDS) - {"LA;16"}, _EMBEDDED | {"dpi"}, True),
+    "TIFF": _Format(frozenset(KINDS) - {"LA;16"}, _EMBEDDED | {"dpi", "aspect"}, True),
     "WEBP": _Format(frozenset({"RGB", "RGBA"}), _EMBEDDED | {"dpi", "duration"}, True),
     "GIF": _Format(frozenset({"L", "RGB", "RGBA"}), frozenset({"duration", "comment"}), True),
     "JPEG": _Format(frozenset({"L", "RGB"}), _EMBEDDED | {"dpi", "comment"}),
@@ -63,14 +65,15 @@ _NAMES = {
     "exif": "EXIF was",
     "xmp": "XMP was",
     "dpi": "the resolution was",
+    "aspect": "the shape of pixels was",
     "duration": "durations were",
     "comment": "the comment was",
 }
-# Of zlib: a higher level takes 16 bits of a photograph three times as long and saves 3 %.
+# zlib's level. A higher one takes three times as long for a 16-bit photograph, and saves 3 %.
 _COMPRESSION = 3
 
-# Tags of a TIFF that describe how its pixels are stored: they are part of neither EXIF nor what
-# may be copied to another file. Sizes and offsets, colour maps, JPEG tables, XMP, ICC, thumbnails.
+# TIFF tags that describe how the pixels are stored in one file, and so aren't copied to another:
+# sizes and offsets, colour maps, JPEG tables, XMP, ICC, thumbnails.
 STRUCTURAL_TAGS = frozenset(
     tag
     for first, last in (
@@ -99,12 +102,12 @@ SUB_IFDS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 
 
 def _fit(frame: Frame, file_format: str) -> tuple[Frame, list[str]]:
-    """A frame as a file format can hold it, and notes of what it lost."""
+    """Converts a frame to what a file format can hold; also returns notes of what it lost."""
     modes, carries = FORMATS[file_format].modes, FORMATS[file_format].carries
     old = KINDS[frame.mode]
     notes = []
     if frame.mode not in modes:
-        # What is lost first comes last: gray that becomes RGB loses nothing.
+        # The first that the format holds loses least: gray that becomes RGB loses nothing.
         candidates = itertools.product(
             (True, False) if old.alpha else (False,),
             (16, 8) if old.bits == 16 else (8,),
@@ -116,7 +119,7 @@ def _fit(frame: Frame, file_format: str) -> tuple[Frame, list[str]]:
             if MODES[kind := Kind(gray, alpha, bits)] in modes
         )
         if old.alpha and not new.alpha:
-            notes.append(f"alpha was dropped: {file_format} holds none")
+            notes.append(f"alpha was dropped: {file_format} can't hold it")
         if old.bits == 16 and new.bits == 8:
             notes.append(f"16 bits became 8: {file_format} holds no more")
         if old.bits == 1:
@@ -133,12 +136,12 @@ def _fit(frame: Frame, file_format: str) -> tuple[Frame, list[str]]:
     for name in set(carried) - carries:
         value = carried.pop(name)
         if name in _NAMES and value:
-            notes.append(f"{_NAMES[name]} dropped: {file_format} holds none")
+            notes.append(f"{_NAMES[name]} dropped: {file_format} can't hold it")
     return dataclasses.replace(frame, carried=carried), sorted(notes)
 
 
 def _unify(frames: Sequence[Frame]) -> list[Frame]:
-    """Frames of one animation in one mode that holds all.
+    """Converts the frames of an animation to one mode that can hold all of them.
 
     Raises:
       ImageError: they differ in size.
@@ -157,8 +160,10 @@ def _unify(frames: Sequence[Frame]) -> list[Frame]:
     return [converted(frame, MODES[joint]) for frame in frames]
 
 
-def encode(picture: Picture, file_format: str) -> tuple[bytes, tuple[str, ...]]:
-    """The bytes of a file, and what it does not hold."""
+def encode(
+    picture: Picture, file_format: str, quality: int | None = None
+) -> tuple[bytes, tuple[str, ...]]:
+    """The bytes of a file, and what it does not hold; `quality` as for `write_picture`."""
     for frame in picture.frames:
         check_frame(frame)
     if not picture.frames:
@@ -185,19 +190,25 @@ def encode(picture: Picture, file_format: str) -> tuple[bytes, tuple[str, ...]]:
     if file_format == "PNG":
         return _png(frames, plays), tuple(notes)
     if file_format == "WEBP":
-        return _webp(frames, plays, picture.carried.get("lossless", True)), tuple(notes)
+        lossless = quality is None and picture.carried.get("lossless", True)
+        return _webp(frames, plays, lossless, quality or 95), tuple(notes)
     frame = frames[0]
     if frame.mode == "RGB;16":
         header = "P6\n{1} {0}\n65535\n".format(*frame.values.shape)
         return header.encode() + frame.values.astype(">u2").tobytes(), tuple(notes)
-    return _with_pillow(frame, file_format, notes), tuple(notes)
+    compression = {"quality": quality or 95, "subsampling": "4:4:4"}
+    if file_format == "JPEG" and quality is None:
+        compression = picture.carried.get("jpeg", compression)
+    return _with_pillow(frame, file_format, compression, notes), tuple(notes)
 
 
-def _with_pillow(frame: Frame, file_format: str, notes: dict[str, None]) -> bytes:
-    """One frame, as Pillow writes it."""
+def _with_pillow(
+    frame: Frame, file_format: str, compression: Mapping[str, Any], notes: dict[str, None]
+) -> bytes:
+    """Encodes one frame with Pillow; `compression` is for JPEG and AVIF."""
     options = dict(frame.carried)
     if file_format == "JPEG":
-        options |= {"quality": 95, "subsampling": "4:4:4"}
+        options |= compression
         for name in ("exif", "xmp", "comment"):
             # A JPEG has them in one segment, with a length of 16 bits and a name of up to 29.
             if len(options.get(name, b"")) > 65500:
@@ -206,9 +217,9 @@ def _with_pillow(frame: Frame, file_format: str, notes: dict[str, None]) -> byte
         if max(options.get("dpi", (0,))) >= 65536:
             del options["dpi"]
     elif file_format == "AVIF":
-        options |= {"quality": 95, "subsampling": "4:4:4"}
+        options |= compression
     file = io.BytesIO()
-    to_pillow(frame).save(file, format=file_format, **options)
+    to_image(frame).save(file, format=file_format, **options)
     return file.getvalue()
 
 
@@ -218,10 +229,9 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _png(frames: Sequence[Frame], plays: int) -> bytes:
-    """A PNG, animated if there are several frames; each frame is stored whole.
+    """Encodes a PNG, animated if there are several frames; each frame is stored whole.
 
-    Not Pillow's writer of animations, which joins equal frames, nor of 16 bits, as it knows no
-    such colour.
+    Pillow's writer merges equal frames of an animation, and has no colour of 16 bits.
     """
     carried = frames[0].carried
     header, data = _png_pixels(frames[0])
@@ -245,7 +255,7 @@ def _png(frames: Sequence[Frame], plays: int) -> bytes:
         numbers = itertools.count()
         for index, frame in enumerate(frames):
             seconds = Fraction(frame.carried.get("duration", 0) / 1000)
-            # A duration is a fraction of two numbers of 16 bits.
+            # A duration is stored as a fraction of two 16-bit numbers.
             delay = min(seconds.limit_denominator(65535), Fraction(65535))
             if delay.numerator > 65535:
                 delay = seconds.limit_denominator(max(1, int(65535 / delay)))
@@ -269,7 +279,7 @@ def _png_pixels(frame: Frame) -> tuple[bytes, bytes]:
         header = struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)
         return header, _filtered(interleaved(frame))
     file = io.BytesIO()
-    to_pillow(frame).save(file, format="PNG")
+    to_image(frame).save(file, format="PNG")
     content = file.getvalue()
     header, pixels = b"", []
     place = 8
@@ -285,7 +295,7 @@ def _png_pixels(frame: Frame) -> tuple[bytes, bytes]:
 
 
 def _filtered(samples: np.ndarray) -> bytes:
-    """`(H, W, C)` uint16 as PNG compresses them: each row less its left or its upper neighbour."""
+    """Compresses `(H, W, C)` uint16 for PNG, each row minus its left or its upper neighbours."""
     height, _, channels = samples.shape
     compressor = zlib.compressobj(_COMPRESSION)
     parts = []
@@ -296,7 +306,7 @@ def _filtered(samples: np.ndarray) -> bytes:
         left[:, 2 * channels :] -= rows[:, : -2 * channels]
         up = rows - np.concatenate([above, rows[:-1]])
         above = rows[-1:]
-        # The usual guess at which compresses better: the smaller sum of signed differences.
+        # As most encoders do, guess that the smaller sum of signed differences compresses better.
         weights = [np.abs(part.view(np.int8).astype(np.int16)).sum(axis=1) for part in (left, up)]
         kinds = np.where(weights[0] <= weights[1], 1, 2).astype(np.uint8)[:, None]
         block = np.concatenate([kinds, np.where(kinds == 1, left, up)], axis=1)
@@ -309,7 +319,7 @@ def _has_partial_alpha(frame: Frame) -> bool:
 
 
 def _gif(frames: Sequence[Frame], plays: int) -> bytes:
-    """A GIF, animated if there are several frames; each is stored whole, with its own palette."""
+    """Encodes a GIF, animated if there are several frames; each has a palette of its own."""
     parts = []
     for index, frame in enumerate(frames):
         image, transparent = _with_palette(frame)
@@ -331,9 +341,9 @@ def _gif(frames: Sequence[Frame], plays: int) -> bytes:
 
 
 def _with_palette(frame: Frame) -> tuple[Image.Image, int | None]:
-    """A frame as an image with a palette, and the index of the transparent colour, if any.
+    """Converts a frame to a palette; also returns the index of the transparent colour, if any.
 
-    Colours are exact if they are few enough.
+    Up to 256 colours stay exact, counting the transparent one.
     """
     if frame.mode == "L":
         image = Image.fromarray(frame.values).copy()
@@ -348,7 +358,7 @@ def _with_palette(frame: Frame) -> tuple[Image.Image, int | None]:
     color = [0, 0, 0]
     if hidden is not None:
         color = values[hidden][0].tolist()
-        # What is hidden takes no room in the palette.
+        # Hidden colours take no room in the palette.
         shown = np.zeros(3, np.uint8) if hidden.all() else values[~hidden][0]
         values = np.where(hidden[..., None], shown, values)
     image = Image.fromarray(values)
@@ -363,20 +373,20 @@ def _with_palette(frame: Frame) -> tuple[Image.Image, int | None]:
         image.putpalette(palette.astype(np.uint8).tobytes())
     if hidden is None:
         return image, None
-    palette = list(image.getpalette())
+    palette = list(image.getpalette() or ())
     transparent = len(palette) // 3
     image.putpalette(palette + color)
     image.paste(transparent, mask=Image.fromarray(hidden))
     return image, transparent
 
 
-def _webp(frames: Sequence[Frame], plays: int, lossless: bool) -> bytes:
-    """A WebP, animated if there are several frames.
+def _webp(frames: Sequence[Frame], plays: int, lossless: bool, quality: int) -> bytes:
+    """Encodes a WebP, animated if there are several frames.
 
-    Not Pillow's writer of animations, which joins equal frames and changes hidden colours.
+    Pillow's writer of animations merges equal frames and changes hidden colours.
     """
     carried = frames[0].carried
-    options = {"lossless": lossless, "quality": 80 if lossless else 95, "exact": True}
+    options = {"lossless": lossless, "quality": 80 if lossless else quality, "exact": True}
     embedded = {
         b"ICCP": carried.get("icc_profile", b""),
         b"EXIF": _with_resolution(carried).removeprefix(b"Exif\0\0"),
@@ -385,7 +395,7 @@ def _webp(frames: Sequence[Frame], plays: int, lossless: bool) -> bytes:
     bodies = []
     for frame in frames:
         file = io.BytesIO()
-        to_pillow(frame).save(file, format="WEBP", **options)
+        to_image(frame).save(file, format="WEBP", **options)
         bodies.append(_webp_chunks(file.getvalue()))
     height, width = frames[0].values.shape[:2]
     size = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
@@ -426,7 +436,7 @@ def _webp_chunks(content: bytes) -> bytes:
 
 
 def _with_resolution(carried: Mapping[str, Any]) -> bytes:
-    """EXIF with the resolution in it, for formats that have no other place for it."""
+    """EXIF that includes the resolution, for formats that have no other place for it."""
     exif = Image.Exif()
     exif.load(carried.get("exif", b""))
     if "dpi" not in carried or ExifTags.Base.XResolution in exif:
@@ -437,10 +447,7 @@ def _with_resolution(carried: Mapping[str, Any]) -> bytes:
 
 
 def _tiff(frames: Sequence[Frame]) -> bytes:
-    """A TIFF with a page for each frame, compressed without loss.
-
-    Not Pillow's writer, which knows no colour of 16 bits, and loses EXIF where it compresses.
-    """
+    """Encodes a TIFF with a page for each frame, compressed without loss."""
     parts = [b"II*\0" + struct.pack("<I", 8)]
     place = 8
     for index, frame in enumerate(frames):
@@ -482,7 +489,7 @@ def _tiff(frames: Sequence[Frame]) -> bytes:
 
 
 def _tiff_strip(samples: np.ndarray, kind: Kind) -> bytes:
-    """Rows `(N, W, C)` as they are compressed: bits, or each pixel less its left neighbour."""
+    """Rows `(N, W, C)` as they are compressed: bits, or pixels minus their left neighbours."""
     if kind.bits == 1:
         return np.packbits(samples[..., 0] >= 128, axis=1).tobytes()
     rows = samples.copy()
@@ -507,6 +514,7 @@ def _add_carried(ifd: Any, carried: Mapping[str, Any]) -> None:
     if "xmp" in carried:
         ifd.tagtype[700] = TiffTags.BYTE
         ifd[700] = carried["xmp"]
-    if "dpi" in carried:
-        ifd[282], ifd[283] = carried["dpi"]
-        ifd[296] = 2
+    for name, unit in (("aspect", 1), ("dpi", 2)):
+        if name in carried:
+            ifd[282], ifd[283] = carried[name]
+            ifd[296] = unit

@@ -1,20 +1,18 @@
-"""Pictures as arrays, `(H, W)` gray or `(H, W, 3)` RGB, and what they must become again."""
+"""Pictures as arrays, `(H, W)` gray or `(H, W, 3)` RGB, with what is needed to write them again."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import (
-    Image,
-)
+from PIL import Image
 
 from aecore.errors import ImageError
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a mode says of pixels."""
+    """The properties of pixels that a mode stands for."""
 
     gray: bool
     alpha: bool
@@ -37,23 +35,24 @@ MODES = {kind: mode for mode, kind in KINDS.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """One picture as arrays, and what it must become again."""
+    """One picture as arrays, with its mode and metadata."""
 
     values: np.ndarray
     """`(H, W)` gray or `(H, W, 3)` RGB, uint8, or uint16 if the mode has 16 bits."""
     alpha: np.ndarray | None = None
-    """`(H, W)`, of the same dtype; None if the mode has none."""
+    """`(H, W)`, of the same dtype; None if the mode has no alpha."""
     mode: str = "RGB"
     """1, L, LA, RGB, RGBA or I;16, as Pillow calls them, or LA;16, RGB;16 or RGBA;16."""
     carried: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What else belongs to this frame, as far as the file has it: icc_profile, exif (without
-    orientation), xmp and comment (bytes), dpi (a pair), duration (ms), png (chunks of a PNG)."""
+    """Metadata of this frame, as far as the file has it: icc_profile, exif (without
+    orientation), xmp and comment (bytes), dpi (a pair), aspect (a pair: a resolution without unit),
+    duration (ms), png (chunks of a PNG)."""
 
     def replace(self, values: np.ndarray, alpha: np.ndarray | None) -> "Frame":
-        """The same frame with other pixels; `values` may be gray where these are RGB or reverse.
+        """The same frame with other pixels, which may be gray instead of RGB or the reverse.
 
         Raises:
-          ImageError: shapes or dtypes don't fit one another.
+          ImageError: the shapes or dtypes of `values` and `alpha` don't match.
         """
         kind = KINDS[self.mode]
         gray = values.ndim == 2
@@ -72,70 +71,35 @@ class Frame:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture file: one frame, or those of an animation, or the pages of a TIFF."""
+    """The content of a picture file: one frame, or all of an animation, or the pages of a TIFF."""
 
     frames: tuple[Frame, ...]
     format: str
     """Pillow's name of the file format."""
     carried: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Of an animation, loop: how often it is played, 0 for ever. Of WebP, lossless."""
+    """Of an animation, loop: how often it is played, 0 for ever. Of WebP, lossless. Of JPEG, jpeg:
+    qtables and subsampling, as Pillow's options."""
     notes: tuple[str, ...] = ()
     """What was changed in reading, each a few words."""
 
 
-def from_pillow(image: Image.Image) -> tuple[Frame, tuple[str, ...]]:
-    """A Pillow image as a frame, with notes of what was changed.
-
-    Palettes and colour spaces other than gray and RGB become RGB; a transparent colour becomes an
-    alpha channel. The image is taken as it lies: EXIF orientation is not looked at.
-
-    Raises:
-      ImageError: the mode is I or F, whose range is unknown, or one that can't become RGB.
-    """
-    mode = image.mode
-    if mode in ("I", "F"):
-        raise ImageError(
-            f"a picture of mode {mode} has no known range; save it with 8 or 16 bits a value"
-        )
-    transparent = image.has_transparency_data
-    if mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.uint16)
-        if not transparent:
-            return Frame(values, mode="I;16"), ()
-        match = values == image.info["transparency"]
-        return Frame(values, np.where(match, 0, 65535).astype(np.uint16), "LA;16"), ()
-    notes = []
-    if mode in ("1", "L", "LA", "La"):
-        wanted = "LA" if transparent else "L"
-    else:
-        wanted = "RGBA" if transparent else "RGB"
-    if mode in ("P", "PA"):
-        notes.append(f"a palette became {wanted}")
-    elif mode == "1" and transparent:
-        notes.append(f"1 bit became {wanted}")
-    elif mode not in (*KINDS, "La", "RGBa", "RGBX"):
-        notes.append(f"{mode} became {wanted}")
-    if mode != wanted:
-        try:
-            image = image.convert(wanted)
-        except (ValueError, KeyError, OSError) as error:
-            raise ImageError(
-                f"picture mode {mode} is not supported ({error}); convert it to RGB first"
-            ) from error
-    array = np.asarray(image)
-    kept = mode if mode == "1" and not transparent else wanted
-    if not transparent:
-        return Frame(array, mode=kept), tuple(notes)
-    values = array[..., 0] if wanted == "LA" else array[..., :3]
-    return Frame(np.ascontiguousarray(values), array[..., -1].copy(), kept), tuple(notes)
-
-
 def to_pillow(frame: Frame) -> Image.Image:
-    """A frame as a Pillow image of its mode; mode 1 is rounded at half.
+    """A frame as a Pillow image of its mode, for users; mode 1 is rounded at half.
+
+    Its `info` has the frame's icc_profile, exif, xmp and dpi, as it has after `Image.open`.
 
     Raises:
       ImageError: the frame has colour, or gray with alpha, of 16 bits, which Pillow does not know.
     """
+    image = to_image(frame)
+    for name in ("icc_profile", "exif", "xmp", "dpi"):
+        if name in frame.carried:
+            image.info[name] = frame.carried[name]
+    return image
+
+
+def to_image(frame: Frame) -> Image.Image:
+    """The pixels of a frame as a Pillow image; raises as `to_pillow` does."""
     check_frame(frame)
     if frame.mode not in ("1", "L", "LA", "RGB", "RGBA", "I;16"):
         raise ImageError(f"Pillow has no images of mode {frame.mode}; use arrays, or 8 bits")
@@ -153,13 +117,14 @@ def check_frame(frame: Frame) -> None:
         or frame.values.dtype != dtype
         or frame.values.size == 0
         or (frame.alpha is not None) != kind.alpha
-        or (kind.alpha and (frame.alpha.shape != shape[:2] or frame.alpha.dtype != dtype))
+        or (frame.alpha is not None and frame.alpha.shape != shape[:2])
+        or (frame.alpha is not None and frame.alpha.dtype != dtype)
     ):
         arrays = ", ".join(
             "none" if array is None else f"{array.dtype} {array.shape}"
             for array in (frame.values, frame.alpha)
         )
-        raise ImageError(f"values and alpha ({arrays}) do not make a picture of mode {frame.mode}")
+        raise ImageError(f"values and alpha ({arrays}) don't make a picture of mode {frame.mode}")
 
 
 def interleaved(frame: Frame) -> np.ndarray:
@@ -170,7 +135,7 @@ def interleaved(frame: Frame) -> np.ndarray:
 
 
 def converted(frame: Frame, mode: str) -> Frame:
-    """A frame in another mode; colour can't become gray, as gray alone would not be told."""
+    """Converts a frame to another mode. RGB isn't converted to gray, which would go unnoticed."""
     old, new = KINDS[frame.mode], KINDS[mode]
 
     def scale(array: np.ndarray) -> np.ndarray:

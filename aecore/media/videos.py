@@ -1,7 +1,7 @@
-"""A video file in, the same video out with its pictures restored; `(N, H, W, 3)` uint8 RGB.
+"""Restores video files, frame by frame; frames are `(N, H, W, 3)` uint8 RGB.
 
-Pictures are decoded, restored and encoded one batch at a time; sound, subtitles and further
-streams are copied as they are.
+Frames are decoded, restored and encoded one batch at a time. Sound, subtitles and other streams are
+copied unchanged.
 """
 
 import collections
@@ -16,24 +16,27 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from aecore.errors import ImageError
 
 _FORMATS = {
     ".avi": "avi",
+    ".m2ts": "mpegts",
     ".m4v": "mp4",
     ".mkv": "matroska",
     ".mov": "mov",
     ".mp4": "mp4",
+    ".mts": "mpegts",
+    ".ts": "mpegts",
     ".webm": "webm",
 }
-"""FFmpeg's names of the containers that are written, by the file's ending."""
+"""FFmpeg's name of the container format for each file ending."""
 
 SUFFIXES = frozenset(_FORMATS)
-"""Endings, in lower case, by which a video is recognised in a folder, and that can be written."""
+"""Endings, in lower case, of files that are treated as videos. All can be read and written."""
 
-# Encoders by the name of the codec. Of several that FFmpeg may have for one codec, those that run
-# on every machine.
+# The encoder for each codec. FFmpeg may have several; these need no special hardware.
 _ENCODERS = {
     "av1": "libsvtav1",
     "h264": "libx264",
@@ -42,7 +45,7 @@ _ENCODERS = {
     "vp9": "libvpx-vp9",
 }
 
-# A quality at which the loss is hardly seen, as the pictures were compressed once before.
+# The loss is hardly visible, since the frames are compressed for the second time.
 _QUALITY = {
     "libsvtav1": {"crf": "18", "preset": "6"},
     "libvpx": {"crf": "6", "cpu-used": "2"},
@@ -51,14 +54,14 @@ _QUALITY = {
     # libx265 writes to stderr on its own.
     "libx265": {"crf": "16", "x265-params": "log-level=none"},
 }
-# Of the other codecs, the lossy ones have a scale of quantisers, in units of 118; from 2 to 31.
+# Other lossy codecs take a quantiser from 2 to 31, in units of 118.
 _OTHER_QUALITY = {"flags": "+qscale", "global_quality": "236"}
 
 _SUBSAMPLED_AGAIN = ("yuv444p", "yuv420p")
-"""Pixel formats that are tried where an encoder doesn't take the source's, or not for its size."""
+"""Pixel formats to try if an encoder doesn't accept the source's, or not at its size."""
 
 _MATRICES = (1, 2, 4, 5, 6, 7, 9)
-"""FFmpeg's numbers of the YUV matrices that its scaler knows, 2 being unspecified."""
+"""FFmpeg's numbers of the YUV matrices that its scaler supports; 2 is unspecified."""
 _BT709 = 1
 _LIMITED = 1
 
@@ -67,54 +70,54 @@ _STALE_STREAM_KEYS = ("encoder", "alpha_mode", "duration", "bps", "number_of", "
 
 
 def restore(
-    source: Any,
-    target: Any,
+    source: epath.Path,
+    target: epath.Path,
     function: Callable[[np.ndarray], np.ndarray],
     *,
     batch_size: int,
-    progress: Callable[[int], None] | None = None,
 ) -> tuple[str, ...]:
-    """Writes a video with the pictures of another, restored.
+    """Restores all frames of a video file.
 
-    Every picture keeps its time (in the ticks of the target's container: Matroska and WebM count
-    milliseconds, AVI pictures), so does sound, whose packets are not decoded. In a container other
-    than the source's, everything together may begin some milliseconds later. Kept too are, as far
-    as the container holds them, subtitles, chapters, metadata, rotation, the shape of pixels and
-    the colour's description. The codec stays if this FFmpeg has an encoder for it that takes the
-    pictures as they are; otherwise it is H.264 (VP9 in WebM). Pictures have at most 8 bits.
+    Every frame keeps its time, as precisely as the container stores it: Matroska and WebM in
+    milliseconds, AVI in frames. Sound is copied without decoding it. If the container changes, the
+    whole video may start some milliseconds later. Subtitles, chapters, metadata, rotation, pixel
+    shape and colour description are kept where the container can hold them. The codec is kept if
+    this FFmpeg can encode the frames with it; otherwise it becomes H.264, or VP9 in WebM. Frames
+    have at most 8 bits.
 
-    If a file ends within its last picture, that picture is left out. With more damage there is an
-    error, as half a video is none.
+    If the file ends in the middle of its last frame, that frame is left out. More damage is an
+    error, since half a video is no use.
 
     Args:
-      source: the video, an `epath.Path` or a `pathlib.Path`, on a local disk.
-      target: where to write; its ending, one of `SUFFIXES`, gives the container. May be `source`.
-        The file appears whole or not at all.
-      function: maps `(batch_size, H, W, 3)` uint8 in RGB, as stored, not turned by the video's
-        rotation, to the same. It always gets `batch_size` pictures: a last batch that isn't full
-        is filled up with its last picture.
-      batch_size: pictures that are held and restored at a time.
-      progress: is called after each batch with the number of pictures restored so far.
+      source: the video, on a local disk.
+      target: where to write; its ending, one of `SUFFIXES`, determines the container. It may be
+        `source`. The file appears whole or not at all.
+      function: restores `(batch_size, H, W, 3)` uint8 RGB frames as they are stored, before the
+        video's rotation. The last batch is filled up by repeating the last frame.
+      batch_size: frames to restore, and hold in memory, at a time.
 
     Returns:
-      Notes, one line each, on what the new video lacks or has otherwise than the source.
+      Notes, one line each: what the new video lacks, or what differs from the source.
 
     Raises:
-      ImageError: PyAV is missing; the source is no video, or damaged; the target can't be written.
+      ImageError: PyAV is missing, the source is damaged or not a video, or the target can't be
+        written.
       OSError: the disk is full, with `errno` ENOSPC or EDQUOT.
     """
     try:
         import av
         import av.logging
     except ImportError as error:
-        raise ImageError(f"{source}: a video needs PyAV: pip install 'aecore[video]'") from error
+        raise ImageError(f"{source}: videos need PyAV: pip install 'aecore[video]'") from error
     container = _FORMATS.get(target.suffix.lower())
     if container is None:
         raise ImageError(
-            f"{target}: no video is written with ending {target.suffix!r}; "
+            f"{target}: videos can't be written with the ending {target.suffix!r}; "
             f"use one of {', '.join(sorted(SUFFIXES))}"
         )
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # The only way to keep SVT-AV1 from writing to stderr.
+    os.environ.setdefault("SVT_LOG", "0")
     level = av.logging.get_level()
     av.logging.set_level(None)
     try:
@@ -124,7 +127,7 @@ def restore(
             _open(av, source) as reader,
             _Writer(av, temporary, target, container, reader, video, notes) as writer,
         ):
-            batch, done = [], 0
+            batch = []
             for item in _decode(av, source, reader, video, notes):
                 if isinstance(item, av.Packet):
                     writer.copy(item)
@@ -132,15 +135,10 @@ def restore(
                 batch.append(item)
                 if len(batch) == batch_size:
                     writer.write(batch, function(_pixels(batch)))
-                    done += batch_size
                     batch = []
-                    if progress:
-                        progress(done)
             if batch:
                 filled = batch + batch[-1:] * (batch_size - len(batch))
                 writer.write(batch, function(_pixels(filled))[: len(batch)])
-                if progress:
-                    progress(done + len(batch))
         notes += _lost(video, _probe(av, temporary), target)
         try:
             temporary.replace(target)
@@ -154,7 +152,7 @@ def restore(
 
 @dataclasses.dataclass(frozen=True)
 class _Video:
-    """What a file says of its video stream and of itself, and its first picture does."""
+    """Properties of a video file, its video stream and its first frame."""
 
     index: int
     codec: str
@@ -166,7 +164,7 @@ class _Video:
     aspect: Fraction
     """Width by height of a pixel."""
     matrix: bytes
-    """By which a player turns the pictures; empty if it doesn't."""
+    """How players rotate the frames; empty for no rotation."""
     color_range: int
     color_primaries: int
     color_trc: int
@@ -176,23 +174,23 @@ class _Video:
     notes: tuple[str, ...]
 
 
-def _local(path: Any) -> str:
-    # What comes before a colon in a name is not a protocol.
+def _local(path: epath.Path) -> str:
+    # Otherwise FFmpeg takes what precedes a colon in a name for a protocol.
     return f"file:{os.fspath(path)}"
 
 
 def _metadata_options(av: ModuleType) -> dict[str, str]:
-    """With these, text that is no UTF-8 comes out as it was; from PyAV 19 on, it does anyway."""
+    """Options that keep text in other encodings than UTF-8; PyAV 19 and newer always do."""
     return {"metadata_errors": "surrogateescape"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 @contextlib.contextmanager
-def _open(av: ModuleType, path: Any) -> Iterator[Any]:
+def _open(av: ModuleType, path: epath.Path) -> Iterator[Any]:
     """Opens a video for reading."""
     try:
         reader = av.open(
             _local(path),
-            # A playlist, which any ending may hide, opens nothing on the network.
+            # A file may be a playlist in disguise, which must not open anything on the network.
             container_options={"protocol_whitelist": "file"},
             **_metadata_options(av),
         )
@@ -200,13 +198,13 @@ def _open(av: ModuleType, path: Any) -> Iterator[Any]:
         if isinstance(error, OSError):
             raise ImageError(f"{path} can't be read: {error.strerror}") from error
         raise ImageError(
-            f"{path} is damaged or no video in a format that FFmpeg knows: {error.strerror}"
+            f"{path} is damaged, or not a video in a format that FFmpeg knows: {error.strerror}"
         ) from error
     with reader:
         yield reader
 
 
-def _probe(av: ModuleType, path: Any) -> _Video:
+def _probe(av: ModuleType, path: epath.Path) -> _Video:
     """Describes a video after decoding its first picture."""
     with _open(av, path) as reader:
         streams = [
@@ -222,20 +220,20 @@ def _probe(av: ModuleType, path: Any) -> _Video:
         try:
             frame = next(reader.decode(stream), None)
         except av.FFmpegError as error:
-            raise _damaged(path, f"no picture can be decoded: {error.strerror}") from error
+            raise _damaged(path, f"no frame can be decoded: {error.strerror}") from error
         if frame is None:
-            raise _damaged(path, "there is no picture in it")
+            raise _damaged(path, "it contains no frame")
         notes = []
         components = frame.format.components
         if (bits := max(component.bits for component in components)) > 8:
-            notes.append(f"pictures of {bits} bits are restored, and kept, with 8")
+            notes.append(f"{bits} bits became 8")
         alpha = any(component.is_alpha for component in components)
         if alpha or "alpha_mode" in stream.metadata:
-            notes.append("transparency is not kept")
+            notes.append("transparency was dropped")
         if frame.interlaced_frame:
-            notes.append("interlaced pictures are restored, and kept, as whole ones")
+            notes.append("interlaced frames were restored, and are stored, as whole frames")
         if len(streams) > 1:
-            notes.append(f"of {len(streams)} videos in the file, the first is restored")
+            notes.append(f"only the first of {len(streams)} videos in the file was restored")
         matrix = frame.side_data.get("DISPLAYMATRIX")
         return _Video(
             index=stream.index,
@@ -258,7 +256,7 @@ def _probe(av: ModuleType, path: Any) -> _Video:
 
 
 def _decode(
-    av: ModuleType, source: Any, reader: Any, video: _Video, notes: list[str]
+    av: ModuleType, source: epath.Path, reader: Any, video: _Video, notes: list[str]
 ) -> Iterator[Any]:
     """The packets of the other streams, and of the video pairs of time and RGB frame.
 
@@ -284,16 +282,16 @@ def _decode(
                     # Has times for packets alone. Shown in another order, pictures take the same.
                     slots.append(packet.dts)
                 if packet.is_corrupt:
-                    damage = f"picture {packets} is cut off"
+                    damage = f"frame {packets} is cut off"
                     continue
             try:
                 frames = stream.decode(packet)
             except av.error.InvalidDataError as error:
-                damage = f"picture {packets} can't be decoded: {error.strerror}"
+                damage = f"frame {packets} can't be decoded: {error.strerror}"
                 continue
             for frame in frames:
                 if frame.is_corrupt:
-                    damage = f"a picture near number {packets} can't be decoded"
+                    damage = f"a frame near number {packets} can't be decoded"
                     continue
                 begin = slots.popleft() if slots else frame.pts
                 if begin is None:
@@ -314,7 +312,7 @@ def _decode(
         shown = (sum(previous) - (stream.start_time or 0)) * video.time_base
     _check_end(source, reader, stream, packets, shown, end)
     if damage:
-        notes.append("the file ends within its last picture, which is left out")
+        notes.append("the last frame is incomplete in the file, and was left out")
 
 
 def _interpolation(av: ModuleType) -> int:
@@ -335,14 +333,14 @@ def _pixels(batch: list[tuple[Any, Any]]) -> np.ndarray:
 
 
 def _check_end(
-    source: Any, reader: Any, stream: Any, packets: int, shown: Fraction, end: Fraction
+    source: epath.Path, reader: Any, stream: Any, packets: int, shown: Fraction, end: Fraction
 ) -> None:
-    """A file that was cut between packets shows it only by what it says of its length."""
+    """Raises if the file is shorter than it claims, as when it was cut off between packets."""
     if reader.format.name.startswith("mov"):
         # The index leaves out what edit lists do, unlike the number of frames.
         announced = len(stream.index_entries)
         if packets < announced - 1:
-            raise _damaged(source, f"it ends after {packets} of {announced} pictures")
+            raise _damaged(source, f"it ends after {packets} of {announced} frames")
     elif reader.format.name == "avi":
         # Not by the number of packets, which a picture that stays has none of.
         _check_length(source, shown, stream.frames * stream.time_base)
@@ -351,7 +349,7 @@ def _check_end(
         _check_length(source, end - begin, Fraction(reader.duration, 1_000_000))
 
 
-def _check_length(source: Any, actual: Fraction, announced: Fraction) -> None:
+def _check_length(source: epath.Path, actual: Fraction, announced: Fraction) -> None:
     # Lengths may be rounded, or lack the last picture's.
     if actual < announced - min(Fraction(1), announced / 10):
         raise _damaged(
@@ -359,11 +357,11 @@ def _check_length(source: Any, actual: Fraction, announced: Fraction) -> None:
         )
 
 
-def _damaged(path: Any, reason: str) -> ImageError:
+def _damaged(path: epath.Path, reason: str) -> ImageError:
     return ImageError(f"{path} is damaged: {reason}")
 
 
-def _unwritable(path: Any, error: Exception) -> Exception:
+def _unwritable(path: epath.Path, error: Exception) -> Exception:
     code = getattr(error, "errno", None)
     reason = getattr(error, "strerror", None) or str(error)
     if code in (errno.ENOSPC, errno.EDQUOT):
@@ -372,13 +370,13 @@ def _unwritable(path: Any, error: Exception) -> Exception:
 
 
 class _Writer:
-    """A video file that is being written: one stream is encoded, the others are copied."""
+    """A video file being written: one stream is encoded, the others are copied."""
 
     def __init__(
         self,
         av: ModuleType,
-        path: Any,
-        target: Any,
+        path: epath.Path,
+        target: epath.Path,
         container: str,
         reader: Any,
         video: _Video,
@@ -410,7 +408,7 @@ class _Writer:
             self._abandon()
             raise
 
-    def _open(self, path: Any, container: str, reader: Any, encoder: str) -> None:
+    def _open(self, path: epath.Path, container: str, reader: Any, encoder: str) -> None:
         metadata = {
             key: value
             for key, value in reader.metadata.items()
@@ -420,6 +418,8 @@ class _Writer:
         if container in ("mov", "mp4") and any("." in key for key in metadata):
             # The names that phones give, such as com.apple.quicktime.model.
             options["movflags"] = "use_metadata_tags"
+        if self._target.suffix.lower() in (".m2ts", ".mts"):
+            options["mpegts_m2ts_mode"] = "1"  # Packets as cameras and Blu-rays have them.
         self._output = self._av.open(
             _local(path),
             "w",
@@ -443,8 +443,8 @@ class _Writer:
                     "filename", "unknown"
                 )
                 self._notes.append(
-                    f"stream {stream.index} ({stream.type}, {name}) is left out, as "
-                    f"{self._target.suffix} doesn't hold it"
+                    f"stream {stream.index} ({stream.type}, {name}) was dropped: "
+                    f"{self._target.suffix} can't hold it"
                 )
         self._output.start_encoding()
 
@@ -464,8 +464,8 @@ class _Writer:
             raise
         if self._moved:
             self._notes.append(
-                f"{self._moved} pictures are shown earlier or later by more than 1 ms, "
-                f"as {self._target.suffix} doesn't hold their times"
+                f"{self._moved} frames moved by more than 1 ms: "
+                f"{self._target.suffix} can't hold their exact times"
             )
 
     def _abandon(self) -> None:
@@ -481,7 +481,7 @@ class _Writer:
             raise _unwritable(self._target, error) from error
 
     def _choose(self, container: str) -> tuple[str, str]:
-        """Encoder and pixel format; the first that can be opened for the video."""
+        """The first encoder and pixel format that work for the video."""
         codec = self._video.codec
         other = "libvpx-vp9" if container == "webm" else "libx264"
         for encoder in (_ENCODERS.get(codec, codec), other):
@@ -491,15 +491,14 @@ class _Writer:
                 context = self._av.CodecContext.create(encoder, "w")
                 self._configure(context, encoder, pixels)
                 try:
-                    with _silent_svt(encoder):
-                        context.open()
+                    context.open()
                 except self._av.FFmpegError:
                     continue
                 if context.codec.canonical_name != codec:
-                    self._notes.append(f"the codec is {context.codec.canonical_name}, not {codec}")
+                    self._notes.append(f"the codec {codec} became {context.codec.canonical_name}")
                 return encoder, pixels
         raise ImageError(
-            f"{self._target} can't be written: no encoder takes pictures of "
+            f"{self._target} can't be written: no encoder accepts frames of "
             f"{self._video.width} × {self._video.height}"
         )
 
@@ -512,7 +511,7 @@ class _Writer:
         return True
 
     def _pixel_formats(self, encoder: str) -> list[str]:
-        """Pixel formats of 8 bits, if there are, that are worth trying, the best first."""
+        """Pixel formats worth trying, the best first; of 8 bits, if the encoder has any."""
         formats = self._av.Codec(encoder, "w").video_formats
         if formats is None:
             return [self._video.pixels]
@@ -561,12 +560,11 @@ class _Writer:
         stream.disposition = template.disposition
         if self._video.matrix:
             stream.set_display_matrix(np.frombuffer(self._video.matrix, np.int32).tolist())
-        with _silent_svt(encoder):
-            context.open()
+        context.open()
         return stream
 
     def _takes(self, container: str, stream: Any) -> bool:
-        """Whether the container holds a stream; tried, as only writing a header tells."""
+        """Whether the container can hold a stream, found by writing a header."""
         if stream.type not in ("audio", "subtitle", "video", "attachment"):
             return False
         attached = self._av.stream.Disposition.attached_pic
@@ -585,7 +583,7 @@ class _Writer:
         return True
 
     def copy(self, packet: Any) -> None:
-        """Writes a packet of a stream that isn't restored."""
+        """Copies a packet of a stream that isn't restored."""
         stream = self._copies.get(packet.stream.index)
         if stream is not None:
             with self._errors():
@@ -593,10 +591,10 @@ class _Writer:
                 self._output.mux(packet)
 
     def write(self, batch: list[tuple[tuple[int, int], Any]], pictures: np.ndarray) -> None:
-        """Encodes `(N, H, W, 3)` uint8 pictures; the N pairs of time and frame are those decoded.
+        """Encodes `(N, H, W, 3)` uint8 pictures in place of the N decoded frames.
 
-        The frames' pixels are replaced, as they know things that can't be told to new ones: where
-        in a pixel its colour was sampled, and closed captions.
+        The decoded frames' pixels are replaced, because they hold things that PyAV can't set on
+        new ones: where in a pixel its colour was sampled, and closed captions.
         """
         for ((begin, duration), frame), picture in zip(batch, pictures, strict=True):
             exact = begin * self._video.time_base
@@ -628,34 +626,15 @@ class _Writer:
         return packets
 
 
-@contextlib.contextmanager
-def _silent_svt(encoder: str) -> Iterator[None]:
-    """Keeps SVT-AV1, which is told so in this way only, from writing to stderr."""
-    if encoder != "libsvtav1":
-        yield
-        return
-    previous = os.environ.get("SVT_LOG")
-    os.environ["SVT_LOG"] = "0"
-    try:
-        yield
-    finally:
-        if previous is None:
-            del os.environ["SVT_LOG"]
-        else:
-            os.environ["SVT_LOG"] = previous
-
-
-def _lost(video: _Video, written: _Video, target: Any) -> list[str]:
-    """Notes on what the container didn't take, which nothing tells when it is written."""
+def _lost(video: _Video, written: _Video, target: epath.Path) -> list[str]:
+    """What the container silently dropped when it was written, as notes."""
     notes = []
     if written.matrix != video.matrix:
-        notes.append(f"the rotation is not kept, as {target.suffix} doesn't hold it")
+        notes.append(f"the rotation was dropped: {target.suffix} can't hold it")
     if written.aspect != video.aspect:
-        notes.append(
-            f"the shape of pixels, {video.aspect}, is not kept, as {target.suffix} doesn't hold it"
-        )
+        notes.append(f"the pixel shape {video.aspect} was dropped: {target.suffix} can't hold it")
     if written.chapters != video.chapters:
-        notes.append(f"chapters are not kept, as {target.suffix} doesn't hold them")
+        notes.append(f"chapters were dropped: {target.suffix} can't hold them")
     kept = {key.lower() for key in written.metadata}
     lost = [
         key
@@ -663,5 +642,5 @@ def _lost(video: _Video, written: _Video, target: Any) -> list[str]:
         if key.lower() not in kept and key.lower() not in _STALE_CONTAINER_KEYS
     ]
     if lost:
-        notes.append(f"metadata not kept, as {target.suffix} doesn't hold it: {', '.join(lost)}")
+        notes.append(f"metadata was dropped, as {target.suffix} can't hold it: {', '.join(lost)}")
     return notes

@@ -1,10 +1,10 @@
-"""Many picture files in, the same files restored out: reading, computing and writing overlap."""
+"""Restores many files, so that reading, computing and writing overlap."""
 
 import collections
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,17 +16,18 @@ from aecore.restoring import expectations
 from aecore.restoring.files import Failure, Job
 from aecore.restoring.restorer import Restorer
 from aecore.saved.descriptions import Description
+from aecore.storage import is_disk_full, reason
 
 _THREADS = min(8, os.cpu_count() or 1)
 
 _MOST_PIXELS = 2**26
-"""Pixels of pictures that are read ahead, and of those that wait to be written."""
+"""Most pixels to hold of pictures read ahead, and as many again of those to be written."""
 
 _MOST_FILES = 256
-"""How many files these may be."""
+"""Most files to read ahead."""
 
 _VIDEO_FRAMES = 16
-"""Frames of a video at a time."""
+"""Frames of a video that are restored at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Done:
 
     job: Job
     notes: tuple[str, ...]
-    """What was changed besides, each a few words."""
+    """What was changed besides restoring, each a few words."""
 
 
 def restore(
@@ -44,14 +45,19 @@ def restore(
     *,
     alpha: Literal["keep", "drop"] = "keep",
     compare: bool = False,
-) -> Iterator[Done | Failure]:
+    quality: int | None = None,
+    late: Callable[[Done | Failure], None] = lambda _: None,
+) -> Generator[Done | Failure]:
     """Restores files; each output appears whole or not at all.
 
     Args:
       jobs: what to restore; the order may change so that pictures of one size are batched.
       restorer: the network.
       alpha: whether alpha channels are kept as they are, or dropped.
-      compare: whether to write a picture of each input beside its output, too.
+      compare: whether to write each input beside its output, in one picture, too.
+      quality: of JPEG, WebP and AVIF files, 1 to 100; None for the input's, as far as it is known.
+      late: if the iterator is closed early, files that are being written are finished; this is
+        called with what became of each.
 
     Yields:
       For each job what became of it, when its output is written.
@@ -61,12 +67,15 @@ def restore(
       ImageError: the device's memory doesn't suffice.
     """
     pictures = [job for job in jobs if not job.is_video]
+    writing: _Writing = collections.deque()
     with (
         concurrent.futures.ThreadPoolExecutor(_THREADS) as readers,
         concurrent.futures.ThreadPoolExecutor(_THREADS) as writers,
     ):
         try:
-            yield from _restore_pictures(pictures, restorer, readers, writers, alpha, compare)
+            yield from _restore_pictures(
+                pictures, restorer, readers, writers, alpha, compare, quality, writing
+            )
             for job in jobs:
                 if job.is_video:
                     yield _restore_video(job, restorer)
@@ -74,9 +83,25 @@ def restore(
             # What is being written is finished; nothing new is begun.
             readers.shutdown(wait=False, cancel_futures=True)
             writers.shutdown(wait=True, cancel_futures=True)
+            for future, _ in writing:
+                if not future.cancelled() and future.exception() is None:
+                    late(future.result())
 
 
-def _restore_pictures(jobs, restorer, readers, writers, alpha, compare):
+_Writing = collections.deque[tuple[concurrent.futures.Future[Done | Failure], int]]
+"""Files that are being written, the oldest first, each with its pixels."""
+
+
+def _restore_pictures(
+    jobs: Sequence[Job],
+    restorer: Restorer,
+    readers: concurrent.futures.Executor,
+    writers: concurrent.futures.Executor,
+    alpha: str,
+    compare: bool,
+    quality: int | None,
+    writing: _Writing,
+) -> Iterator[Done | Failure]:
     sizes, pixels = {}, {}
     for job, extent in zip(jobs, readers.map(_extent, jobs), strict=True):
         if isinstance(extent, Failure):
@@ -89,7 +114,6 @@ def _restore_pictures(jobs, restorer, readers, writers, alpha, compare):
 
     under_way = collections.deque()
     unreadable = collections.deque()
-    writing = collections.deque()
 
     def frames(order):
         for picture in _ahead(submit, order, pixels):
@@ -107,21 +131,24 @@ def _restore_pictures(jobs, restorer, readers, writers, alpha, compare):
         while writing and (
             writing[0][0].done() or sum(waiting for _, waiting in writing) > most_pixels
         ):
-            yield writing.popleft()[0].result()
+            # Removed only then, as waiting may be interrupted.
+            outcome = writing[0][0].result()
+            writing.popleft()
+            yield outcome
 
     for _, values in restorer.many(sizes, frames):
         job, content, restored = under_way[0]
         restored.append(values)
         if len(restored) == len(content.frames):
             under_way.popleft()
-            future = writers.submit(_write, job, content, restored, compare)
+            future = writers.submit(_write, job, content, restored, compare, quality)
             writing.append((future, pixels[job]))
         yield from finished(_MOST_PIXELS)
     yield from finished(0)
 
 
 def _ahead(submit: Callable, jobs: Sequence[Job], pixels: Mapping[Job, int]) -> Iterator[Any]:
-    """The results of submitted jobs, in order, some of which are worked on ahead."""
+    """The results of jobs in order; the next jobs are submitted before they are needed."""
     futures, total = collections.deque(), 0
     remaining = collections.deque(jobs)
     while remaining or futures:
@@ -142,8 +169,8 @@ def _failure(job: Job, error: Exception) -> Failure:
         # Messages of several lines become one.
         source = " ".join(str(job.source).split())
         return Failure(job.source, str(error).removeprefix(source).lstrip(": "))
-    where = error.filename or job.target
-    return Failure(job.source, f"{where}: {error.strerror or error}")
+    where = getattr(error, "filename", None) or job.target
+    return Failure(job.source, f"{where}: {reason(error)}")
 
 
 def _extent(job: Job) -> tuple[tuple[int, int], int] | Failure:
@@ -167,7 +194,11 @@ def _read(job: Job, alpha: str, description: Description) -> tuple[Job, Picture]
 
 
 def _write(
-    job: Job, picture: Picture, restored: Sequence[np.ndarray], compare: bool
+    job: Job,
+    picture: Picture,
+    restored: Sequence[np.ndarray],
+    compare: bool,
+    quality: int | None,
 ) -> Done | Failure:
     frames = tuple(
         frame.replace(values, frame.alpha)
@@ -175,7 +206,8 @@ def _write(
     )
     try:
         job.target.parent.mkdir(parents=True, exist_ok=True)
-        notes = images.write_picture(dataclasses.replace(picture, frames=frames), job.target)
+        whole = dataclasses.replace(picture, frames=frames)
+        notes = images.write_picture(whole, job.target, quality=quality)
         if compare:
             before = picture.frames[0]
             both = np.concatenate([before.values, frames[0].values], axis=1)
@@ -186,11 +218,6 @@ def _write(
             raise
         return _failure(job, error)
     return Done(job, (*picture.notes, *notes))
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Whether there is no room for what is being written."""
-    return isinstance(error, OSError) and error.errno in images.DISK_FULL
 
 
 def _restore_video(job: Job, restorer: Restorer) -> Done | Failure:

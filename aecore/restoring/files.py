@@ -1,4 +1,4 @@
-"""Which files are restored, and what becomes of each; nothing is read or written."""
+"""Finds the files to restore and names their outputs, without reading or writing any."""
 
 import glob
 import os
@@ -9,12 +9,13 @@ from etils import epath
 
 from aecore.errors import ConfigError
 from aecore.media import images, videos
+from aecore.storage import is_free, is_remote, naming, reason, resolved, to_path
 
 COMPARISON = "_compare.png"
-"""What is appended to an output's stem to name the comparison with its input."""
+"""Appended to an output's stem to name the picture that compares it with its input."""
 
 _FALLBACK = ".png"
-"""For pictures in formats that are read but not written."""
+"""Output format for pictures in formats that can be read but not written."""
 
 
 class Job(NamedTuple):
@@ -25,8 +26,12 @@ class Job(NamedTuple):
 
     @property
     def comparison(self) -> epath.Path:
-        """Where a picture of both goes, if one is wanted."""
+        """Path of the picture that shows input and output side by side."""
         return self.target.with_name(self.target.stem + COMPARISON)
+
+    def outputs(self, comparing: bool) -> list[epath.Path]:
+        """What is written: the target and, of pictures, the comparison if one is wanted."""
+        return [self.target, self.comparison] if comparing and not self.is_video else [self.target]
 
     @property
     def is_video(self) -> bool:
@@ -40,7 +45,7 @@ class Failure(NamedTuple):
     reason: str
 
     def __str__(self):
-        # In one line, whatever the file's name is.
+        # A file's name may contain line breaks.
         text = f"{self.source}: {self.reason}"
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -56,26 +61,26 @@ def find(
         structure, and in which no inputs are looked for.
       recursive: whether folders within folders are searched.
       suffix: appended to the stems of files in the output folder.
-      extension: the ending of pictures in it, without the dot; or `auto` for the inputs' own.
+      extension: the ending of pictures in it, without the dot; or `auto` for the input's own.
 
     Returns:
-      Jobs, and what was named but can't be a job.
+      Jobs, and the inputs that can't be restored.
 
     Raises:
-      ConfigError: nothing was named, or the output can't be one.
+      ConfigError: nothing was named, or the output can't be written.
     """
     if not inputs:
         raise ConfigError("no input; name pictures or folders of pictures")
     if not output:
         raise ConfigError("no output; name a file or a folder")
     if {"/", os.sep} & set(suffix):
-        raise ConfigError(f"suffix {suffix!r} is no part of a file's name")
-    folder = epath.Path(output).expanduser()
+        raise ConfigError(f"suffix {suffix!r} contains a slash; use --output for folders")
+    folder = to_path(output)
     found, failures = [], []
     for name in inputs:
-        for item in _expand(name, recursive, _resolved(folder)):
+        for item in _expand(name, recursive, resolved(folder)):
             (failures if isinstance(item, Failure) else found).append(item)
-    is_file = len(inputs) == 1 and len(found) == 1 and not epath.Path(inputs[0]).is_dir()
+    is_file = len(inputs) == 1 and len(found) == 1 and not to_path(inputs[0]).is_dir()
     if is_file and folder.suffix and not folder.is_dir():
         job = Job(found[0][0], folder)
         ending = folder.suffix.lower()
@@ -92,10 +97,10 @@ def find(
         if not job.is_video and not images.can_write(ending):
             ending = _FALLBACK
         target = job.target.with_name(f"{source.stem}{suffix}{ending}")
-        jobs.setdefault((_resolved(source), target), Job(source, target))
-    # Outputs of an earlier run, beside their inputs, are no inputs.
-    outputs = {_resolved(job.target) for job in jobs.values()} if suffix else set()
-    return [job for job in jobs.values() if _resolved(job.source) not in outputs], failures
+        jobs.setdefault((resolved(source), target), Job(source, target))
+    # Outputs of an earlier run that lie beside their inputs aren't restored again.
+    outputs = {resolved(job.target) for job in jobs.values()} if suffix else set()
+    return [job for job in jobs.values() if resolved(job.source) not in outputs], failures
 
 
 def check(jobs: Sequence[Job], *, comparing: bool, overwrite: bool, report: str | None) -> None:
@@ -107,36 +112,40 @@ def check(jobs: Sequence[Job], *, comparing: bool, overwrite: bool, report: str 
       jobs: what `find` gave.
       comparing: whether comparisons are written.
       overwrite: whether outputs may exist.
-      report: a file that is written besides.
+      report: a report that is written, too.
 
     Raises:
-      ConfigError: there are such.
+      ConfigError: two files would have the same name, or one can't be written.
+      OSError: a remote file system can't be reached.
     """
-    sources = {_resolved(job.source): job.source for job in jobs}
+    sources = {resolved(job.source): job.source for job in jobs}
     named = {}
     for job in jobs:
-        for target in [job.target] + [job.comparison] * comparing:
-            resolved = _resolved(target)
-            if resolved in named:
+        for target in job.outputs(comparing):
+            place = resolved(target)
+            if place in named:
                 raise ConfigError(
-                    f"{named[resolved]} and {job.source} would both become {target}; choose "
+                    f"{named[place]} and {job.source} would both become {target}; choose "
                     "another --suffix or --ext, or restore them into different folders"
                 )
-            named[resolved] = job.source
-            if resolved in sources and not (overwrite and len(jobs) == 1 and target == job.target):
+            named[place] = job.source
+            if place in sources and not (overwrite and len(jobs) == 1 and target == job.target):
                 raise ConfigError(
-                    f"{sources[resolved]} would be overwritten; choose another output or a --suffix"
+                    f"{sources[place]} would be overwritten; choose another output or a --suffix"
                 )
-            if target.exists() and not os.path.isfile(target):  # noqa: PTH113
-                raise ConfigError(f"{target} is there already, and no regular file")
+            with naming(target):
+                if not is_free(target):
+                    raise ConfigError(f"{target} exists and is not a regular file; name another")
+                if is_remote(target):  # Buckets have no folders that must exist.
+                    continue
             in_the_way = next((p for p in target.parents if p.exists()), None)
             if in_the_way is not None and not in_the_way.is_dir():
-                raise ConfigError(f"{in_the_way} is no folder; choose another output")
+                raise ConfigError(f"{in_the_way} is not a folder; choose another output")
     if report is not None:
-        path = epath.Path(report).expanduser()
-        if _resolved(path) in named or _resolved(path) in sources:
-            raise ConfigError(f"{path} is a picture too; choose another file for the report")
-        if path.is_dir() or not path.parent.is_dir():
+        path = to_path(report)
+        if resolved(path) in named or resolved(path) in sources:
+            raise ConfigError(f"{path} is an input or an output; choose another report file")
+        if path.is_dir() or not (is_remote(path) or path.parent.is_dir()):
             raise ConfigError(f"{path} can't be written: it is a folder, or its folder is missing")
 
 
@@ -144,14 +153,17 @@ def _expand(
     name: str, recursive: bool, excluded: str
 ) -> Iterator[tuple[epath.Path, str] | Failure]:
     """Files that an input names, each with its path within the output folder."""
-    path = epath.Path(name).expanduser()
+    path = to_path(name)
     if path.is_dir():
         yield from _in_folder(path, "", recursive, excluded)
     elif glob.has_magic(name) and not os.path.lexists(path):
-        matches = sorted(glob.glob(os.fspath(path), recursive=True))  # noqa: PTH207
+        fixed = _fixed_part(path)
+        if is_remote(path):
+            matches = sorted(map(os.fspath, fixed.glob(os.fspath(path.relative_to(fixed)))))
+        else:
+            matches = sorted(glob.glob(os.fspath(path), recursive=True))  # noqa: PTH207
         if not matches:
             yield Failure(path, "matches no file")
-        fixed = _fixed_part(path)
         for match in map(epath.Path, matches):
             within = os.fspath(match.relative_to(fixed))
             if not match.is_dir():
@@ -168,7 +180,7 @@ def _in_folder(
     try:
         paths = sorted(folder.iterdir())
     except OSError as error:
-        yield Failure(folder, f"can't be read: {error.strerror}")
+        yield Failure(folder, f"can't be read: {reason(error)}")
         return
     found = False
     for path in paths:
@@ -176,7 +188,7 @@ def _in_folder(
         if path.name.startswith("."):
             continue
         if path.is_dir() and not os.path.islink(path):  # noqa: PTH114
-            if recursive and _resolved(path) != excluded:
+            if recursive and resolved(path) != excluded:
                 found = True
                 yield from _in_folder(path, relative, recursive, excluded)
             elif _looks_like_picture(path):
@@ -201,7 +213,3 @@ def _fixed_part(path: epath.Path) -> epath.Path:
             break
         fixed /= part
     return fixed
-
-
-def _resolved(path: epath.Path) -> str:
-    return os.path.realpath(path)

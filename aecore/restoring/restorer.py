@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from etils import epath
 from jax import core
 
 from aecore.errors import ConfigError, ImageError
@@ -297,7 +296,7 @@ class Restorer:
     def _frame(self, image: Any) -> images.Frame | None:
         """A picture or path as a frame; None for an array."""
         if isinstance(image, (str, os.PathLike)):
-            picture = images.read_picture(epath.Path(image))
+            picture = images.read_picture(image)
             frame, notes = picture.frames[0], picture.notes
         elif images.is_picture(image):
             frame, notes = images.from_pillow(image)

@@ -25,39 +25,80 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where images come from, and the size they are brought to."""
+    """Where images come from, and what training takes of them."""
 
     dataset: str = "sample"
-    """sample, fashion_mnist, lfw, folder, or the name of any TFDS dataset with images."""
+    """sample, fashion_mnist, lfw, folder, pairs, or the name of any TFDS dataset with images.
+    pairs: DIR/degraded and DIR/original hold pictures of the same names."""
     data_dir: str | None = None
     """Folder of prepared TFDS data, of IDX files or of pictures; None: where TFDS keeps its own."""
     image_size: tuple[int, int] | None = None
-    """Height and width to train at; None: the images' own, if they are all of one size."""
+    """Height and width to bring whole images to; None: their own, if all are of one size."""
+    crop: int | tuple[int, int] | None = None
+    """Side, or height and width, of random crops to train on, cut from the pictures at full
+    resolution; of pairs, from the originals. None: train on whole images."""
+    crops_per_image: int = 1
+    """Crops of each picture in an epoch, each at another place."""
+    small: Literal["skip", "pad"] = "skip"
+    """What to do with pictures smaller than the crop. skip: leave them out. pad: mirror them at
+    their lower and right edges until they are large enough."""
+    turn: bool = False
+    """Mirror and turn each crop at random, in one of the eight ways there are; the crop must be a
+    square."""
     channels: int | None = None
-    """1 for gray, 3 for RGB; None: as the source has them."""
+    """1 for gray, 3 for RGB; None: as the source has them, or RGB for crops of files."""
     resize: Literal["antialiased", "bilinear"] = "antialiased"
-    """bilinear takes the 4 nearest pixels, OpenCV's default; antialiased is bicubic over all."""
+    """How whole images are resized. bilinear interpolates between the 4 nearest pixels, as OpenCV
+    does by default; antialiased is bicubic over all pixels that a new one covers."""
     validation_fraction: float = 0.1
     """Share of the images held out for validation, where the source has no such split."""
     split_seed: int = 0
     """Seed of that choice."""
     memory_limit: float | None = None
-    """GiB of images to hold in memory, more go to a temporary file; None: a quarter of all."""
+    """GiB of decoded images to hold in memory; None: a quarter of the computer's memory. Of whole
+    images, more are held in a temporary file; crops of other pictures are decoded each time."""
+
+    @property
+    def crop_size(self) -> tuple[int, int] | None:
+        """Height and width of a crop."""
+        return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
 
     def __post_init__(self):
-        size = self.image_size
+        for name, size in (("image_size", self.image_size), ("crop", self.crop_size)):
+            _require(
+                size is None or (isinstance(size, tuple) and len(size) == 2 and min(size) >= 1),
+                f"data.{name} {size} is not a height and a width of at least 1",
+            )
         _require(
-            size is None or (isinstance(size, tuple) and len(size) == 2 and min(size) >= 1),
-            f"data.image_size {size} is not a height and a width",
+            self.crop is None or self.image_size is None,
+            f"data.crop {self.crop} is cut at full resolution, data.image_size {self.image_size} "
+            "is of whole images; use one of them",
+        )
+        _require(
+            self.crops_per_image >= 1,
+            f"data.crops_per_image {self.crops_per_image} is less than 1; use 1 or more",
+        )
+        for name in ("crops_per_image", "turn"):
+            _require(
+                self.crop is not None or getattr(self, name) == getattr(Data, name),
+                f"data.{name} {getattr(self, name)} is of crops; choose their size with data.crop",
+            )
+        _require(
+            not self.turn or len(set(self.crop_size or ())) == 1,
+            f"data.turn needs square crops, not data.crop {self.crop}",
         )
         _require(
             self.channels in (None, 1, 3),
             f"data.channels {self.channels} is not supported; use 1 for gray or 3 for RGB",
         )
-        _require(
-            self.resize in ("antialiased", "bilinear"),
-            f"data.resize {self.resize!r} is unknown; use antialiased or bilinear",
-        )
+        for name, choices in (
+            ("resize", ("antialiased", "bilinear")),
+            ("small", ("skip", "pad")),
+        ):
+            value = getattr(self, name)
+            _require(
+                value in choices, f"data.{name} {value!r} is unknown; use {' or '.join(choices)}"
+            )
         _require(
             0 < self.validation_fraction < 1,
             f"data.validation_fraction {self.validation_fraction} is not between 0 and 1",

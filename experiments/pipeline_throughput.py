@@ -33,7 +33,7 @@ def per_image_batches(images: np.ndarray, batch_size: int) -> Iterator:
         return tf.clip_by_value(image + noise, 0.0, 1.0), image
 
     return (
-        tf.sources.Dataset.from_tensor_slices(images)
+        tf.data.Dataset.from_tensor_slices(images)
         .shuffle(len(images))
         .repeat()
         .map(degrade, num_parallel_calls=tf.data.AUTOTUNE)
@@ -51,7 +51,7 @@ def main(batch_size: int = 32, seconds: float = 4.0, repeats: int = 5) -> None:
         seconds: How long each measurement lasts.
         repeats: Measurements of each pipeline.
     """
-    images = np.tile(sources.load(aecore.Data()).train, (10, 1, 1, 1))
+    images = np.tile(sources.whole_array(sources.load(aecore.Data()).train), (10, 1, 1, 1))
     pipelines = {
         "per image": per_image_batches(images, batch_size),
         "aecore": training_batches(images, GaussianNoise(0.4), batch_size=batch_size, seed=0),

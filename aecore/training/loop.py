@@ -121,23 +121,24 @@ class _Run:
     ):
         training = experiment.training
         self.experiment = experiment
-        self.dataset = dataset
         self.parallel = parallel
         self.directory = directory
         self.checkpoints = checkpoints
         self.interruption = interruption
-        self.steps_per_epoch = len(dataset.train) // training.batch_size
-        self.last_step = training.last_step(len(dataset.train))
+        examples = dataset.examples()
+        self.validation = sources.whole_array(dataset.validation)
+        self.steps_per_epoch = len(examples) // training.batch_size
+        self.last_step = training.last_step(len(examples))
 
         # With several processes, the first one alone writes what isn't a checkpoint.
         self.is_first = jax.process_index() == 0
 
         parts = assembly.assemble(experiment, dataset.image_shape, parallel, self.last_step)
         self.feed = feeds.create(
-            dataset.train, experiment.degradation, training, parallel, parts.train_step
+            examples, experiment.degradation, training, parallel, parts.train_step
         )
         self.evaluator = evaluation.Evaluator(parts.apply, experiment.degradation, parallel)
-        degraded = evaluation.degraded(experiment.degradation, dataset.validation[:_LOOKED_AT])
+        degraded = evaluation.degraded(experiment.degradation, self.validation[:_LOOKED_AT])
         self.degraded_samples = degraded[:_SAMPLES].copy()
         self.description = config.to_json(experiment) | {
             "aecore": aecore.__version__,
@@ -168,7 +169,7 @@ class _Run:
         if self.step < self.last_step and not self._loss_no_longer_falls():
             # Not of the state's own arrays, which are donated to the steps meanwhile.
             params = self.abstract_state.inference_params
-            self.evaluator.compile_ahead(params, self.dataset.validation)
+            self.evaluator.compile_ahead(params, self.validation)
         while True:
             if self._evaluation_is_due():
                 self._collect_losses(bar)
@@ -222,7 +223,7 @@ class _Run:
             params = self.parallel.replicate(restorer.params)
             scores = {
                 "step": restorer.description["step"],
-                **self.evaluator(params, self.dataset.validation),
+                **self.evaluator(params, self.validation),
             }
         summary = {
             "name": self.experiment.name,
@@ -231,7 +232,7 @@ class _Run:
             **self.clock.to_json(),
             "evaluation": scores,
             "baseline": evaluation.baseline(
-                self.experiment.degradation, self.parallel, self.dataset.validation
+                self.experiment.degradation, self.parallel, self.validation
             ),
             "parameters": state.count_parameters(self.state.params),
             "device": jax.devices()[0].device_kind,
@@ -242,7 +243,7 @@ class _Run:
             return summary
         summary |= self._classical_scores()
         degraded = self.degraded_samples
-        original = self.dataset.validation[: len(degraded)].astype(np.float32) / 255
+        original = self.validation[: len(degraded)].astype(np.float32) / 255
         reports.save_samples(
             {"degraded": degraded, "restored": restorer(degraded), "original": original},
             self.directory / "samples.png",
@@ -308,7 +309,7 @@ class _Run:
 
     def _evaluate(self) -> None:
         scores = self.evaluator(
-            self.state.inference_params, self.dataset.validation, self._evaluation_may_stop
+            self.state.inference_params, self.validation, self._evaluation_may_stop
         )
         if scores is None:
             self._stop()

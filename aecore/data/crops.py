@@ -56,15 +56,30 @@ class Places:
 
 
 @dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where pictures of several sizes lie in one array of their pixels."""
+
+    start: np.ndarray
+    """`(N,)` int64: each picture's first pixel."""
+    width: np.ndarray
+    """`(N,)` int64: their widths."""
+    scale: int
+    """How many times larger the originals are, to which places belong."""
+
+    def locate(self, places: Places) -> tuple[np.ndarray, np.ndarray]:
+        """The first pixel of each crop, and the width of its picture."""
+        width = self.width[places.image]
+        row, column = places.top // self.scale, places.left // self.scale
+        return self.start[places.image] + row * width + column, width
+
+
+@dataclasses.dataclass(frozen=True)
 class Packed:
     """Pictures of several sizes in one array."""
 
     planes: np.ndarray
     """`(C, P)` uint8: the pixels of one picture after another, row by row."""
-    start: np.ndarray
-    """`(N,)` int64: at which of the pixels each picture starts."""
-    width: np.ndarray
-    """`(N,)` int64: their widths."""
+    layout: Layout
 
 
 class _TooSmallError(ImageError):
@@ -97,6 +112,7 @@ class Crops:
                 f"--data.crop {crop.size[0]} {crop.size[1]} is not a multiple of {scale}, by which "
                 "the originals are larger than the degraded pictures; use one that is"
             )
+        # How many times larger than each of the parts the originals are.
         self._scales = (scale, 1) if isinstance(source, Pairs) else (1,)
         self._grid = math.lcm(grid, scale)
         self._left_out: dict[int, ImageError] = {}
@@ -157,7 +173,10 @@ class Crops:
         numbers = _numbers(seed, epoch, len(self))[examples]
         index = examples % len(self._source)
         for row in np.flatnonzero(np.isin(index, list(self._left_out))):
-            index[row] = next(self._candidates(seed, epoch, int(examples[row])))
+            others = self._candidates(seed, epoch, int(examples[row]))
+            if (other := next(others, None)) is None:
+                raise self._unusable()
+            index[row] = other
         heights, widths = np.array([self._padded_size(i) for i in index.tolist()], np.uint64).T
         top, left = (
             _offset(number, sides - np.uint64(side), np.uint64(self._grid)).astype(np.int64)
@@ -192,19 +211,17 @@ class Crops:
             height, width = sizes.T // scale
             stop = np.cumsum(height * width)
             planes = np.empty((self._source.channels, stop[-1]), np.uint8)
-            packed.append(Packed(planes, stop - height * width, width))
+            packed.append(Packed(planes, Layout(stop - height * width, width, scale)))
 
         def fill(rows: np.ndarray) -> None:
             for index in rows.tolist():
                 if index in self._left_out:
                     continue
                 try:
-                    for part, pictures, scale in zip(
-                        self._parts, packed, self._scales, strict=True
-                    ):
-                        size = sizes[index] // scale
+                    for part, pictures in zip(self._parts, packed, strict=True):
+                        size = sizes[index] // pictures.layout.scale
                         pixels = _pad(part[index], *size).reshape(-1, len(pictures.planes))
-                        start = pictures.start[index]
+                        start = pictures.layout.start[index]
                         pictures.planes[:, start : start + len(pixels)] = pixels.T
                 except ImageError as error:
                     self._leave_out(index, error)
@@ -237,7 +254,6 @@ class Crops:
                 yield index
             bits = _philox("replacement", seed, epoch, example, draw).random_raw()
             index = _offset(int(bits), len(self._source) - 1, 1)
-        raise self._unusable()
 
     def _unusable(self) -> DataError:
         _, reason = self._left_out.copy().popitem()
@@ -265,12 +281,12 @@ class Crops:
 
     def _first_cut(self, candidates: Iterator[int], place: list[int]) -> list[np.ndarray]:
         """The crops of the first picture that can be used."""
-        index = next(candidates)
-        try:
-            return self._cut(index, place)
-        except ImageError as error:
-            self._leave_out(index, error)
-        return self._first_cut(candidates, place)
+        for index in candidates:
+            try:
+                return self._cut(index, place)
+            except ImageError as error:
+                self._leave_out(index, error)
+        raise self._unusable()
 
     def _cut(self, index: int, place: list[int]) -> list[np.ndarray]:
         """The crops of one picture at the place that two random numbers choose."""

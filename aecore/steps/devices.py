@@ -140,7 +140,9 @@ class DataParallel:
         """
         return self._compile(functools.partial(train_step, axis_name=AXIS), 0)
 
-    def compile_train_steps(self, train_step: Callable, most: int) -> Callable:
+    def compile_train_steps(
+        self, train_step: Callable, most: int, *, held: bool = False
+    ) -> Callable:
         """Compiles `(state, batches, count) -> (state, losses)`; the state is donated.
 
         It does `count` steps, at most `most`, over `(S, B, ...)` batches that are on the devices;
@@ -149,9 +151,11 @@ class DataParallel:
         Args:
           train_step: as for `compile_train_step`.
           most: the length of `losses`; those from `count` on mean nothing.
+          held: whether there is a fourth argument, arrays that are whole on every device. Each
+            step's batch is then a pair of its own and of these.
         """
 
-        def train_steps(state, batches, count):
+        def train_steps(state, batches, count, *arrays):
             def body(index, carry):
                 state, losses = carry
                 batch = jax.tree.map(
@@ -160,6 +164,7 @@ class DataParallel:
                     ),
                     batches,
                 )
+                batch = (batch, *arrays) if held else batch
                 state, loss = train_step(state, batch, axis_name=AXIS)
                 return state, losses.at[index].set(loss)
 
@@ -167,7 +172,7 @@ class DataParallel:
             # computes, is the same however the steps are divided among calls.
             return lax.fori_loop(0, count, body, (state, jnp.zeros(most, jnp.float32)))
 
-        return self._compile(train_steps, 1, None)
+        return self._compile(train_steps, 1, None, *[None] * held)
 
     def _compile(self, function: Callable, *axes: int | None) -> Callable:
         """Compiles `(state, *args) -> (state, value)`.

@@ -1,7 +1,7 @@
-"""What the compiled steps train on: batches streamed by tf.data, or all images held on the devices.
+"""What the compiled steps train on: batches streamed from the host, or images held on the devices.
 
-A feed's `launch` starts one or more steps, from any step on. Both feeds visit the images in the
-same order; noise drawn on the device is the same in both.
+A feed's `launch` starts one or more steps, from any step on. All feeds visit the same images and
+crops in the same order, and noise that is drawn on the device is the same in all.
 """
 
 import collections
@@ -13,15 +13,18 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from aecore.config import Training
-from aecore.data.batches import epoch_order, training_batches
-from aecore.degradations import Degradation
+from aecore.data.batches import Batch, epoch_order, training_batches
+from aecore.data.crops import Crops
+from aecore.degradations import Degradation, JaxOps
 from aecore.errors import ConfigError
 from aecore.steps.devices import DataParallel
 from aecore.steps.state import TrainState
-from aecore.steps.step import degrading, pairs
+from aecore.steps.step import Prepare, degrading, pairs
 
 _AHEAD = 2
 """Groups of batches that are on their way to the devices while a call runs."""
@@ -37,13 +40,10 @@ _CALL_SECONDS = 0.25
 
 
 class Feed(Protocol):
-    """Starts steps of training.
-
-    Attributes:
-      seconds_waited: how long, in all, launching has waited for images.
-    """
+    """Starts steps of training."""
 
     seconds_waited: float
+    """How long, in all, launching has waited for images."""
 
     def launch(self, state: TrainState, step: int, most: int) -> tuple[TrainState, jax.Array, int]:
         """Starts steps without waiting for their results.
@@ -54,16 +54,18 @@ class Feed(Protocol):
           most: how many steps may be done.
 
         Returns:
-          The state after the steps, their losses `(L,)` or a scalar, and how many they are; of
-          the losses, as many from the first on count.
+          The state after the steps; their losses, `(L,)` or a scalar; and how many steps there
+          are. Losses beyond that number are undefined.
         """
+        ...
 
     def seconds_per_step(self, seconds: float) -> None:
         """Is told how long steps take."""
+        ...
 
 
 def create(
-    array: np.ndarray,
+    examples: np.ndarray | Crops,
     degradation: Degradation,
     training: Training,
     parallel: DataParallel,
@@ -72,7 +74,7 @@ def create(
     """The feed that the settings ask for.
 
     Args:
-      array: `(N, H, W, C)` uint8.
+      examples: `(N, H, W, C)` uint8 images, or crops.
       degradation: what is done to the images.
       training: batch size, seed and feed.
       parallel: the devices, and how the step is compiled for them.
@@ -80,13 +82,17 @@ def create(
 
     Raises:
       ConfigError: the devices can't hold the images.
+      DataError: no picture can be cropped.
     """
-    kind = Resident if training.feed == "resident" else Stream
-    return kind(array, degradation, training, parallel, step)
+    if training.feed == "stream":
+        return Stream(examples, degradation, training, parallel, step)
+    if isinstance(examples, Crops):
+        return ResidentCrops(examples, degradation, training, parallel, step)
+    return Resident(examples, degradation, training, parallel, step)
 
 
 class _Calls:
-    """How many steps a call may do: as many as take `_CALL_SECONDS`, once it is known."""
+    """How many steps a call may do: as many as take `_CALL_SECONDS`, once that is known."""
 
     def __init__(self, most: int):
         # Where steps take long, a call starts with one; several processes must agree.
@@ -99,24 +105,34 @@ class _Calls:
 
 
 class Stream:
-    """Batches from tf.data, put on the devices ahead of time.
+    """Batches made on the host, put on the devices ahead of time.
 
     Of small batches, several are put there together: a call then does several steps, which share
     what it costs the host.
     """
 
-    def __init__(self, array, degradation, training, parallel, step):
+    def __init__(
+        self,
+        examples: np.ndarray | Crops,
+        degradation: Degradation,
+        training: Training,
+        parallel: DataParallel,
+        step: Callable,
+    ):
         on_device = training.degrade_on == "device"
-        prepare = degrading(degradation, training.flip) if on_device else pairs
+        prepare = _prepare(examples, degradation, training) if on_device else pairs
         share = parallel.share(training.batch_size)
-        self._group = min(max(1, _GROUP_IMAGES // (share.stop - share.start)), _MOST_BATCHES)
+        # Crops may have to be decoded, and the first batch should not wait for those after it.
+        self._group = 1
+        if not isinstance(examples, Crops):
+            self._group = min(max(1, _GROUP_IMAGES // (share.stop - share.start)), _MOST_BATCHES)
         self._steps = parallel.compile_train_steps(
             functools.partial(step, prepare=prepare), self._group
         )
         self._parallel = parallel
         self._batches = functools.partial(
             training_batches,
-            array,
+            examples,
             None if on_device else degradation,
             batch_size=training.batch_size,
             seed=training.seed,
@@ -125,7 +141,7 @@ class Stream:
         )
         self._calls = _Calls(self._group)
         self.seconds_per_step = self._calls.seconds_per_step
-        self._placed = None
+        self._placed: Iterator[Any] = iter(())
         self._current = None
         self._next_step = None
         self.seconds_waited = 0.0
@@ -147,8 +163,9 @@ class Stream:
         queue = collections.deque()
         batches = self._batches(start_step=step)
         done = step % self._group
-        while True:
-            while len(queue) <= _AHEAD:
+        for ahead in itertools.count():
+            # The first step starts as soon as there is a group for it.
+            while len(queue) <= min(ahead, _AHEAD):
                 start = time.perf_counter()
                 group = list(itertools.islice(batches, self._group - done))
                 self.seconds_waited += time.perf_counter() - start
@@ -162,15 +179,37 @@ def _stack(*arrays: np.ndarray) -> np.ndarray:
     return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
 
 
+def _prepare(examples: np.ndarray | Crops, degradation: Degradation, training: Training) -> Prepare:
+    """What makes degraded and original images of a batch of uint8 ones, on the devices."""
+    if not isinstance(examples, Crops):
+        return degrading(degradation, training.flip)
+    if len(examples.shapes) == 1:
+        return degrading(degradation)  # Crops are mirrored when they are cut.
+
+    def prepare(batch: Any, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        degraded, original = (images.astype(jnp.float32) / 255.0 for images in batch)
+        return degradation.apply(degraded, JaxOps(keys)), original
+
+    return prepare
+
+
 class Resident:
-    """All images on the devices, as bytes; a call does many steps and takes nothing from the host.
+    """Whole images on the devices, as bytes; a call does many steps and needs nothing of the host.
 
     At an epoch's start the devices arrange a copy of the images in the epoch's order, so that each
     batch is a slice.
     """
 
-    def __init__(self, array, degradation, training, parallel, step):
-        _check_memory(array, parallel)
+    def __init__(
+        self,
+        array: np.ndarray,
+        degradation: Degradation,
+        training: Training,
+        parallel: DataParallel,
+        step: Callable,
+    ):
+        # As they are held, and as they are arranged.
+        _check_memory(2 * array.nbytes / parallel.device_count, parallel)
         shape = array.shape[1:]
         degrade = degrading(degradation, training.flip)
 
@@ -210,11 +249,119 @@ class Resident:
         return state, losses, count
 
 
-def _check_memory(array: np.ndarray, parallel: DataParallel) -> None:
-    """Two copies, as they are held and as they are arranged, must leave room for the steps."""
+class ResidentCrops:
+    """Whole pictures on the devices, as bytes, of which each step cuts its crops itself.
+
+    Each device holds all pictures, so that a batch is the same on any number of devices, and none
+    waits for another's pixels. At an epoch's start the host says where the crops lie: three
+    integers each.
+    """
+
+    def __init__(
+        self,
+        crops: Crops,
+        degradation: Degradation,
+        training: Training,
+        parallel: DataParallel,
+        step: Callable,
+    ):
+        packed = crops.pack()
+        for pictures in packed:
+            if pictures.planes.shape[1] >= 2**31:
+                raise ConfigError(
+                    f"the pictures have {pictures.planes.shape[1]:,} pixels, more than the "
+                    f"{2**31 - 1:,} that can be held on a device; use --training.feed stream"
+                )
+        _check_memory(sum(pictures.planes.nbytes for pictures in packed), parallel)
+        degrade = _prepare(crops, degradation, training)
+
+        def prepare(batch: Any, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+            (parts, turn), held = batch
+            images = tuple(
+                cut(planes, start, width, turn, size[:2])
+                for planes, (start, width), size in zip(held, parts, crops.shapes, strict=True)
+            )
+            return degrade(images[0] if len(images) == 1 else Batch(*images), keys)
+
+        self._steps = parallel.compile_train_steps(
+            functools.partial(step, prepare=prepare), _MOST_STEPS, held=True
+        )
+        self._held = tuple(parallel.replicate(pictures.planes) for pictures in packed)
+        self._layouts = [pictures.layout for pictures in packed]
+        self._crops = crops
+        self._training = training
+        self._parallel = parallel
+        self._epoch = None
+        self._places = None
+        self.seconds_waited = 0.0
+        self._calls = _Calls(_MOST_STEPS)
+        self.seconds_per_step = self._calls.seconds_per_step
+
+    def launch(self, state, step, most):
+        steps_per_epoch = len(self._crops) // self._training.batch_size
+        epoch, done = divmod(step, steps_per_epoch)
+        if epoch != self._epoch:
+            start = time.perf_counter()
+            self._places = self._places_of(epoch, steps_per_epoch)
+            self._epoch = epoch
+            self.seconds_waited += time.perf_counter() - start
+        count = min(most, self._calls.steps, steps_per_epoch - done)
+        state, losses = self._steps(
+            state, self._places, self._parallel.replicate(np.int32(count)), self._held
+        )
+        return state, losses, count
+
+    def _places_of(self, epoch: int, steps_per_epoch: int) -> Any:
+        """Where an epoch's crops start, how wide their pictures are, and how they are turned.
+
+        Each is an array `(S, B)` of int32.
+        """
+        training = self._training
+        order = epoch_order(training.seed, epoch, len(self._crops))
+        examples = order[: steps_per_epoch * training.batch_size]
+        places = self._crops.places(examples, seed=training.seed, epoch=epoch, flip=training.flip)
+        located = tuple(layout.locate(places) for layout in self._layouts)
+        share = self._parallel.share(training.batch_size)
+
+        def batches(values: np.ndarray) -> np.ndarray:
+            return values.astype(np.int32).reshape(steps_per_epoch, -1)[:, share]
+
+        return self._parallel.place_batch(jax.tree.map(batches, (located, places.turn)), axis=1)
+
+
+def cut(
+    planes: jax.Array, start: jax.Array, width: jax.Array, turn: jax.Array, size: tuple[int, int]
+) -> jax.Array:
+    """Crops of packed pictures, turned as `aecore.data.crops.turned` does it.
+
+    Args:
+      planes: `(C, P)` uint8, as `Packed.planes`.
+      start: `(B,)`, the pixel at which each crop starts.
+      width: `(B,)`, the widths of their pictures.
+      turn: `(B,)`, how each is turned.
+      size: height and width of the crops; equal if any `turn` is above 3.
+
+    Returns:
+      `(B, height, width, C)` uint8.
+    """
+    height, columns = size
+
+    def row(first):
+        return lax.dynamic_slice(planes, (0, first), (len(planes), columns))
+
+    first = start[:, None] + width[:, None] * jnp.arange(height, dtype=jnp.int32)
+    images = jax.vmap(jax.vmap(row))(first).transpose(0, 1, 3, 2)
+    turn = turn[:, None, None, None]
+    if height == columns:
+        images = jnp.where(turn & 4, images.swapaxes(1, 2), images)
+    images = jnp.where(turn & 2, images[:, ::-1], images)
+    return jnp.where(turn & 1, images[:, :, ::-1], images)
+
+
+def _check_memory(needed: float, parallel: DataParallel) -> None:
+    """The images, of so many bytes a device, must leave room for the steps."""
     statistics = parallel.mesh.local_devices[0].memory_stats() or {}
     limit = statistics.get("bytes_limit", math.inf)
-    needed = 2 * array.nbytes / parallel.device_count
     if needed > 0.8 * limit:
         raise ConfigError(
             f"the images need {needed / 2**30:.1f} GiB of the device's {limit / 2**30:.1f}; "

@@ -12,6 +12,7 @@ from aecore import Data
 from aecore.data import sources
 from aecore.data.batches import epoch_order, training_batches
 from aecore.data.crops import Crop, Crops, turned
+from aecore.data.grouping import picture_batches, shared_shapes
 from aecore.data.indexed import ArraySource, Cache, FileSource, Pairs
 from aecore.degradations import Compose, GaussianNoise
 from aecore.errors import ConfigError, DataError, ImageError
@@ -413,6 +414,57 @@ def test_pictures_to_score_are_all_there_in_order(tmp_path):
     assert isinstance(found, FileSource)
     for expected, index in zip(arrays, range(len(found)), strict=True):
         np.testing.assert_array_equal(found[index], expected)
+
+
+# ---- Whole pictures in batches
+
+
+@pytest.mark.parametrize("most", [1, 3, 6, 100])
+def test_each_picture_is_in_one_batch_of_few_shapes(most, caplog):
+    random = np.random.default_rng(0)
+    sizes = [tuple(size) for size in random.integers(20, 90, (40, 2)).tolist()] + [(33, 44)] * 9
+    source = Made(sizes, broken={7})
+    batches = list(picture_batches(source, lambda shape: 4, most_shapes=most, multiple=8))
+    shapes = [batch.original.shape for batch in batches]
+    assert len(set(shapes)) <= most
+    assert all(height % 8 == width % 8 == 0 for _, height, width, _ in shapes)
+    counted = [batch.indices[: batch.count].tolist() for batch in batches]
+    assert sorted(itertools.chain(*counted)) == [index for index in range(49) if index != 7]
+    for shape in set(shapes):
+        parts = (c for c, s in zip(counted, shapes, strict=True) if s == shape)
+        together = list(itertools.chain(*parts))
+        assert together == sorted(together)
+    for batch in batches:
+        for image, index, size in zip(batch.original, batch.indices, batch.sizes, strict=True):
+            assert tuple(size) == sizes[index]
+            np.testing.assert_array_equal(image[: size[0], : size[1]], source[index])
+            edge = image[: size[0] + 2, : size[1] + 2]
+            whole = np.pad(source[index], ((0, 2), (0, 2), (0, 0)), "symmetric")
+            np.testing.assert_array_equal(edge, whole[: edge.shape[0], : edge.shape[1]])
+    assert [record.message for record in caplog.records] == ["skipped: picture 7 is broken"]
+
+
+def test_shapes_that_are_few_are_not_changed():
+    sizes = np.array([(321, 481), (481, 321)] * 5)
+    np.testing.assert_array_equal(shared_shapes(sizes, 2, 1), sizes)
+    many = np.random.default_rng(0).integers(200, 4000, (2000, 2))
+    shapes = shared_shapes(many, 6, 8)
+    assert len(np.unique(shapes, axis=0)) == 6
+    assert (shapes >= many).all()
+    assert shapes.prod(1).sum() < 2 * many.prod(1).sum()
+
+
+def test_pairs_are_batched_together(tmp_path):
+    save_pairs(tmp_path, SIZES[:7], 3)
+    source = sources.pictures(Data(dataset="pairs", data_dir=str(tmp_path)))
+    batches = list(picture_batches(source, lambda shape: 2, most_shapes=2, multiple=8))
+    assert sum(batch.count for batch in batches) == 7
+    for batch in batches:
+        assert batch.original.shape[1] % 24 == 0
+        kept = batch.original[:, ::3, ::3]
+        for degraded, original, size in zip(batch.degraded, kept, batch.sizes // 3, strict=True):
+            expected = 255 - original[: size[0], : size[1]]
+            np.testing.assert_array_equal(degraded[: size[0], : size[1]], expected)
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,75 @@ def test_damaged_tfds_is_named(made_tfds):
         sources.load(Data(dataset="lfw", data_dir=str(made_tfds), image_size=(20, 20)))
 
 
+@pytest.fixture(scope="module")
+def made_photographs(tmp_path_factory):
+    """A TFDS dataset of pictures of several sizes in each of two formats."""
+    import tensorflow_datasets
+
+    class MadePhotographs(tensorflow_datasets.core.GeneratorBasedBuilder):
+        VERSION = tensorflow_datasets.core.Version("1.0.0")
+
+        def _info(self):
+            image = tensorflow_datasets.features.Image(shape=(None, None, 3))
+            features = tensorflow_datasets.features.FeaturesDict({"image": image})
+            return tensorflow_datasets.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            random = np.random.default_rng(0)
+            for index in range(12):
+                yield index, {"image": random.integers(0, 256, (20 + index, 30, 3), np.uint8)}
+
+    folders = {}
+    for kind in ("tfrecord", "array_record"):
+        folders[kind] = str(tmp_path_factory.mktemp(kind))
+        builder = MadePhotographs(data_dir=folders[kind], file_format=kind)
+        builder.download_and_prepare()
+    return folders
+
+
+def test_tfds_pictures_are_the_same_in_every_format(made_photographs):
+    read = {}
+    for kind, folder in made_photographs.items():
+        data = Data(dataset="made_photographs", data_dir=folder, image_size=(16, 16))
+        whole = sources.load(data)
+        cropped = sources.load(Data(dataset="made_photographs", data_dir=folder, crop=16))
+        assert (len(cropped.train), len(cropped.validation)) == (10, 2)
+        pictures = [cropped.train[index] for index in range(10)]
+        assert len({picture.shape for picture in pictures}) == 10
+        assert [picture.shape for picture in pictures] == [
+            cropped.train.shape(i) for i in range(10)
+        ]
+        crops = cropped.examples().read(np.arange(10), seed=0, epoch=0)[0]
+        read[kind] = (*(part.tobytes() for part in (whole.train.array, *pictures)), crops.tobytes())
+    assert read["tfrecord"] == read["array_record"]
+
+
+def test_tfds_pictures_by_index_are_read_when_they_are_needed(made_photographs, monkeypatch):
+    read = []
+    real = tfds._image_of
+    monkeypatch.setattr(tfds, "_image_of", lambda *args: read.append(args[1]) or real(*args))
+    data = Data(dataset="made_photographs", data_dir=made_photographs["array_record"], crop=16)
+    dataset = sources.load(data)
+    dataset.fingerprint()
+    assert not read
+    _ = dataset.train[3]
+    assert len(read) == 1
+
+
+def test_tfds_pictures_that_can_only_be_read_in_order_must_fit_in_memory(made_photographs):
+    data = Data(
+        dataset="made_photographs",
+        data_dir=made_photographs["tfrecord"],
+        crop=16,
+        memory_limit=1e-6,
+    )
+    with pytest.raises(DataError, match="can't be read by index; prepare it with tfds build"):
+        sources.load(data)
+
+
 def test_prepared_fashion_mnist(tfds_dir):
     loaded = sources.load(Data(dataset="fashion_mnist", data_dir=tfds_dir))
     assert loaded.train.array.shape == (60_000, 28, 28, 1)

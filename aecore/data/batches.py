@@ -6,7 +6,7 @@ can start at any step without reading what comes before it.
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,31 +98,21 @@ def training_batches(
 
     failures = []
 
-    def read_crops(step):
-        try:
-            epoch = step // steps_per_epoch
-            return examples.read(indices_of(step), seed=seed, epoch=epoch, flip=flip)
-        except DataError as error:
-            failures.append(error)  # TensorFlow makes an error of its own of it.
-            raise
+    if isinstance(examples, Crops):
+        shapes, read = examples.shapes, functools.partial(examples.read, seed=seed, flip=flip)
 
-    if is_crops:
-        shapes = examples.shapes
-
-        def gather(step):
-            kinds = [tf.uint8] * len(shapes)
-            return tf.numpy_function(read_crops, [step], kinds, stateful=False)
-    else:
-        shapes = (examples.shape[1:],)
-        tensor = None if isinstance(examples, np.memmap) else tf.constant(examples)
+        def read_crops(step):
+            try:
+                return read(indices_of(step), epoch=step // steps_per_epoch)
+            except DataError as error:
+                failures.append(error)  # TensorFlow makes an error of its own of it.
+                raise
 
         def gather(first_step):
-            indices = tf.numpy_function(group_indices, [first_step], tf.int64, stateful=False)
-            indices = tf.ensure_shape(indices, (count,))
-            if tensor is not None:
-                return [tf.gather(tensor, indices)]
-            read = examples.__getitem__
-            return [tf.numpy_function(read, [indices], tf.uint8, stateful=False)]
+            kinds = [tf.uint8] * len(shapes)
+            return tf.numpy_function(read_crops, [first_step], kinds, stateful=False)
+    else:
+        shapes, gather = (examples.shape[1:],), _gather(examples, group_indices, count)
 
     @tf.autograph.experimental.do_not_convert
     def make_group(first_step):
@@ -152,13 +142,30 @@ def training_batches(
     try:
         batches = itertools.chain.from_iterable(dataset.as_numpy_iterator())
         for step, arrays in enumerate(batches, start_step):
-            if is_crops and step > start_step and step % steps_per_epoch == 0:
+            if isinstance(examples, Crops) and step > start_step and step % steps_per_epoch == 0:
                 examples.note_small()
             yield arrays[0] if len(arrays) == 1 else Batch(*arrays)
     except tf.errors.OpError:
         if failures:
             raise failures[0] from None
         raise
+
+
+def _gather(array: np.ndarray, indices_of: Callable[[Any], np.ndarray], count: int) -> Callable:
+    """`first step -> [images]`, for tf.data, of `count` images that are in memory or in a file."""
+    tf = import_tensorflow()
+    if isinstance(array, np.memmap):
+
+        def images_at(indices):
+            return tf.numpy_function(array.__getitem__, [indices], tf.uint8, stateful=False)
+    else:
+        images_at = functools.partial(tf.gather, tf.constant(array))
+
+    def gather(first_step):
+        indices = tf.numpy_function(indices_of, [first_step], tf.int64, stateful=False)
+        return [images_at(tf.ensure_shape(indices, (count,)))]
+
+    return gather
 
 
 def evaluation_batches(array: np.ndarray, batch_size: int) -> Iterator[EvaluationBatch]:

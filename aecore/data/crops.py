@@ -220,7 +220,7 @@ class Crops:
                 try:
                     for part, pictures in zip(self._parts, packed, strict=True):
                         size = sizes[index] // pictures.layout.scale
-                        pixels = _pad(part[index], *size).reshape(-1, len(pictures.planes))
+                        pixels = pad(part[index], *size).reshape(-1, len(pictures.planes))
                         start = pictures.layout.start[index]
                         pictures.planes[:, start : start + len(pixels)] = pixels.T
                 except ImageError as error:
@@ -298,7 +298,7 @@ class Crops:
             self._parts, self._scales, self.shapes, strict=True
         ):
             pixels = part.window(index, top // scale, left // scale, height, width)
-            cut.append(_pad(pixels, height, width))
+            cut.append(pad(pixels, height, width))
         return cut
 
     def _turns(self, flip: bool) -> int:
@@ -326,7 +326,7 @@ def turned(image: np.ndarray, code: int) -> np.ndarray:
     return image[:, ::-1] if code & 1 else image
 
 
-def _pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Mirrors an image at its lower and right edge, edge pixels repeated, to at least a size."""
     missing = max(0, height - image.shape[0]), max(0, width - image.shape[1])
     if not any(missing):

@@ -93,7 +93,7 @@ class ArraySource:
 
     def checksum(self, crc: int) -> int:
         for start in range(0, len(self), 4096):
-            crc = zlib.crc32(np.ascontiguousarray(self.array[start : start + 4096]), crc)
+            crc = zlib.crc32(self.array[start : start + 4096].tobytes(), crc)
         return crc
 
 

@@ -128,7 +128,8 @@ def pictures(data: Data) -> Source:
 
 
 def _of_arrays(arrays: Sequence[np.ndarray], data: Data) -> Dataset:
-    train, validation = whole.resize(*arrays, data)
+    train, validation = arrays
+    train, validation = whole.resize(train, validation, data)
     return Dataset(ArraySource(train), ArraySource(validation))
 
 

@@ -71,9 +71,7 @@ class Prepared:
         # One held-out split is enough; `test` where there are both, as benchmarks report that one.
         self._splits = splits[:2] or list(builder.info.splits)[:1]
         self._counts = [builder.info.splits[name].num_examples for name in self._splits]
-        self._random_access = (
-            builder.info.file_format == tfds.core.file_adapters.FileFormat.ARRAY_RECORD
-        )
+        self._random_access = builder.info.file_format.value == "array_record"
 
     @property
     def is_train(self) -> np.ndarray | None:
@@ -217,7 +215,7 @@ def _prepare(builder: Any, data: Data, idx_hint: str) -> None:
         ) from error
 
 
-def _import_tfds():
+def _import_tfds() -> Any:
     import_tensorflow()
     try:
         import tensorflow_datasets

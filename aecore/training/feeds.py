@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from aecore.config import Training
-from aecore.data.batches import Batch, epoch_order, training_batches
+from aecore.data.batches import epoch_order, training_batches
 from aecore.data.crops import Crops
 from aecore.degradations import Degradation, JaxOps
 from aecore.errors import ConfigError
@@ -281,7 +281,7 @@ class ResidentCrops:
                 cut(planes, start, width, turn, size[:2])
                 for planes, (start, width), size in zip(held, parts, crops.shapes, strict=True)
             )
-            return degrade(images[0] if len(images) == 1 else Batch(*images), keys)
+            return degrade(images[0] if len(images) == 1 else images, keys)
 
         self._steps = parallel.compile_train_steps(
             functools.partial(step, prepare=prepare), _MOST_STEPS, held=True

@@ -1,5 +1,6 @@
 """Crops of photographs: which they are, that they are read right, and what is read."""
 
+import io
 import itertools
 import threading
 
@@ -9,7 +10,7 @@ from conftest import save_pictures
 from PIL import Image
 
 from aecore import Data
-from aecore.data import sources
+from aecore.data import jpeg, sources
 from aecore.data.batches import epoch_order, training_batches
 from aecore.data.crops import Crop, Crops, turned
 from aecore.data.grouping import picture_batches, shared_shapes
@@ -336,6 +337,74 @@ def test_arrays_are_cropped_too():
     for crop, image in zip(batch, whole, strict=True):
         windows = np.lib.stride_tricks.sliding_window_view(image, (20, 20), axis=(0, 1))
         assert (windows.transpose(0, 1, 3, 4, 2) == crop).all(axis=(2, 3, 4)).any()
+
+
+# ---- JPEG
+
+
+def encoded(size, mode="RGB", **options):
+    coarse = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
+    picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def with_orientation(value, order="<"):
+    exif = Image.Exif()
+    exif.endian = order
+    exif[0x0112] = value
+    return exif
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_and_its_parts_are_pillows_bit_for_bit(subsampling, progressive):
+    random = np.random.default_rng(1)
+    for size in ((203, 131), (64, 48)):
+        content = encoded(
+            size, quality=70, subsampling=subsampling, progressive=progressive, exif=b""
+        )
+        expected = np.asarray(Image.open(io.BytesIO(content)))
+        np.testing.assert_array_equal(jpeg.decode(content, 3), expected)
+        for _ in range(30):
+            height, width = random.integers(1, 49, 2).tolist()
+            top = int(random.integers(0, size[1] - height + 1))
+            left = int(random.integers(0, size[0] - width + 1))
+            part = jpeg.decode(content, 3, (top, left, height, width))
+            window = expected[top : top + height, left : left + width]
+            np.testing.assert_array_equal(part, window)
+
+
+def test_what_pillow_would_decode_otherwise_is_left_to_it():
+    assert jpeg.decode(encoded((30, 20), "L"), 1).shape == (20, 30, 1)
+    assert jpeg.decode(encoded((30, 20), "L"), 3) is None
+    assert jpeg.decode(encoded((30, 20)), 1) is None
+    assert jpeg.decode(encoded((30, 20), "CMYK"), 3) is None
+    assert jpeg.decode(encoded((30, 20))[:-200], 3) is None
+    assert jpeg.decode(b"not a picture", 3) is None
+    for order in "<>":
+        for value in range(1, 9):
+            found = jpeg.decode(encoded((30, 20), exif=with_orientation(value, order)), 3)
+            assert (found is not None) == (value == 1)
+    other = Image.Exif()
+    other[0x010F] = "a camera"
+    assert jpeg.decode(encoded((30, 20), exif=other), 3) is None
+
+
+@pytest.mark.parametrize("limit", [0, 4e-5])
+def test_parts_of_jpeg_files_are_those_of_whole_pictures(tmp_path, limit, monkeypatch):
+    for index in range(12):
+        exif = with_orientation(1 + index % 8)
+        (tmp_path / f"{index:02}.jpg").write_bytes(encoded((90 + index, 70 - index), exif=exif))
+    (tmp_path / "12.jpg").write_bytes(encoded((90, 70))[:-500])
+    whole = take(folder(tmp_path, crop=24).examples(), 6, batch_size=5)
+    parts = []
+    real = jpeg.decode
+    monkeypatch.setattr(jpeg, "decode", lambda *args: parts.append(len(args)) or real(*args))
+    found = take(folder(tmp_path, crop=24, memory_limit=limit).examples(), 6, batch_size=5)
+    np.testing.assert_array_equal(found, whole)
+    assert 3 in parts
 
 
 # ---- Pairs

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
+from aecore.data import jpeg
 from aecore.errors import ImageError
 from aecore.media import images
 
@@ -105,6 +106,10 @@ class Cache:
 
     Args:
       limit: bytes to keep at most.
+
+    Attributes:
+      bytes: how many are kept.
+      is_full: whether an image was too large for what room was left.
     """
 
     def __init__(self, limit: float):
@@ -112,6 +117,10 @@ class Cache:
         self._kept: dict[Any, np.ndarray] = {}
         self._lock = threading.Lock()
         self.bytes = 0
+        self.is_full = False
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._kept
 
     def get(self, key: Any, decode: Callable[[], np.ndarray]) -> np.ndarray:
         """The image of a key, decoded if it is not kept."""
@@ -120,7 +129,9 @@ class Cache:
             image = decode()
             image.flags.writeable = False
             with self._lock:
-                if key not in self._kept and self.bytes + image.nbytes <= self._limit:
+                if self.bytes + image.nbytes > self._limit:
+                    self.is_full = True
+                elif key not in self._kept:
                     self._kept[key] = image
                     self.bytes += image.nbytes
         return image
@@ -153,22 +164,32 @@ class FileSource:
         return str(self._files[index])
 
     def __getitem__(self, index: int, /) -> np.ndarray:
-        file = self._files[index]
-
-        def decode():
-            try:
-                picture = images.read(file)
-                size = picture.height, picture.width
-                return images.at_working_size(picture, size, self._channels, "antialiased")
-            except ImageError as error:
-                named = str(file) in str(error)
-                raise error if named else ImageError(f"{file}: {error}") from error
-
         # The source itself keeps apart those that share the cache.
-        image = self._cache.get((self, index), decode)
+        image = self._cache.get((self, index), lambda: self._decode(index))
         height, width, channels = image.shape
         self._shapes[index] = height, width, channels
         return image
+
+    def _decode(self, index: int) -> np.ndarray:
+        if (image := jpeg.decode(self._content(index), self._channels)) is not None:
+            return image
+        file = self._files[index]
+        try:
+            picture = images.read(file)
+            size = picture.height, picture.width
+            return images.at_working_size(picture, size, self._channels, "antialiased")
+        except ImageError as error:
+            if str(file) in str(error):
+                raise
+            raise ImageError(f"{file}: {error}") from error
+
+    def _content(self, index: int) -> bytes:
+        file = self._files[index]
+        try:
+            with file.open("rb") as opened:
+                return opened.read()
+        except OSError as error:
+            raise ImageError(f"{file} can't be read: {error.strerror or error}") from error
 
     def shape(self, index: int) -> Shape:
         if index not in self._shapes:
@@ -177,6 +198,12 @@ class FileSource:
         return self._shapes[index]
 
     def window(self, index: int, top: int, left: int, height: int, width: int) -> np.ndarray:
+        if self._cache.is_full and (self, index) not in self._cache:
+            own_height, own_width, _ = self.shape(index)
+            size = min(height, own_height - top), min(width, own_width - left)
+            part = jpeg.decode(self._content(index), self._channels, (top, left, *size))
+            if part is not None:
+                return part
         return self[index][top : top + height, left : left + width]
 
     def checksum(self, crc: int) -> int:

@@ -257,7 +257,7 @@ def _split(data: Data) -> Dataset:
 def _files(data: Data) -> _Files:
     if data.dataset == "folder":
         folder = _folder(data)
-        found = images.find(folder)
+        found = _picture_files(folder)
         if not found:
             raise _no_pictures(folder)
         return _Files(found)
@@ -271,6 +271,11 @@ def _files(data: Data) -> _Files:
     )
 
 
+def _picture_files(folder: epath.Path) -> list[epath.Path]:
+    """Files whose ending is a picture's, in order of their names."""
+    return [path for path in images.walk(folder) if path.suffix.lower() in images.SUFFIXES]
+
+
 def _pairs(folder: epath.Path) -> _Files:
     """Finds pictures of the same name, whatever their ending, in `degraded` and `original`."""
     sides = ("degraded", "original")
@@ -279,7 +284,7 @@ def _pairs(folder: epath.Path) -> _Files:
     for side in sides:
         if not (folder / side).is_dir():
             raise DataError(f"{folder} has no folder {side}; pairs are read from {side}")
-        for path in images.find(folder / side):
+        for path in _picture_files(folder / side):
             name = str(path.relative_to(folder / side).with_suffix(""))
             if name in found[side]:
                 problems.append(f"{path} has the name of {found[side][name]}")

@@ -188,8 +188,9 @@ class FileSource:
         try:
             with file.open("rb") as opened:
                 return opened.read()
-        except OSError as error:
-            raise ImageError(f"{file} can't be read: {error.strerror or error}") from error
+        except Exception as error:  # Remote file systems have errors of their own.
+            reason = getattr(error, "strerror", None) or error
+            raise ImageError(f"{file} can't be read: {reason}") from error
 
     def shape(self, index: int) -> Shape:
         if index not in self._shapes:

@@ -30,29 +30,60 @@ def _as_text(settings: Any, name: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where images come from, and the size they are trained at."""
+    """Where images come from, and what training takes of them."""
 
     dataset: str = "sample"
-    """sample, fashion_mnist, lfw, folder, or the name of any TFDS dataset with images."""
+    """sample, fashion_mnist, lfw, folder, pairs, or the name of any TFDS dataset with images.
+    pairs: DIR/degraded and DIR/original hold images with the same names."""
     data_dir: str | None = setting(None, on_resume=OnResume.FREE)
     """Folder of prepared TFDS data, of IDX files, or of images; None: TFDS's own folder."""
     image_size: tuple[int, int] | None = setting(None, at_least=1)
-    """Height and width to train at; None: the images' own, if they all have the same size."""
+    """Height and width to resize whole images to; None: their own, if they all have one size."""
+    crop: int | tuple[int, int] | None = setting(None, at_least=1)
+    """Train on random crops at full resolution: their side, or height and width; of pairs, those of
+    the originals. None: train on whole images."""
+    crops_per_image: int = setting(1, at_least=1)
+    """Crops of each image in an epoch."""
+    small: Literal["skip", "pad"] = "skip"
+    """What to do with images smaller than the crop. skip: leave them out. pad: mirror them at their
+    lower and right edges until they are large enough."""
+    turn: bool = False
+    """Mirror and turn each crop at random, in one of eight ways; needs square crops."""
     channels: Literal[1, 3] | None = None
-    """1 for gray, 3 for RGB; None: as in the source."""
+    """1 for gray, 3 for RGB; None: as in the source, or RGB for crops of files."""
     resize: Literal["antialiased", "bilinear"] = "antialiased"
-    """How images are resized. antialiased: bicubic, over all pixels. bilinear: from the 4 nearest
-    pixels, as OpenCV does by default."""
+    """How whole images are resized. antialiased: bicubic, over all pixels that a new one covers.
+    bilinear: from the 4 nearest pixels, as OpenCV does by default."""
     validation_fraction: float = setting(0.1, above=0, below=1)
     """Share of the images held out for validation, where the source has no split of its own."""
     split_seed: int = setting(0, at_least=0)
     """Seed of the choice of held-out images."""
     memory_limit: float | None = setting(None, at_least=0, on_resume=OnResume.FREE)
-    """GiB of decoded images to keep in memory; None: a quarter of the machine's memory."""
+    """GiB of decoded images to keep in memory; None: a quarter of the machine's memory. More whole
+    images go to a temporary file; more crops are decoded each time."""
 
     def __post_init__(self):
         _as_text(self, "data_dir")
         settings.check(self, "data.")
+        _require(
+            self.crop is None or self.image_size is None,
+            f"data.crop {self.crop} is for full resolution, data.image_size {self.image_size} for "
+            "whole images; use one of them",
+        )
+        for name in ("crops_per_image", "turn"):
+            _require(
+                self.crop is not None or getattr(self, name) == getattr(Data, name),
+                f"data.{name} {getattr(self, name)} is for crops; choose their size with data.crop",
+            )
+        _require(
+            not self.turn or len(set(self.crop_size or ())) == 1,
+            f"data.turn needs square crops, not data.crop {self.crop}",
+        )
+
+    @property
+    def crop_size(self) -> tuple[int, int] | None:
+        """Height and width of a crop."""
+        return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
 
 
 @dataclasses.dataclass(frozen=True)

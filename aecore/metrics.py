@@ -1,5 +1,7 @@
 """Metrics: two `(B, H, W, C)` float32 arrays in [0, 1] to `(B,)` float32, one value per image."""
 
+from typing import Any
+
 import dm_pix
 import flax.linen as nn
 import jax
@@ -78,7 +80,7 @@ def _ssim_terms(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     return luminance, (2 * covariance + c2) / (variances + c2)
 
 
-def _gaussian_filter(a: jax.Array) -> jax.Array:
+def _gaussian_filter(a: Any) -> jax.Array:
     """Means over SSIM's window as two matrix products, much faster than dm_pix's convolutions."""
     for axis in (1, 2):
         matrix = _window_matrix(a.shape[axis])

@@ -42,7 +42,11 @@ def compare(trained: Experiment) -> None:
     directory = epath.Path(trained.directory)
     restorer = Restorer.load(directory)
     components = trained.model.components
-    train, test = (images.reshape(len(images), -1) / 255 for images in sources.load(trained.data))
+    dataset = sources.load(trained.data)
+    train, test = (
+        sources.whole_array(part).reshape(len(part), -1) / 255
+        for part in (dataset.train, dataset.validation)
+    )
     pca = PCA(components, svd_solver="full").fit(train)
     mse = np.mean((pca.inverse_transform(pca.transform(test)) - test) ** 2)
     own = json.loads((directory / "summary.json").read_text())["evaluation"]["mse"]

@@ -50,9 +50,10 @@ def main(data_dir: str | None = None) -> None:
     """
     settings = aecore.Data("lfw", data_dir, image_size=(80, 80), resize="bilinear")
     dataset = sources.load(settings)
-    equal = shared(*dataset)
-    indices, correlations = nearest(*dataset)
-    print(f"{len(dataset.train):,} training and {len(dataset.validation):,} validation images")
+    train, validation = map(sources.whole_array, (dataset.train, dataset.validation))
+    equal = shared(train, validation)
+    indices, correlations = nearest(train, validation)
+    print(f"{len(train):,} training and {len(validation):,} validation images")
     print(f"validation images that are training images too: {equal}")
     print("most alike, validation and training image, and their correlation:")
     for i in np.argsort(-correlations)[:5]:

@@ -24,10 +24,9 @@ def main(data_dir: str, out: Path = Path("aecore/sample/fashion_mnist.npz")) -> 
         out: The file to write.
     """
     full = sources.load(aecore.Data(dataset="fashion_mnist", data_dir=data_dir))
+    train, validation = map(sources.whole_array, (full.train, full.validation))
     out.parent.mkdir(exist_ok=True)
-    np.savez_compressed(
-        out, train=full.train[:6000, ..., 0], validation=full.validation[:1000, ..., 0]
-    )
+    np.savez_compressed(out, train=train[:6000, ..., 0], validation=validation[:1000, ..., 0])
     print(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
 
 

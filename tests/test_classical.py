@@ -9,6 +9,7 @@ import scipy.ndimage
 from PIL import Image
 
 import aecore
+from aecore.data.indexed import ArraySource
 from aecore.data.sources import Dataset
 from aecore.degradations import Compose, GaussianBlur, GaussianNoise, Pixelate
 from aecore.errors import ConfigError
@@ -25,16 +26,20 @@ def smooth(count, side=24, channels=1):
     return ((values - low) / (high - low) * 255).astype(np.uint8)
 
 
+def of_arrays(train, validation):
+    return Dataset(ArraySource(train), ArraySource(validation))
+
+
 def classical_scores(degradation, dataset, names):
     return classical.scores(classical.methods(degradation, names), degradation, dataset)
 
 
 def test_methods_are_tuned_and_scored_on_the_inputs_of_the_network():
-    dataset = Dataset(smooth(20), smooth(7))
+    dataset = of_arrays(smooth(20), smooth(7))
     degradation = GaussianNoise(0.2)
     scores = classical_scores(degradation, dataset, QUICK)
-    originals = dataset.validation / np.float32(255)
-    degraded = evaluation.degraded(degradation, dataset.validation)
+    originals = dataset.validation.array / np.float32(255)
+    degraded = evaluation.degraded(degradation, dataset.validation.array)
     identity = ((degraded - originals) ** 2).mean()
     for name in QUICK:
         assert scores[name]["images"] == 7
@@ -48,7 +53,7 @@ def test_methods_are_tuned_and_scored_on_the_inputs_of_the_network():
 
 def test_settings_come_from_the_training_images_alone():
     def settings(train, validation):
-        found = classical_scores(GaussianNoise(0.2), Dataset(train, validation), QUICK)
+        found = classical_scores(GaussianNoise(0.2), of_arrays(train, validation), QUICK)
         return {name: scores["settings"] for name, scores in found.items()}
 
     flat, busy = np.full((20, 24, 24, 1), 128, np.uint8), RANDOM.integers(0, 256, (20, 24, 24, 1))
@@ -57,13 +62,13 @@ def test_settings_come_from_the_training_images_alone():
 
 
 def test_the_bias_of_clipped_noise_is_undone_by_calibration():
-    dark = Dataset(smooth(30) // 4, smooth(10) // 4)
+    dark = of_arrays(smooth(30) // 4, smooth(10) // 4)
     scores = classical_scores(GaussianNoise(0.4), dataset=dark, names=["gaussian"])
     assert scores["gaussian, calibrated"]["mse"] < scores["gaussian"]["mse"] / 4
 
 
 def test_stronger_noise_is_smoothed_more():
-    dataset = Dataset(smooth(20), smooth(5))
+    dataset = of_arrays(smooth(20), smooth(5))
     weights = [
         classical_scores(GaussianNoise(sigma), dataset, ["total variation"])["total variation"]
         for sigma in (0.05, 0.4)
@@ -84,12 +89,12 @@ def test_bicubic_enlarges_the_small_image_that_was_kept(side, scale):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_bicubic_is_for_pixelation_and_beats_it(channels):
-    dataset = Dataset(smooth(4, 40, channels), smooth(4, 40, channels))
+    dataset = of_arrays(smooth(4, 40, channels), smooth(4, 40, channels))
     assert "bicubic" not in classical.methods(GaussianBlur(1.0))
     assert "bicubic" in classical.methods(Compose((GaussianBlur(1.0), Pixelate(0.5))))
     scores = classical_scores(Pixelate(0.4), dataset, ["bicubic"])["bicubic"]
-    pixelated = evaluation.degraded(Pixelate(0.4), dataset.validation)
-    identity = evaluation.summarize(evaluation.image_scores(pixelated, dataset.validation))
+    pixelated = evaluation.degraded(Pixelate(0.4), dataset.validation.array)
+    identity = evaluation.summarize(evaluation.image_scores(pixelated, dataset.validation.array))
     assert scores["psnr"] > identity["psnr"] + 2
 
 

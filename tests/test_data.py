@@ -9,7 +9,7 @@ from conftest import save_pictures
 from PIL import Image
 
 from aecore import Data
-from aecore.data import sources
+from aecore.data import sources, tfds
 from aecore.data.batches import evaluation_batches, training_batches
 from aecore.degradations import Compose, GaussianNoise, Pixelate
 from aecore.errors import DataError
@@ -82,9 +82,11 @@ def test_what_does_not_fit_in_memory_is_read_by_index_from_a_file(pictures):
     settings = dict(dataset="folder", data_dir=str(pictures))
     held = sources.load(Data(**settings))
     on_disk = sources.load(Data(**settings, memory_limit=0))
-    assert isinstance(on_disk.train, np.memmap)
+    assert isinstance(on_disk.train.array, np.memmap)
     assert on_disk.fingerprint() == held.fingerprint()
-    for expected, batch in zip(take(held.train, 6), take(on_disk.train, 6), strict=True):
+    for expected, batch in zip(
+        take(held.train.array, 6), take(on_disk.train.array, 6), strict=True
+    ):
         np.testing.assert_array_equal(batch.degraded, expected.degraded)
 
 
@@ -93,15 +95,15 @@ def test_what_does_not_fit_in_memory_is_read_by_index_from_a_file(pictures):
 
 def test_sample():
     sample = sources.load(Data())
-    assert sample.train.shape == (6000, 28, 28, 1)
-    assert sample.validation.shape == (1000, 28, 28, 1)
-    assert sample.train.dtype == np.uint8
+    assert sample.train.array.shape == (6000, 28, 28, 1)
+    assert sample.validation.array.shape == (1000, 28, 28, 1)
+    assert sample.train.array.dtype == np.uint8
 
 
 def test_resizing_and_channels_of_the_sample():
     sample = sources.load(Data(image_size=(32, 20), channels=3))
     assert sample.image_shape == (32, 20, 3)
-    assert np.ptp(sample.train, axis=-1).max() == 0  # Gray, three times.
+    assert np.ptp(sample.train.array, axis=-1).max() == 0  # Gray, three times.
 
 
 def idx_file(array):
@@ -118,8 +120,8 @@ def test_fashion_mnist_from_idx_files(tmp_path, compressed):
         path = tmp_path / f"{name}-images-idx3-ubyte{'.gz' * compressed}"
         path.write_bytes(gzip.compress(content) if compressed else content)
     loaded = sources.load(Data(dataset="fashion_mnist", data_dir=str(tmp_path)))
-    np.testing.assert_array_equal(loaded.train[..., 0], expected["train"])
-    np.testing.assert_array_equal(loaded.validation[..., 0], expected["t10k"])
+    np.testing.assert_array_equal(loaded.train.array[..., 0], expected["train"])
+    np.testing.assert_array_equal(loaded.validation.array[..., 0], expected["t10k"])
 
 
 @pytest.mark.parametrize("content", [b"", b"too short", b"\x1f\x8b broken", bytes(100)])
@@ -166,7 +168,7 @@ def test_pictures_of_16_bits_are_scaled_to_8(tmp_path):
     for index in range(2):
         Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / f"{index}.png")
     loaded = sources.load(Data(dataset="folder", data_dir=str(tmp_path)))
-    np.testing.assert_allclose(loaded.train[0, ..., 0], ramp / 257, atol=0.6)
+    np.testing.assert_allclose(loaded.train.array[0, ..., 0], ramp / 257, atol=0.6)
 
 
 def test_pictures_are_turned_upright_and_cropped_to_the_middle(tmp_path):
@@ -179,11 +181,11 @@ def test_pictures_are_turned_upright_and_cropped_to_the_middle(tmp_path):
         Image.fromarray(array).save(tmp_path / f"{index}.png", exif=exif)
     loaded = sources.load(Data(dataset="folder", data_dir=str(tmp_path)))
     assert loaded.image_shape == (40, 20, 1)
-    assert (loaded.train[0, :20] == 0).all()
-    assert (loaded.train[0, 20:] == 255).all()
+    assert (loaded.train.array[0, :20] == 0).all()
+    assert (loaded.train.array[0, 20:] == 255).all()
     squares = sources.load(Data(dataset="folder", data_dir=str(tmp_path), image_size=(20, 20)))
-    assert (squares.train[0, :10] == 0).all()
-    assert (squares.train[0, 10:] == 255).all()
+    assert (squares.train.array[0, :10] == 0).all()
+    assert (squares.train.array[0, 10:] == 255).all()
 
 
 @pytest.mark.parametrize(
@@ -225,8 +227,8 @@ def test_no_network_and_nothing_prepared_says_all_the_ways(tmp_path, monkeypatch
     def refuse(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(sources.socket, "create_connection", refuse)
-    monkeypatch.setattr(sources.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(tfds.socket, "create_connection", refuse)
+    monkeypatch.setattr(tfds.urllib.request, "getproxies", dict)
     with pytest.raises(DataError) as raised:
         sources.load(Data(dataset=dataset, data_dir=str(tmp_path)))
     for way in ways:
@@ -277,17 +279,18 @@ def test_lfw_from_prepared_tfds_is_split_by_person(made_tfds, name):
     )
     assert len(loaded.train) + len(loaded.validation) == 42
     assert 13 <= len(loaded.validation) <= 18
-    people = [set(array[:, 0, 0, 0]) for array in loaded]
+    people = [set(part.array[:, 0, 0, 0]) for part in (loaded.train, loaded.validation)]
     assert len(people[0] | people[1]) == 12
     assert not people[0] & people[1]
 
 
 def test_pictures_of_one_size_are_taken_as_they_are(made_tfds, monkeypatch):
-    monkeypatch.setattr(sources, "_RUN", 5)
+    monkeypatch.setattr(tfds, "RUN", 5)
     settings = dict(dataset="lfw", data_dir=str(made_tfds), validation_fraction=0.3)
     resized = sources.load(Data(**settings, image_size=(20, 20)))
     whole = sources.load(Data(**settings))
-    for small, large in zip(resized, whole, strict=True):  # Each picture has one color.
+    for part in ("train", "validation"):  # Each picture has one color.
+        small, large = (getattr(dataset, part).array for dataset in (resized, whole))
         np.testing.assert_array_equal(large, np.broadcast_to(small[:, :1, :1], large.shape))
 
 
@@ -298,10 +301,79 @@ def test_damaged_tfds_is_named(made_tfds):
         sources.load(Data(dataset="lfw", data_dir=str(made_tfds), image_size=(20, 20)))
 
 
+@pytest.fixture(scope="module")
+def made_photographs(tmp_path_factory):
+    """A TFDS dataset of pictures of several sizes in each of two formats."""
+    import tensorflow_datasets
+
+    class MadePhotographs(tensorflow_datasets.core.GeneratorBasedBuilder):
+        VERSION = tensorflow_datasets.core.Version("1.0.0")
+
+        def _info(self):
+            image = tensorflow_datasets.features.Image(shape=(None, None, 3))
+            features = tensorflow_datasets.features.FeaturesDict({"image": image})
+            return tensorflow_datasets.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            random = np.random.default_rng(0)
+            for index in range(12):
+                yield index, {"image": random.integers(0, 256, (20 + index, 30, 3), np.uint8)}
+
+    folders = {}
+    for kind in ("tfrecord", "array_record"):
+        folders[kind] = str(tmp_path_factory.mktemp(kind))
+        builder = MadePhotographs(data_dir=folders[kind], file_format=kind)
+        builder.download_and_prepare()
+    return folders
+
+
+def test_tfds_pictures_are_the_same_in_every_format(made_photographs):
+    read = {}
+    for kind, folder in made_photographs.items():
+        data = Data(dataset="made_photographs", data_dir=folder, image_size=(16, 16))
+        whole = sources.load(data)
+        cropped = sources.load(Data(dataset="made_photographs", data_dir=folder, crop=16))
+        assert (len(cropped.train), len(cropped.validation)) == (10, 2)
+        pictures = [cropped.train[index] for index in range(10)]
+        assert len({picture.shape for picture in pictures}) == 10
+        assert [picture.shape for picture in pictures] == [
+            cropped.train.shape(i) for i in range(10)
+        ]
+        crops = cropped.examples().read(np.arange(10), seed=0, epoch=0)[0]
+        read[kind] = (*(part.tobytes() for part in (whole.train.array, *pictures)), crops.tobytes())
+    assert read["tfrecord"] == read["array_record"]
+
+
+def test_tfds_pictures_by_index_are_read_when_they_are_needed(made_photographs, monkeypatch):
+    read = []
+    real = tfds._image_of
+    monkeypatch.setattr(tfds, "_image_of", lambda *args: read.append(args[1]) or real(*args))
+    data = Data(dataset="made_photographs", data_dir=made_photographs["array_record"], crop=16)
+    dataset = sources.load(data)
+    dataset.fingerprint()
+    assert not read
+    _ = dataset.train[3]
+    assert len(read) == 1
+
+
+def test_tfds_pictures_that_can_only_be_read_in_order_must_fit_in_memory(made_photographs):
+    data = Data(
+        dataset="made_photographs",
+        data_dir=made_photographs["tfrecord"],
+        crop=16,
+        memory_limit=1e-6,
+    )
+    with pytest.raises(DataError, match="can't be read by index; prepare it with tfds build"):
+        sources.load(data)
+
+
 def test_prepared_fashion_mnist(tfds_dir):
     loaded = sources.load(Data(dataset="fashion_mnist", data_dir=tfds_dir))
-    assert loaded.train.shape == (60_000, 28, 28, 1)
-    assert loaded.validation.shape == (10_000, 28, 28, 1)
+    assert loaded.train.array.shape == (60_000, 28, 28, 1)
+    assert loaded.validation.array.shape == (10_000, 28, 28, 1)
 
 
 def test_prepared_lfw(tfds_dir):

@@ -1,36 +1,43 @@
-"""Images by index in, deterministic batches out.
+"""Batches for training and for evaluation, of images that are read by index.
 
-Order and noise are functions of `(seed, epoch)` and `(seed, step)`, so that batches can start at
-any step without reading what comes before it.
+Order, crops and noise are functions of `(seed, epoch, index)` and `(seed, step)`, so that batches
+can start at any step without reading what comes before it.
 """
 
 import functools
-from collections.abc import Iterator
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from aecore.data.crops import Crops
 from aecore.data.ops import TensorFlowOps
 from aecore.data.tensorflow import import_tensorflow
 from aecore.degradations import Degradation, augmentations
+from aecore.errors import DataError
 
 
 class Batch(NamedTuple):
-    """What a training step learns from, both `(B, H, W, C)` float32 in [0, 1]."""
+    """What a training step learns from: `(B, H, W, C)`, float32 in [0, 1].
+
+    Of pairs that are not degraded further, uint8. The degraded images may be smaller than the
+    originals by a whole factor.
+    """
 
     degraded: np.ndarray
     original: np.ndarray
 
 
 class EvaluationBatch(NamedTuple):
-    """A batch of a fixed size, filled up with copies that do not count."""
+    """A batch of a fixed size, filled up with copies that are not counted."""
 
     images: np.ndarray
     """`(B, H, W, C)` uint8."""
     indices: np.ndarray
     """`(B,)` int32 positions in the dataset."""
-    count: int
-    """How many of them, from the first, count."""
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
+    """How many of them, from the first, are counted."""
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -39,7 +46,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def training_batches(
-    array: np.ndarray,
+    examples: np.ndarray | Crops,
     degradation: Degradation | None,
     *,
     batch_size: int,
@@ -47,66 +54,85 @@ def training_batches(
     start_step: int = 0,
     flip: bool = False,
     share: slice = slice(None),
-) -> Iterator[Batch | np.ndarray]:
+) -> Iterator[Any]:
     """Endless batches for steps `start_step`, `start_step + 1`, …
 
-    An epoch is `len(array) // batch_size` steps in a fresh order; what is left over is left out.
+    An epoch is `len(examples) // batch_size` steps in a fresh order; what is left over is left out.
 
     Args:
-      array: `(N, H, W, C)` uint8.
-      degradation: what is done to the images; None: nothing, and each batch is an array
-        `(B, H, W, C)` of uint8.
-      batch_size: images a batch, at most N.
-      seed: of the order and of the noise, which is drawn anew at each step.
+      examples: `(N, H, W, C)` uint8 images, or crops.
+      degradation: what is done to the images, or to the degraded ones of pairs; None: nothing.
+      batch_size: examples a batch, at most N.
+      seed: of the order, the crops, and the noise, which is drawn anew at each step.
       start_step: the first batch's step. What comes before it is not read.
       flip: whether to mirror images at random before they are degraded, where they are.
-      share: which images of each batch to make, without reading the others. They are the same
+      share: which examples of each batch to make, without reading the others. They are the same
         images, with the same noise, as in the whole batch.
+
+    Yields:
+      Each step's `Batch`. Without a degradation, arrays `(B, H, W, C)` of uint8, or for pairs a
+      `Batch` of such arrays.
+
+    Raises:
+      DataError: the pictures to crop are too small, or broken.
     """
     tf = import_tensorflow()
-    steps_per_epoch = len(array) // batch_size
+    is_crops = isinstance(examples, Crops)
+    steps_per_epoch = len(examples) // batch_size
     first, last, _ = share.indices(batch_size)
 
     # Small batches are made several at once, as each element costs the pipeline a fixed time.
-    group = min(max(1, 256 // (last - first)), 8)
+    # Crops may have to be decoded, and the first batch should not wait for those after it.
+    group = 1 if is_crops else min(max(1, 256 // (last - first)), 8)
+    count = group * (last - first)
 
     @functools.lru_cache(maxsize=4)  # Groups that are made at once may lie in two epochs.
     def order_of(epoch):
-        return epoch_order(seed, epoch, len(array))
+        return epoch_order(seed, epoch, len(examples))
+
+    def indices_of(step):
+        epoch, done = divmod(step, steps_per_epoch)
+        return order_of(epoch)[done * batch_size : (done + 1) * batch_size][first:last]
 
     def group_indices(first_step):
-        rows = []
-        for step in range(first_step, first_step + group):
-            epoch, done = divmod(step, steps_per_epoch)
-            rows.append(order_of(epoch)[done * batch_size : (done + 1) * batch_size][first:last])
-        return np.concatenate(rows)
+        return np.concatenate([indices_of(step) for step in range(first_step, first_step + group)])
 
-    if isinstance(array, np.memmap):
+    failures = []
 
-        def gather(indices):
-            batch = tf.numpy_function(array.__getitem__, [indices], tf.uint8, stateful=False)
-            return tf.ensure_shape(batch, (group * (last - first), *array.shape[1:]))
+    if isinstance(examples, Crops):
+        shapes, read = examples.shapes, functools.partial(examples.read, seed=seed, flip=flip)
+
+        def read_crops(step):
+            try:
+                return read(indices_of(step), epoch=step // steps_per_epoch)
+            except DataError as error:
+                failures.append(error)  # TensorFlow makes an error of its own of it.
+                raise
+
+        def gather(first_step):
+            kinds = [tf.uint8] * len(shapes)
+            return tf.numpy_function(read_crops, [first_step], kinds, stateful=False)
     else:
-        tensor = tf.constant(array)
-
-        def gather(indices):
-            return tf.gather(tensor, indices)
+        shapes, gather = (examples.shape[1:],), _gather(examples, group_indices, count)
 
     @tf.autograph.experimental.do_not_convert
     def make_group(first_step):
-        indices = tf.numpy_function(group_indices, [first_step], tf.int64, stateful=False)
-        indices = tf.ensure_shape(indices, (group * (last - first),))
-        batches = tf.split(gather(indices), group)
-        if degradation is None:
-            return tuple((images,) for images in batches)
-        return tuple(degrade(first_step + i, images) for i, images in enumerate(batches))
+        images = [
+            tf.split(tf.ensure_shape(values, (count, *shape)), group)
+            for values, shape in zip(gather(first_step), shapes, strict=True)
+        ]
+        return tuple(
+            degrade(first_step + i, *parts) for i, parts in enumerate(zip(*images, strict=True))
+        )
 
-    def degrade(step, images):
-        original = tf.cast(images, tf.float32) / 255.0
+    def degrade(step, *images):
+        if degradation is None:
+            return images
+        degraded, original = (tf.cast(images[i], tf.float32) / 255.0 for i in (0, -1))
         ops = TensorFlowOps(tf.stack([tf.constant(seed, tf.int64), step]), first)
-        if flip:
-            original = augmentations.flip(original, ops)
-        return degradation.apply(original, ops), original
+        if flip and not is_crops:  # Crops were mirrored when they were read.
+            degraded = original = augmentations.flip(original, ops)
+        return degradation.apply(degraded, ops), original
 
     # Indices are batched first, so that each later stage is one operation on a whole batch.
     dataset = (
@@ -114,9 +140,33 @@ def training_batches(
         .map(make_group, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         .prefetch(tf.data.AUTOTUNE)
     )
-    for batches in dataset.as_numpy_iterator():
-        for arrays in batches:
-            yield arrays[0] if degradation is None else Batch(*arrays)
+    try:
+        batches = itertools.chain.from_iterable(dataset.as_numpy_iterator())
+        for step, arrays in enumerate(batches, start_step):
+            if isinstance(examples, Crops) and step > start_step and step % steps_per_epoch == 0:
+                examples.note_small()
+            yield arrays[0] if len(arrays) == 1 else Batch(*arrays)
+    except tf.errors.OpError:
+        if failures:
+            raise failures[0] from None
+        raise
+
+
+def _gather(array: np.ndarray, indices_of: Callable[[Any], np.ndarray], count: int) -> Callable:
+    """`first step -> [images]`, for tf.data, of `count` images that are in memory or in a file."""
+    tf = import_tensorflow()
+    if isinstance(array, np.memmap):
+
+        def images_at(indices):
+            return tf.numpy_function(array.__getitem__, [indices], tf.uint8, stateful=False)
+    else:
+        images_at = functools.partial(tf.gather, tf.constant(array))
+
+    def gather(first_step):
+        indices = tf.numpy_function(indices_of, [first_step], tf.int64, stateful=False)
+        return [images_at(tf.ensure_shape(indices, (count,)))]
+
+    return gather
 
 
 def evaluation_batches(array: np.ndarray, batch_size: int) -> Iterator[EvaluationBatch]:

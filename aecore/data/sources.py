@@ -1,28 +1,20 @@
-"""Images by index in, deterministic batches out; the only module that imports TensorFlow.
+"""Where images come from: each dataset's name, and how its images are found and split."""
 
-A dataset is a uint8 array `(N, H, W, C)` at working size. Order and noise are functions of
-`(seed, epoch)` and `(seed, step)`, so that batches can start at any step without reading what
-comes before it.
-"""
-
+import dataclasses
 import gzip
-import itertools
 import logging
-import os
-import socket
-import tempfile
-import urllib.request
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
 from aecore.config import Data
-from aecore.data.tensorflow import import_tensorflow
+from aecore.data import tfds, whole
+from aecore.data.crops import Crop, Crops
+from aecore.data.indexed import ArraySource, Cache, FileSource, Pairs, Shape, Source
 from aecore.errors import DataError, ImageError
 from aecore.media import images
 
@@ -33,83 +25,126 @@ _DEBIAN_FASHION_MNIST = epath.Path("/usr/share/datasets/fashion-mnist")
 _IDX_FILES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
 
 
-class Dataset(NamedTuple):
-    """Training and validation images, each `(N, H, W, C)` uint8."""
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Images for training and for validation."""
 
-    train: np.ndarray
-    validation: np.ndarray
+    train: Source
+    validation: Source
+    crop: Crop | None = None
+    """How training takes crops of them; None: it takes whole images, which are of one size."""
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width, channels."""
-        return self.train.shape[1:]
+    def image_shape(self) -> Shape:
+        """Height, width and channels of what training sees; of pairs, of the originals."""
+        if self.crop is None:
+            return self.train.shape(0)
+        return (*self.crop.size, self.train.channels)
+
+    @property
+    def scale(self) -> int:
+        """How many times larger than the degraded pictures the originals are, where both exist."""
+        return self.train.scale if isinstance(self.train, Pairs) else 1
+
+    def examples(self, grid: int = 1) -> np.ndarray | Crops:
+        """What training takes batches from. Its length is the number of examples in an epoch.
+
+        Args:
+          grid: crops start at multiples of it, in pixels.
+
+        Returns:
+          `(N, H, W, C)` uint8 images, or crops.
+        """
+        if self.crop is None:
+            return whole_array(self.train)
+        return Crops(self.train, self.crop, grid)
 
     def fingerprint(self) -> str:
         """Tells whether two datasets hold the same images in the same order."""
-        crc = 0
-        for array in self:
-            for start in range(0, len(array), 4096):
-                crc = zlib.crc32(np.ascontiguousarray(array[start : start + 4096]), crc)
-        return f"{len(self.train)}+{len(self.validation)}x{self.image_shape}:{crc:08x}"
+        crc = self.validation.checksum(self.train.checksum(0))
+        shape = f"x{self.image_shape}" if self.crop is None else ""
+        return f"{len(self.train)}+{len(self.validation)}{shape}:{crc:08x}"
 
 
-class _Pictures(NamedTuple):
-    """Pictures before they are brought to working size."""
+def whole_array(source: Source) -> np.ndarray:
+    """The images of a source in one array, `(N, H, W, C)` uint8.
 
-    count: int
-    read: Callable[[], Iterable[Sequence[epath.Path | np.ndarray]]]
-    """Yields runs of pictures, in order; each is a file, or `(H, W, C)` uint8. Where all have one
-    size, a run may be one array."""
-    shape: tuple[int | None, int | None, int]
-    """Their height, width and channels; None where they differ."""
-    is_train: np.ndarray | None
-    """`(N,)` bool where the source has its own split, else None."""
-    groups: Sequence[Any] | None = None
-    """What must not be divided between training and validation, such as people; None: nothing."""
-
-
-_RUN = 64
-"""Pictures that are read, decoded and counted together."""
-
-
-def _runs(pictures: Iterable[Any]) -> Iterator[Sequence[Any]]:
-    pictures = iter(pictures)
-    while run := list(itertools.islice(pictures, _RUN)):
-        yield run
+    Raises:
+      DataError: they are not held in one, as photographs of several sizes aren't.
+    """
+    if not isinstance(source, ArraySource):
+        raise DataError(
+            "this needs images of one size; choose it with --data.image-size HEIGHT WIDTH"
+        )
+    return source.array
 
 
 def load(data: Data) -> Dataset:
-    """Loads a dataset at working size.
+    """Finds a dataset's images and splits them.
+
+    Without `data.crop` all images are decoded, at one size. With it, they are at their own sizes,
+    and those in files are decoded when they are needed.
 
     Raises:
-      DataError: the source is unknown, missing, damaged or empty, or its images' sizes differ
-        while `data.image_size` is None.
+      DataError: the dataset is unknown, missing, damaged or empty; or its images differ in size
+        while `data.crop` and `data.image_size` are None.
     """
-    sources = {"sample": _sample, "fashion_mnist": _fashion_mnist, "folder": _folder}
-    source = sources.get(data.dataset, _tfds)(data)
-    dataset = (_decode if isinstance(source, _Pictures) else _resize_arrays)(source, data)
-    if not all(map(len, dataset)):
+    crop = None
+    if data.crop_size is not None:
+        crop = Crop(data.crop_size, data.crops_per_image, data.small, data.turn)
+    if data.dataset == "sample":
+        dataset = _of_arrays(_sample(), data)
+    elif data.dataset == "fashion_mnist" and (paths := _idx_paths(data)):
+        dataset = _of_arrays([_read_idx(path) for path in paths], data)
+    elif crop is None:
+        dataset = _of_arrays(whole.decode(_pictures(data), data), data)
+    else:
+        dataset = _split(data)
+    if not (len(dataset.train) and len(dataset.validation)):
         raise DataError(
             f"{data.dataset} has {len(dataset.train)} images for training and "
             f"{len(dataset.validation)} for validation; it needs some of both"
         )
-    return dataset
+    return dataclasses.replace(dataset, crop=crop)
 
 
-# ---- Sources
+def pictures(data: Data) -> Source:
+    """All pictures of a folder, or of pairs of folders, at their own sizes, ordered by name.
+
+    For scoring a network on pictures that it was not trained on. Of other datasets, the images for
+    validation.
+
+    Raises:
+      DataError: as for `load`.
+    """
+    if data.dataset in ("folder", "pairs"):
+        files = _files(data)
+        everything = range(len(files.original))
+        return _source(files, everything, _scale(files), data, Cache(whole.memory_limit(data)))
+    return load(data).validation
 
 
-def _sample(data: Data) -> Dataset:
+# ---- Datasets held in arrays
+
+
+def _of_arrays(arrays: Sequence[np.ndarray], data: Data) -> Dataset:
+    train, validation = arrays
+    train, validation = whole.resize(train, validation, data)
+    return Dataset(ArraySource(train), ArraySource(validation))
+
+
+def _sample() -> list[np.ndarray]:
     with _SAMPLE.open("rb") as file, np.load(file) as arrays:
-        return Dataset(arrays["train"][..., None], arrays["validation"][..., None])
+        return [arrays[name][..., None] for name in ("train", "validation")]
 
 
-def _fashion_mnist(data: Data) -> Dataset | _Pictures:
+def _idx_paths(data: Data) -> list[epath.Path] | None:
+    """Fashion-MNIST's files, if they are to be used."""
     folder = epath.Path(data.data_dir or _DEBIAN_FASHION_MNIST)
-    paths = [_idx_path(folder, name) for name in _IDX_FILES]
-    if all(paths) and (data.data_dir or not _is_prepared("fashion_mnist")):
-        return Dataset(*map(_read_idx, paths))
-    return _tfds(data)
+    paths = [path for name in _IDX_FILES if (path := _idx_path(folder, name))]
+    if len(paths) == len(_IDX_FILES) and (data.data_dir or not tfds.is_prepared("fashion_mnist")):
+        return paths
+    return None
 
 
 def _idx_path(folder: epath.Path, name: str) -> epath.Path | None:
@@ -131,12 +166,19 @@ def _read_idx(path: epath.Path) -> np.ndarray:
         raise DataError(f"{path} is not an IDX file of images: {error}") from error
 
 
-def _folder(data: Data) -> _Pictures:
-    if data.data_dir is None:
-        raise DataError("dataset folder needs a folder of pictures: use --data.data-dir DIR")
-    folder = epath.Path(data.data_dir)
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; use --data.data-dir DIR")
+# ---- Whole images, decoded at one size
+
+
+def _pictures(data: Data) -> whole.Pictures:
+    if data.dataset == "folder":
+        return _folder_pictures(data)
+    if data.dataset == "pairs":
+        raise DataError("dataset pairs is trained on in crops: use --data.crop SIZE")
+    return _prepared(data).pictures()
+
+
+def _folder_pictures(data: Data) -> whole.Pictures:
+    folder = _folder(data)
     shapes = {}
     for path in tqdm(images.walk(folder), "looking at pictures", unit="", delay=2, leave=False):
         try:
@@ -144,12 +186,12 @@ def _folder(data: Data) -> _Pictures:
         except ImageError as error:
             _log.warning("skipped: %s", error)
     if not shapes:
-        raise DataError(f"{folder} holds no pictures; use --data.data-dir with a folder of some")
+        raise _no_pictures(folder)
     heights, widths, channels = (set(values) for values in zip(*shapes.values(), strict=True))
     readable = list(shapes)
-    return _Pictures(
+    return whole.Pictures(
         count=len(readable),
-        read=lambda: _runs(readable),
+        read=lambda: tfds.runs(readable),
         shape=(
             heights.pop() if len(heights) == 1 else None,
             widths.pop() if len(widths) == 1 else None,
@@ -159,207 +201,136 @@ def _folder(data: Data) -> _Pictures:
     )
 
 
-def _tfds(data: Data) -> _Pictures:
-    tf, tfds = import_tensorflow(), _import_tfds()
-    try:
-        builder = tfds.builder(data.dataset, data_dir=data.data_dir)
-    except Exception as error:  # Names that TFDS can't parse fail in many ways.
-        # The message of this one lists every dataset there is.
-        is_listing = isinstance(error, tfds.core.registered.DatasetNotFoundError)
-        raise DataError(
-            f"unknown dataset {data.dataset!r}{'' if is_listing else f' ({error!s:.200})'}; "
-            "use sample, fashion_mnist, lfw, folder, or the name of a TFDS dataset "
-            "(https://www.tensorflow.org/datasets/catalog)"
-        ) from error
-    if not builder.is_prepared():
-        _prepare(builder, data)
-    features = builder.info.features
-    if not (isinstance(features, tfds.features.FeaturesDict) and "image" in features):
-        raise DataError(f"TFDS dataset {data.dataset} has no images: {features}")
+def _folder(data: Data) -> epath.Path:
+    if data.data_dir is None:
+        raise DataError(f"dataset {data.dataset} needs a folder: use --data.data-dir DIR")
+    folder = epath.Path(data.data_dir)
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; use --data.data-dir DIR")
+    return folder
 
-    splits = [name for name in ("train", "test", "validation") if name in builder.info.splits]
-    # One held-out split is enough; `test` where there are both, as benchmarks report that one.
-    splits = splits[:2] or list(builder.info.splits)[:1]
-    counts = [builder.info.splits[name].num_examples for name in splits]
 
-    def read(feature: str) -> Iterator[Sequence[Any]]:
-        try:
-            for split in splits:
-                dataset = builder.as_dataset(
-                    split=split,
-                    decoders=tfds.decode.PartialDecoding({feature: True}),
-                    shuffle_files=False,
-                    # It is read once, and a copy in TensorFlow's memory would be too many.
-                    read_config=tfds.ReadConfig(try_autocache=False),
-                )
-                if None in features[feature].shape:
-                    yield from _runs(example[feature] for example in dataset.as_numpy_iterator())
-                else:  # Each turn of the iterator is slow, whatever it brings.
-                    yield from (e[feature] for e in dataset.batch(_RUN).as_numpy_iterator())
-        except tf.errors.OpError as error:
-            raise DataError(f"{builder.data_dir} is damaged: {error.message}") from error
+def _no_pictures(folder: epath.Path) -> DataError:
+    return DataError(f"{folder} holds no pictures; use --data.data-dir with a folder of some")
 
-    if features["image"].np_dtype != np.uint8:
-        raise DataError(f"TFDS dataset {data.dataset} has images of {features['image'].np_dtype}")
-    height, width, channels = features["image"].shape
-    # LFW labels an image with its person's name.
-    people = builder.name == "lfw"
-    return _Pictures(
-        count=sum(counts),
-        read=lambda: read("image"),
-        shape=(height, width, 1 if channels == 1 else 3),
-        is_train=np.repeat([True, False], counts) if len(counts) == 2 else None,
-        groups=list(itertools.chain.from_iterable(read("label"))) if people else None,
+
+def _prepared(data: Data) -> tfds.Prepared:
+    hint = (
+        f", or install Debian's package dataset-fashion-mnist, or name a folder of "
+        f"{_IDX_FILES[0]} and {_IDX_FILES[1]} (also .gz) with --data.data-dir"
+        if data.dataset == "fashion_mnist"
+        else ""
+    )
+    return tfds.Prepared(data, hint)
+
+
+# ---- Pictures in files, decoded when they are needed
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """The pictures of a dataset, of which no file has been opened."""
+
+    original: Sequence[Any]
+    degraded: Sequence[Any] | None = None
+    """Of pairs, the degraded pictures, in the same order."""
+    is_train: np.ndarray | None = None
+    """`(N,)` bool; None: the dataset has no split of its own."""
+    groups: Sequence[Any] | None = None
+    """What must not be divided between training and validation."""
+
+
+def _split(data: Data) -> Dataset:
+    files = _files(data)
+    count = len(files.original)
+    is_train = files.is_train
+    if is_train is None:
+        is_train = whole.split(files.groups or range(count), np.ones(count, bool), data)
+    cache = Cache(whole.memory_limit(data))
+    scale = _scale(files)
+    return Dataset(
+        _source(files, np.flatnonzero(is_train), scale, data, cache),
+        _source(files, np.flatnonzero(~is_train), scale, data, cache),
     )
 
 
-def _is_prepared(name: str) -> bool:
-    """Whether TFDS, if it is installed, has a dataset in its own folder."""
-    try:
-        return _import_tfds().builder(name).is_prepared()
-    except DataError:
-        return False
+def _files(data: Data) -> _Files:
+    if data.dataset == "folder":
+        folder = _folder(data)
+        found = _picture_files(folder)
+        if not found:
+            raise _no_pictures(folder)
+        return _Files(found)
+    if data.dataset == "pairs":
+        return _pairs(_folder(data))
+    prepared = _prepared(data)
+    return _Files(
+        prepared.files(whole.memory_limit(data)),
+        is_train=prepared.is_train,
+        groups=prepared.groups,
+    )
 
 
-def _prepare(builder: Any, data: Data) -> None:
-    """Downloads a TFDS dataset, or says at once that there is no network."""
-    where = builder.data_dir
-    try:
-        # TFDS itself retries for minutes before it reports that it has no network.
-        if not urllib.request.getproxies():
-            socket.create_connection(("storage.googleapis.com", 443), timeout=10).close()
-        builder.download_and_prepare()
-    except Exception as error:  # TFDS lets through whatever its downloads and parsers raise.
-        idx = (
-            f", or install Debian's package dataset-fashion-mnist, or name a folder of "
-            f"{_IDX_FILES[0]} and {_IDX_FILES[1]} (also .gz) with --data.data-dir"
-            if data.dataset == "fashion_mnist"
-            else ""
+def _picture_files(folder: epath.Path) -> list[epath.Path]:
+    """Files whose ending is a picture's, in order of their names."""
+    return [path for path in images.walk(folder) if path.suffix.lower() in images.SUFFIXES]
+
+
+def _pairs(folder: epath.Path) -> _Files:
+    """Finds pictures of the same name, whatever their ending, in `degraded` and `original`."""
+    sides = ("degraded", "original")
+    found: dict[str, dict[str, epath.Path]] = {side: {} for side in sides}
+    problems = []
+    for side in sides:
+        if not (folder / side).is_dir():
+            raise DataError(f"{folder} has no folder {side}; pairs are read from {side}")
+        for path in _picture_files(folder / side):
+            name = str(path.relative_to(folder / side).with_suffix(""))
+            if name in found[side]:
+                problems.append(f"{path} has the name of {found[side][name]}")
+            found[side][name] = path
+    for side, other in (sides, sides[::-1]):
+        missing = sorted(found[side].keys() - found[other].keys())
+        problems += [f"{found[side][name]} has no partner in {other}" for name in missing]
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise DataError(
+            f"{', '.join(problems[:5])}{more}; each picture of {folder} must be in degraded and "
+            "in original, with the same name"
         )
-        raise DataError(
-            f"{data.dataset} is not prepared in {where} and can't be downloaded ({error}); "
-            f"name the folder of prepared TFDS data with --data.data-dir{idx}, or prepare it "
-            f"where there is a network: tfds build {data.dataset} --data_dir DIR; "
-            "--data.dataset sample needs neither"
-        ) from error
+    if not found["original"]:
+        raise _no_pictures(folder)
+    names = sorted(found["original"])
+    return _Files(
+        [found["original"][name] for name in names], [found["degraded"][name] for name in names]
+    )
 
 
-def _import_tfds():
-    import_tensorflow()
-    try:
-        import tensorflow_datasets
-    except ImportError as error:
-        raise DataError(
-            f"this dataset is read with tensorflow-datasets, which can't be imported ({error}); "
-            "install it, or use --data.dataset folder or sample"
-        ) from error
-    return tensorflow_datasets
-
-
-# ---- Working size
-
-
-def _working_shape(shape: tuple[int | None, int | None, int], data: Data) -> tuple[int, int, int]:
-    height, width = data.image_size or shape[:2]
-    if height is None or width is None:
-        raise DataError("the images differ in size; choose one with --data.image-size HEIGHT WIDTH")
-    return height, width, data.channels or shape[2]
-
-
-def _decode(source: _Pictures, data: Data) -> Dataset:
-    """Decodes in parallel, skipping broken pictures, and splits."""
-    shape = _working_shape(source.shape, data)
-    array = _allocate((source.count, *shape), data.memory_limit)
-    good = np.zeros(len(array), bool)
-
-    def decode(index: int, content: epath.Path | np.ndarray) -> None:
+def _scale(files: _Files) -> int:
+    """How many times larger the originals are, as the first pair that can be read tells."""
+    for degraded, original in zip(files.degraded or (), files.original, strict=False):
         try:
-            if isinstance(content, np.ndarray):
-                picture = images.from_array(content)
-            else:
-                picture = images.read(content)
-            array[index] = images.at_working_size(picture, shape[:2], shape[2], data.resize)
-            good[index] = True
-        except ImageError as error:
-            named = isinstance(content, np.ndarray) or str(content) in str(error)
-            _log.warning("skipped: %s", error if named else f"{content}: {error}")
-
-    # Pillow releases the interpreter's lock while it decodes and resizes.
-    with (
-        ThreadPoolExecutor() as pool,
-        tqdm(desc=f"decoding {data.dataset}", total=len(array), delay=2, leave=False) as bar,
-    ):
-        stop = 0
-        for run in source.read():
-            place = slice(stop, stop := stop + len(run))
-            if isinstance(run, np.ndarray) and run.shape[1:] == shape:
-                array[place], good[place] = run, True
-            else:
-                list(pool.map(decode, range(place.start, place.stop), run))
-            bar.update(len(run))
-
-    if not good.any():
-        raise DataError(f"none of the {len(array)} pictures of {data.dataset} can be decoded")
-    is_train = source.is_train
-    if is_train is None:
-        is_train = _split(source.groups or range(len(array)), good, data)
-    return Dataset(_select(array, good & is_train), _select(array, good & ~is_train))
+            small, large = (images.read_shape(file)[:2] for file in (degraded, original))
+        except ImageError:
+            continue  # A warning names it when it is used.
+        scale = large[0] // small[0]
+        if large != (small[0] * scale, small[1] * scale) or not scale:
+            raise DataError(
+                f"{original} is {large[0]}x{large[1]}, {degraded} is {small[0]}x{small[1]}; the "
+                "original must be as large as the degraded picture, or a whole number of times"
+            )
+        return scale
+    return 1
 
 
-def _resize_arrays(dataset: Dataset, data: Data) -> Dataset:
-    if dataset.validation.shape[1:] != dataset.image_shape:
-        raise DataError(
-            f"the training images are {dataset.image_shape}, those for validation "
-            f"{dataset.validation.shape[1:]}"
-        )
-    shape = _working_shape(dataset.image_shape, data)
-    if shape == dataset.image_shape:
-        return dataset
+def _source(
+    files: _Files, indices: Sequence[int] | np.ndarray, scale: int, data: Data, cache: Cache
+) -> Source:
+    """The pictures at some indices."""
 
-    def resize(array: np.ndarray) -> np.ndarray:
-        resized = _allocate((len(array), *shape), data.memory_limit)
-        for index, image in enumerate(array):
-            picture = images.from_array(image)
-            resized[index] = images.at_working_size(picture, shape[:2], shape[2], data.resize)
-        return resized
+    def source(paths: Sequence[Any]) -> FileSource:
+        return FileSource([paths[index] for index in indices], data.channels or 3, cache)
 
-    return Dataset(*map(resize, dataset))
-
-
-def _allocate(shape: tuple[int, ...], memory_limit: float | None) -> np.ndarray:
-    """A uint8 array in memory, or in a temporary file that vanishes with it."""
-    size = int(np.prod(shape, dtype=np.int64))
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # A quarter, as the parts of a dataset, and then TensorFlow, hold a copy each.
-    limit = physical / 4 if memory_limit is None else memory_limit * 2**30
-    if size <= limit:
-        return np.empty(shape, np.uint8)
-    with tempfile.TemporaryFile() as file:
-        return np.memmap(file, np.uint8, "w+", shape=shape)
-
-
-def _select(array: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """`array[mask]`, in a file where the array is in one."""
-    if mask.all():
-        return array
-    if not isinstance(array, np.memmap):
-        return array[mask]
-    selected = _allocate((int(mask.sum()), *array.shape[1:]), memory_limit=0)
-    for target, index in enumerate(np.flatnonzero(mask)):
-        selected[target] = array[index]
-    return selected
-
-
-def _split(groups: Sequence[Any], good: np.ndarray, data: Data) -> np.ndarray:
-    """`(N,)` bool: which images are for training. No group is on both sides."""
-    names, group = np.unique(np.asarray(groups), return_inverse=True)
-    order = np.random.Generator(np.random.Philox(data.split_seed)).permutation(len(names))
-    sizes = np.bincount(group, weights=good, minlength=len(names))[order]
-    wanted = max(1.0, data.validation_fraction * good.sum())
-    held_out = order[np.cumsum(sizes) - sizes < wanted]
-    is_train = ~np.isin(group, held_out)
-    if not (good & is_train).any():
-        raise DataError(
-            f"{int(good.sum())} image(s) can't be split into training and validation; add more"
-        )
-    return is_train
+    if files.degraded is None:
+        return source(files.original)
+    return Pairs(source(files.degraded), source(files.original), scale)

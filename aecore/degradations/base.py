@@ -7,7 +7,7 @@ against `Ops`, and runs wherever there is an implementation of them: `JaxOps` he
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +147,10 @@ def whole(default: WholeRange, **bounds: int) -> Any:
 REGISTRY: dict[str, type["Degradation"]] = {}
 
 
-def register(cls: type["Degradation"]) -> type["Degradation"]:
+D = TypeVar("D", bound="Degradation")
+
+
+def register(cls: type[D]) -> type[D]:
     """Class decorator that lets checkpoints and JSON name `cls`, a frozen dataclass."""
     REGISTRY[cls.__name__] = cls
     return cls

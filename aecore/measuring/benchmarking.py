@@ -84,6 +84,7 @@ def bench(experiment: Experiment, *, seconds: float = 2.0, repeats: int = 5) -> 
     devices = assembly.devices(experiment.training)
     dataset = sources.load(experiment.data)
     experiment.check_images(*dataset.image_shape)
+    train, validation = map(sources.whole_array, (dataset.train, dataset.validation))
     device = devices.mesh.devices.flat[0]
     limits = {
         precision: hardware.limits(device, precision) for precision in ("float32", "bfloat16")
@@ -95,10 +96,10 @@ def bench(experiment: Experiment, *, seconds: float = 2.0, repeats: int = 5) -> 
         "batch_size": experiment.training.batch_size,
         "jax": jax.__version__,
         "limits": {precision: dataclasses.asdict(limit) for precision, limit in limits.items()},
-        "pipeline": take_turns(_pipelines(experiment, dataset.train), seconds, repeats),
+        "pipeline": take_turns(_pipelines(experiment, train), seconds, repeats),
         "step": _steps(experiment, dataset.image_shape, limits, seconds, repeats),
-        "loop": _loops(experiment, dataset.train, seconds, repeats),
-        "restore": take_turns(_restoring(experiment, dataset.validation), seconds, repeats),
+        "loop": _loops(experiment, train, seconds, repeats),
+        "restore": take_turns(_restoring(experiment, validation), seconds, repeats),
     }
 
 

@@ -23,6 +23,7 @@ matrix products:
 import functools
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -489,7 +490,7 @@ def _place(selection: np.ndarray, kernel: jax.Array) -> jax.Array:
     taps, phases_in, phases_out = selection.shape[1:]
     channels, features = kernel.shape[2:]
     numbers = np.where(selection.any(0), selection.argmax(0), _ZEROS).flatten()
-    placed = _take(kernel.reshape(9, channels, features), tuple(numbers.tolist()))
+    placed: Any = _take(kernel.reshape(9, channels, features), tuple(numbers.tolist()))
     placed = placed.reshape(taps, phases_in, phases_out, channels, features)
     return placed.transpose(0, 1, 3, 2, 4).reshape(taps, phases_in * channels, -1)
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from aecore.data.sources import Dataset
+from aecore.data.sources import Dataset, whole_array
 from aecore.degradations import Compose, Degradation, Pixelate, enlarging
 from aecore.errors import ConfigError
 from aecore.scoring import evaluation
@@ -177,7 +177,8 @@ def scores(
       For each method its scores, as from `evaluation.Evaluator`, and its `settings`; the same for
       the best calibrated method, whose name ends with `CALIBRATED`.
     """
-    tuned_on, count = dataset.train[:_TUNED_ON], len(dataset.validation)
+    validation = whole_array(dataset.validation)
+    tuned_on, count = whole_array(dataset.train)[:_TUNED_ON], len(validation)
     tries = sum(len(list(method.settings())) for method in chosen.values())
     with (
         ThreadPoolExecutor() as pool,
@@ -213,9 +214,9 @@ def scores(
         calibrated = min(errors, key=lambda name: errors[name])
 
         values = collections.defaultdict(list)
-        batch = max(1, _BATCH_BYTES // (4 * dataset.validation[0].size))
+        batch = max(1, _BATCH_BYTES // (4 * validation[0].size))
         for start in range(0, count, batch):
-            originals = dataset.validation[start : start + batch]
+            originals = validation[start : start + batch]
             degraded = evaluation.degraded(degradation, originals, start)
             for name, method in chosen.items():
                 images = restored(method, best[name], degraded)

@@ -302,6 +302,7 @@ def evaluate(
             "a run's summary holds scores on the run's own images and degradation only; "
             "leave out save"
         )
+    validation = sources.whole_array(dataset.validation)
     devices = Devices()
     evaluator = Evaluator(
         restorer.network.apply,
@@ -309,10 +310,10 @@ def evaluate(
         devices,
         batch_size,
     )
-    values = evaluator.per_image(devices.replicate(restorer.params), dataset.validation)
+    values = evaluator.per_image(devices.replicate(restorer.params), validation)
     scores = {
         "evaluation": {"step": restorer.description.step, **summarize(values)},
-        "baseline": baseline(degradation, devices, dataset.validation, batch_size),
+        "baseline": baseline(degradation, devices, validation, batch_size),
     }
     if methods:
         scores["classical"] = classical_methods.scores(
@@ -322,7 +323,7 @@ def evaluate(
         merged = summary.get("classical", {}) | scores.get("classical", {})
         summary |= scores | ({"classical": merged} if merged else {})
         write_json(directory / "summary.json", summary)
-        _save_ranked(directory, restorer, degradation, dataset, values["psnr"])
+        _save_ranked(directory, restorer, degradation, validation, values["psnr"])
     return scores
 
 
@@ -350,17 +351,17 @@ def _save_ranked(
     directory: epath.Path,
     restorer: Restorer,
     degradation: Degradation,
-    dataset: sources.Dataset,
+    validation: np.ndarray,
     psnr: np.ndarray,
 ) -> None:
     chosen = ranked(psnr)
     indices = np.concatenate(list(chosen.values()))
-    noisy = _degraded_at(degradation, dataset.validation[indices], indices)
+    noisy = _degraded_at(degradation, validation[indices], indices)
     reports.save_samples(
         {
             "degraded": noisy,
             "restored": restorer(noisy),
-            "original": dataset.validation[indices].astype(np.float32) / 255,
+            "original": validation[indices].astype(np.float32) / 255,
         },
         directory / "ranked.png",
         [f"{name}, {psnr[i]:.1f} dB" for name, part in chosen.items() for i in part],

@@ -152,7 +152,9 @@ class Devices:
         """
         return self._compile(functools.partial(train_step, axis_name=AXIS), 0)
 
-    def compile_train_steps(self, train_step: Callable, most: int) -> Compiled:
+    def compile_train_steps(
+        self, train_step: Callable, most: int, *, held: bool = False
+    ) -> Compiled:
         """Compiles `(state, batches, count) -> (state, losses)`; the state is donated.
 
         It does `count` steps, at most `most`, on `(S, B, ...)` batches that are already on the
@@ -161,9 +163,11 @@ class Devices:
         Args:
           train_step: as for `compile_train_step`.
           most: length of `losses`; entries from `count` on are undefined.
+          held: whether there is a fourth argument: arrays that every device holds whole. A step
+            then gets the pair of its batch and these arrays.
         """
 
-        def train_steps(state, batches, count):
+        def train_steps(state, batches, count, *arrays):
             def body(index, carry):
                 state, losses = carry
                 batch = jax.tree.map(
@@ -172,6 +176,7 @@ class Devices:
                     ),
                     batches,
                 )
+                batch = (batch, *arrays) if held else batch
                 state, loss = train_step(state, batch, axis_name=AXIS)
                 return state, losses.at[index].set(loss)
 
@@ -179,7 +184,7 @@ class Devices:
             # the same bits however the steps are divided among calls.
             return lax.fori_loop(0, count, body, (state, jnp.zeros(most, jnp.float32)))
 
-        return self._compile(train_steps, 1, None)
+        return self._compile(train_steps, 1, None, *[None] * held)
 
     def _compile(self, function: Callable, *axes: int | None) -> Compiled:
         """Compiles `(state, *args) -> (state, value)`.

@@ -123,6 +123,19 @@ def degrading(degradation: Degradation, flip: bool = False) -> Prepare:
     return prepare
 
 
+def degrading_pairs(degradation: Degradation) -> Prepare:
+    """`Prepare` for pairs of `(B, ., ., C)` uint8 degraded and original images.
+
+    The degradation is applied to images that are degraded already.
+    """
+
+    def prepare(batch, keys):
+        degraded, original = (images.astype(jnp.float32) / 255.0 for images in batch)
+        return degradation.apply(degraded, JaxOps(keys)), original
+
+    return prepare
+
+
 def eval_step(
     params: Any, images: jax.Array, keys: jax.Array, *, apply: Apply, prepare: Prepare
 ) -> dict[str, jax.Array]:

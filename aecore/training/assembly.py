@@ -1,7 +1,7 @@
 """An experiment in; its devices, network, optimizer, first state and training step out."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,10 @@ from aecore.steps.step import Apply, Loss, Prepare
 
 _CACHE_BYTES = 12 * 2**20
 """Activations, as `activation_bytes` counts them, with which a step is fastest on CPUs."""
+
+
+Kind = Literal["images", "crops", "pairs"]
+"""Of training examples: whole images, crops of images, or crops of degraded and original images."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +113,7 @@ def assemble(
     precision: str | None = None,
     parts: int | None = None,
     degrades_on_device: bool | None = None,
+    kind: Kind = "images",
 ) -> Assembly:
     """Puts an experiment together.
 
@@ -121,6 +126,7 @@ def assemble(
       precision: `float32` or `bfloat16`.
       parts: into how many parts a device's share of a batch is divided.
       degrades_on_device: whether the step degrades the images.
+      kind: of the training examples.
 
     Raises:
       ConfigError: a device's share of a batch can't be divided as `accumulation` says.
@@ -141,9 +147,7 @@ def assemble(
         batch_size=batch_size,
         apply=apply,
         apply_in_training=apply if dtype == jnp.float32 else in_precision(apply, dtype),
-        prepare=step.degrading(experiment.degradation, training.flip)
-        if degrades_on_device
-        else step.pairs,
+        prepare=_prepare(experiment, kind) if degrades_on_device else step.pairs,
         degrades_on_device=degrades_on_device,
         optimizer=optimizer(experiment.optimizer, last_step),
         loss=losses.LOSSES[training.loss],
@@ -151,6 +155,15 @@ def assemble(
         parts=parts,
         seed=training.seed,
     )
+
+
+def _prepare(experiment: Experiment, kind: Kind) -> Prepare:
+    """How uint8 images become inputs and targets on the device."""
+    if kind == "pairs":
+        return step.degrading_pairs(experiment.degradation)
+    # Crops were mirrored when they were cut.
+    flip = experiment.training.flip and kind == "images"
+    return step.degrading(experiment.degradation, flip)
 
 
 def learning_rate(settings: Optimizer, last_step: int) -> optax.Schedule | float:

@@ -1,7 +1,7 @@
-"""Where the compiled steps get their batches: streamed by tf.data, or from images on the devices.
+"""Where compiled steps get their batches: streamed from the host, or from images on the devices.
 
-`launch` starts one or more steps and can begin at any step. Both feeds visit the images in the same
-order; noise drawn on the device is the same in both.
+`launch` starts one or more steps and can begin at any step. All feeds visit the same images and
+crops in the same order; noise drawn on the device is the same in all.
 """
 
 import collections
@@ -13,15 +13,18 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from aecore.config import Training
 from aecore.data.batches import epoch_order, training_batches
+from aecore.data.crops import Crops
 from aecore.degradations import Degradation
 from aecore.errors import ConfigError
 from aecore.steps.devices import Devices
 from aecore.steps.state import TrainState
-from aecore.training.assembly import Assembly
+from aecore.training.assembly import Assembly, Kind
 
 _AHEAD = 2
 """Groups of batches sent to the devices ahead of time, while a call runs."""
@@ -37,13 +40,10 @@ _CALL_SECONDS = 0.25
 
 
 class Feed(Protocol):
-    """Starts steps of training.
-
-    Attributes:
-      seconds_waited: total time that `launch` has waited for images.
-    """
+    """Starts steps of training."""
 
     seconds_waited: float
+    """Total time that `launch` has waited for images."""
 
     def launch(self, state: TrainState, step: int, most: int) -> tuple[TrainState, jax.Array, int]:
         """Starts steps without waiting for their results.
@@ -54,30 +54,46 @@ class Feed(Protocol):
           most: most steps to start.
 
         Returns:
-          The state after the steps, losses `(L,)` or a scalar, and the number of steps n; only the
-          first n losses are defined.
+          The state after the steps; their losses, `(L,)` or a scalar; and how many steps there
+          are. Losses beyond that number are undefined.
         """
+        ...
 
     def seconds_per_step(self, seconds: float) -> None:
         """Tells the feed how long a step takes."""
+        ...
 
 
 def create(
-    array: np.ndarray, degradation: Degradation, training: Training, assembled: Assembly
+    examples: np.ndarray | Crops,
+    degradation: Degradation,
+    training: Training,
+    assembled: Assembly,
 ) -> Feed:
     """Makes the feed that `training` asks for.
 
     Args:
-      array: `(N, H, W, C)` uint8.
+      examples: `(N, H, W, C)` uint8 images, or crops.
       degradation: what is done to the images.
       training: batch size, seed and feed.
       assembled: the devices and the training step.
 
     Raises:
       ConfigError: the devices can't hold the images.
+      DataError: no picture can be cropped.
     """
-    kind = Resident if training.feed == "resident" else Stream
-    return kind(array, degradation, training, assembled)
+    if training.feed == "stream":
+        return Stream(examples, degradation, training, assembled)
+    if isinstance(examples, Crops):
+        return ResidentCrops(examples, training, assembled)
+    return Resident(examples, training, assembled)
+
+
+def kind_of(examples: np.ndarray | Crops) -> Kind:
+    """What `assembly.assemble` must know of the training examples."""
+    if not isinstance(examples, Crops):
+        return "images"
+    return "crops" if len(examples.shapes) == 1 else "pairs"
 
 
 class _Calls:
@@ -94,21 +110,30 @@ class _Calls:
 
 
 class Stream:
-    """Batches from tf.data, put on the devices ahead of time.
+    """Batches made on the host, put on the devices ahead of time.
 
-    Small batches are sent in groups, and one call does several steps, which share its cost on the
-    host.
+    Of small batches, several are put there together: a call then does several steps, which share
+    what it costs the host.
     """
 
-    def __init__(self, array, degradation, training, assembled):
+    def __init__(
+        self,
+        examples: np.ndarray | Crops,
+        degradation: Degradation,
+        training: Training,
+        assembled: Assembly,
+    ):
         devices = assembled.devices
         share = devices.share(training.batch_size)
-        self._group = min(max(1, _GROUP_IMAGES // (share.stop - share.start)), _MOST_BATCHES)
+        # Crops may have to be decoded, and the first batch should not wait for those after it.
+        self._group = 1
+        if not isinstance(examples, Crops):
+            self._group = min(max(1, _GROUP_IMAGES // (share.stop - share.start)), _MOST_BATCHES)
         self._steps = devices.compile_train_steps(assembled.train_step, self._group)
         self._devices = devices
         self._batches = functools.partial(
             training_batches,
-            array,
+            examples,
             None if assembled.degrades_on_device else degradation,
             batch_size=training.batch_size,
             seed=training.seed,
@@ -117,7 +142,7 @@ class Stream:
         )
         self._calls = _Calls(self._group)
         self.seconds_per_step = self._calls.seconds_per_step
-        self._placed = None
+        self._placed: Iterator[Any] = iter(())
         self._current = None
         self._next_step = None
         self.seconds_waited = 0.0
@@ -135,12 +160,13 @@ class Stream:
         return state, losses, count
 
     def _placed_ahead(self, step: int) -> Iterator[Any]:
-        """Groups of batches, from that of `step` on; its batches before `step` are not read."""
+        """Groups of batches; the first one is that of `step`, and lacks what comes before it."""
         queue = collections.deque()
         batches = self._batches(start_step=step)
         done = step % self._group
-        while True:
-            while len(queue) <= _AHEAD:
+        for ahead in itertools.count():
+            # The first step starts as soon as there is a group for it.
+            while len(queue) <= min(ahead, _AHEAD):
                 start = time.perf_counter()
                 group = list(itertools.islice(batches, self._group - done))
                 self.seconds_waited += time.perf_counter() - start
@@ -161,10 +187,10 @@ class Resident:
     is a slice.
     """
 
-    def __init__(self, array, degradation, training, assembled):
-        del degradation  # The step does it.
+    def __init__(self, array: np.ndarray, training: Training, assembled: Assembly):
         devices = assembled.devices
-        _check_memory(array, devices)
+        # As they are held, and as they are arranged.
+        _check_memory(2 * array.nbytes / devices.device_count, devices)
 
         def train_step(state, rows, *, axis_name=None):
             images = rows.reshape(-1, *assembled.image_shape)
@@ -201,11 +227,116 @@ class Resident:
         return state, losses, count
 
 
-def _check_memory(array: np.ndarray, devices: Devices) -> None:
-    """Refuses images of which two copies, held and arranged, leave too little room for steps."""
+class ResidentCrops:
+    """Whole pictures on the devices, as bytes, of which each step cuts its crops itself.
+
+    Each device holds all pictures, so that a batch is the same on any number of devices, and none
+    waits for another's pixels. At an epoch's start the host says where the crops lie: three
+    integers each.
+    """
+
+    def __init__(
+        self,
+        crops: Crops,
+        training: Training,
+        assembled: Assembly,
+    ):
+        devices = assembled.devices
+        packed = crops.pack()
+        for pictures in packed:
+            if pictures.planes.shape[1] >= 2**31:
+                raise ConfigError(
+                    f"the pictures have {pictures.planes.shape[1]:,} pixels, more than the "
+                    f"{2**31 - 1:,} that can be held on a device; use --training.feed stream"
+                )
+        _check_memory(sum(pictures.planes.nbytes for pictures in packed), devices)
+
+        def train_step(state, batch, *, axis_name=None):
+            (parts, turn), held = batch
+            images = tuple(
+                cut(planes, start, width, turn, size[:2])
+                for planes, (start, width), size in zip(held, parts, crops.shapes, strict=True)
+            )
+            examples = images[0] if len(images) == 1 else images
+            return assembled.train_step(state, examples, axis_name=axis_name)
+
+        self._steps = devices.compile_train_steps(train_step, _MOST_STEPS, held=True)
+        self._held = tuple(devices.replicate(pictures.planes) for pictures in packed)
+        self._layouts = [pictures.layout for pictures in packed]
+        self._crops = crops
+        self._training = training
+        self._devices = devices
+        self._epoch = None
+        self._places = None
+        self.seconds_waited = 0.0
+        self._calls = _Calls(_MOST_STEPS)
+        self.seconds_per_step = self._calls.seconds_per_step
+
+    def launch(self, state, step, most):
+        steps_per_epoch = len(self._crops) // self._training.batch_size
+        epoch, done = divmod(step, steps_per_epoch)
+        if epoch != self._epoch:
+            start = time.perf_counter()
+            self._places = self._places_of(epoch, steps_per_epoch)
+            self._epoch = epoch
+            self.seconds_waited += time.perf_counter() - start
+        count = min(most, self._calls.steps, steps_per_epoch - done)
+        state, losses = self._steps(
+            state, self._places, self._devices.replicate(np.int32(count)), self._held
+        )
+        return state, losses, count
+
+    def _places_of(self, epoch: int, steps_per_epoch: int) -> Any:
+        """Where an epoch's crops start, how wide their pictures are, and how they are turned.
+
+        Each is an array `(S, B)` of int32.
+        """
+        training = self._training
+        order = epoch_order(training.seed, epoch, len(self._crops))
+        examples = order[: steps_per_epoch * training.batch_size]
+        places = self._crops.places(examples, seed=training.seed, epoch=epoch, flip=training.flip)
+        located = tuple(layout.locate(places) for layout in self._layouts)
+        share = self._devices.share(training.batch_size)
+
+        def batches(values: np.ndarray) -> np.ndarray:
+            return values.astype(np.int32).reshape(steps_per_epoch, -1)[:, share]
+
+        return self._devices.shard_batch(jax.tree.map(batches, (located, places.turn)), axis=1)
+
+
+def cut(
+    planes: jax.Array, start: jax.Array, width: jax.Array, turn: jax.Array, size: tuple[int, int]
+) -> jax.Array:
+    """Crops of packed pictures, turned as `aecore.data.crops.turned` does it.
+
+    Args:
+      planes: `(C, P)` uint8, as `Packed.planes`.
+      start: `(B,)`, the pixel at which each crop starts.
+      width: `(B,)`, the widths of their pictures.
+      turn: `(B,)`, how each is turned.
+      size: height and width of the crops; equal if any `turn` is above 3.
+
+    Returns:
+      `(B, height, width, C)` uint8.
+    """
+    height, columns = size
+
+    def row(first):
+        return lax.dynamic_slice(planes, (0, first), (len(planes), columns))
+
+    first = start[:, None] + width[:, None] * jnp.arange(height, dtype=jnp.int32)
+    images = jax.vmap(jax.vmap(row))(first).transpose(0, 1, 3, 2)
+    turn = turn[:, None, None, None]
+    if height == columns:
+        images = jnp.where(turn & 4, images.swapaxes(1, 2), images)
+    images = jnp.where(turn & 2, images[:, ::-1], images)
+    return jnp.where(turn & 1, images[:, :, ::-1], images)
+
+
+def _check_memory(needed: float, devices: Devices) -> None:
+    """Refuses images that, with this many bytes per device, leave too little room for the steps."""
     statistics = devices.mesh.local_devices[0].memory_stats() or {}
     limit = statistics.get("bytes_limit", math.inf)
-    needed = 2 * array.nbytes / devices.device_count
     if needed > 0.8 * limit:
         raise ConfigError(
             f"the images need {needed / 2**30:.1f} GiB of the device's {limit / 2**30:.1f}; "

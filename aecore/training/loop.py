@@ -108,21 +108,24 @@ class _Run:
     ):
         training = experiment.training
         self.experiment = experiment
-        self.dataset = dataset
         self.devices = devices
         self.directory = directory
         self.checkpoints = checkpoints
         self.interruption = interruption
-        self.steps_per_epoch = len(dataset.train) // training.batch_size
-        self.last_step = training.last_step(len(dataset.train))
+        examples = dataset.examples()
+        self.validation = sources.whole_array(dataset.validation)
+        self.steps_per_epoch = len(examples) // training.batch_size
+        self.last_step = training.last_step(len(examples))
 
         # With several processes, only the first writes anything but checkpoints.
         self.is_first = jax.process_index() == 0
 
-        assembled = assembly.assemble(experiment, dataset.image_shape, devices, self.last_step)
-        self.feed = feeds.create(dataset.train, experiment.degradation, training, assembled)
+        assembled = assembly.assemble(
+            experiment, dataset.image_shape, devices, self.last_step, kind=feeds.kind_of(examples)
+        )
+        self.feed = feeds.create(examples, experiment.degradation, training, assembled)
         self.evaluator = evaluation.Evaluator(assembled.apply, experiment.degradation, devices)
-        degraded = evaluation.degraded(experiment.degradation, dataset.validation[:_LOOKED_AT])
+        degraded = evaluation.degraded(experiment.degradation, self.validation[:_LOOKED_AT])
         self.degraded_samples = degraded[:_SAMPLES].copy()
         self.description = dataclasses.replace(
             Description.from_json(describe(experiment)),
@@ -136,7 +139,7 @@ class _Run:
         restored = checkpoints.restore(self.abstract_state)
         if restored:
             self.state, resumed = restored
-            resuming.check_run(resumed, self.description, experiment, directory, len(dataset.train))
+            resuming.check_run(resumed, self.description, experiment, directory, len(examples))
         else:
             self.state, resumed = devices.compile_create(assembled.create)(), Description()
         self.step = self.saved_step = int(jax.device_get(self.state.step))
@@ -156,7 +159,7 @@ class _Run:
         if self.step < self.last_step and not self._loss_no_longer_falls():
             # Not of the state's own arrays, which are donated to the steps meanwhile.
             params = self.abstract_state.inference_params
-            self.evaluator.compile_ahead(params, self.dataset.validation)
+            self.evaluator.compile_ahead(params, self.validation)
         while True:
             if self._evaluation_is_due():
                 self._collect_losses(bar)
@@ -208,7 +211,7 @@ class _Run:
         scores = restorer.description.metrics
         if scores is None:  # Every evaluated checkpoint has since been damaged.
             params = self.devices.replicate(restorer.params)
-            values = self.evaluator.per_image(params, self.dataset.validation)
+            values = self.evaluator.per_image(params, self.validation)
             scores = {"step": restorer.description.step, **evaluation.summarize(values)}
         summary = {
             "name": self.experiment.name,
@@ -217,7 +220,7 @@ class _Run:
             **self.clock.to_json(),
             "evaluation": scores,
             "baseline": evaluation.baseline(
-                self.experiment.degradation, self.devices, self.dataset.validation
+                self.experiment.degradation, self.devices, self.validation
             ),
             "parameters": state.count_parameters(self.state.params),
             "device": jax.devices()[0].device_kind,
@@ -228,7 +231,7 @@ class _Run:
             return summary
         summary |= self._classical_scores()
         degraded = self.degraded_samples
-        original = self.dataset.validation[: len(degraded)].astype(np.float32) / 255
+        original = self.validation[: len(degraded)].astype(np.float32) / 255
         reports.save_samples(
             {"degraded": degraded, "restored": restorer(degraded), "original": original},
             self.directory / "samples.png",
@@ -295,7 +298,7 @@ class _Run:
     def _evaluate(self) -> None:
         try:
             scores = self.evaluator(
-                self.state.inference_params, self.dataset.validation, self._evaluation_may_stop
+                self.state.inference_params, self.validation, self._evaluation_may_stop
             )
         except evaluation.Stopped:
             self._stop()

@@ -1,0 +1,267 @@
+"""Images by index: any one of a source can be read without reading the others.
+
+An image is `(H, W, C)` uint8. Those of one source may differ in height and width, not in channels.
+"""
+
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+
+from aecore.data import jpeg
+from aecore.errors import ImageError
+from aecore.media import images
+
+_REQUESTS = 32
+"""Files that are asked about at the same time."""
+
+Shape = tuple[int, int, int]
+"""Height, width and channels."""
+
+
+class Source(Protocol):
+    """Images that can be read in any order, by several threads at once."""
+
+    @property
+    def channels(self) -> int:
+        """1 for gray, 3 for RGB."""
+        ...
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        ...
+
+    def __getitem__(self, index: int, /) -> np.ndarray:
+        """The image at an index, `(H, W, C)` uint8, not to be written to.
+
+        Raises:
+          ImageError: it is broken, and always will be.
+        """
+        ...
+
+    def shape(self, index: int) -> Shape:
+        """The image's shape, found without decoding its pixels.
+
+        Raises:
+          ImageError: as for the image itself, as far as the file's header tells.
+        """
+        ...
+
+    def window(self, index: int, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """Part of an image, which ends where the image ends.
+
+        Raises:
+          ImageError: as for the image itself.
+        """
+        ...
+
+    def checksum(self, crc: int) -> int:
+        """Goes on with a CRC-32 over what identifies the images and their order."""
+        ...
+
+
+class ArraySource:
+    """Images of one size, in memory or in a file that is mapped into it.
+
+    Args:
+      array: `(N, H, W, C)` uint8.
+    """
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+    @property
+    def channels(self) -> int:
+        return self.array.shape[3]
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int, /) -> np.ndarray:
+        return self.array[index]
+
+    def shape(self, index: int) -> Shape:
+        del index
+        height, width, channels = self.array.shape[1:]
+        return height, width, channels
+
+    def window(self, index: int, top: int, left: int, height: int, width: int) -> np.ndarray:
+        return self.array[index, top : top + height, left : left + width]
+
+    def checksum(self, crc: int) -> int:
+        for start in range(0, len(self), 4096):
+            crc = zlib.crc32(self.array[start : start + 4096].tobytes(), crc)
+        return crc
+
+
+class Cache:
+    """Keeps decoded images in memory until it is full; the others are decoded each time.
+
+    Nothing is dropped to make room: an epoch reads all images once, in random order, so that those
+    that are kept are read as often as those that would replace them.
+
+    Args:
+      limit: bytes to keep at most.
+
+    Attributes:
+      bytes: how many are kept.
+      is_full: whether an image was too large for what room was left.
+    """
+
+    def __init__(self, limit: float):
+        self._limit = limit
+        self._kept: dict[Any, np.ndarray] = {}
+        self._lock = threading.Lock()
+        self.bytes = 0
+        self.is_full = False
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._kept
+
+    def get(self, key: Any, decode: Callable[[], np.ndarray]) -> np.ndarray:
+        """The image of a key, decoded if it is not kept."""
+        image = self._kept.get(key)
+        if image is None:
+            image = decode()
+            image.flags.writeable = False
+            with self._lock:
+                if self.bytes + image.nbytes > self._limit:
+                    self.is_full = True
+                elif key not in self._kept:
+                    self._kept[key] = image
+                    self.bytes += image.nbytes
+        return image
+
+
+class FileSource:
+    """Pictures in files, each decoded when it is needed and kept while there is room.
+
+    Args:
+      files: `epath.Path`s, or other objects with `open("rb")` whose `str` names them.
+      channels: 1 to turn all into gray, 3 into RGB.
+      cache: where decoded pictures are kept; sources may share it.
+    """
+
+    def __init__(self, files: Sequence[Any], channels: int, cache: Cache):
+        self._files = files
+        self._channels = channels
+        self._cache = cache
+        self._shapes: dict[int, Shape] = {}
+
+    @property
+    def channels(self) -> int:
+        return self._channels
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, index: int) -> str:
+        """The file of an image, for messages."""
+        return str(self._files[index])
+
+    def __getitem__(self, index: int, /) -> np.ndarray:
+        # The source itself keeps apart those that share the cache.
+        image = self._cache.get((self, index), lambda: self._decode(index))
+        height, width, channels = image.shape
+        self._shapes[index] = height, width, channels
+        return image
+
+    def _decode(self, index: int) -> np.ndarray:
+        if (image := jpeg.decode(self._content(index), self._channels)) is not None:
+            return image
+        file = self._files[index]
+        try:
+            picture = images.read(file)
+            size = picture.height, picture.width
+            return images.at_working_size(picture, size, self._channels, "antialiased")
+        except ImageError as error:
+            if str(file) in str(error):
+                raise
+            raise ImageError(f"{file}: {error}") from error
+
+    def _content(self, index: int) -> bytes:
+        file = self._files[index]
+        try:
+            with file.open("rb") as opened:
+                return opened.read()
+        except Exception as error:  # Remote file systems have errors of their own.
+            reason = getattr(error, "strerror", None) or error
+            raise ImageError(f"{file} can't be read: {reason}") from error
+
+    def shape(self, index: int) -> Shape:
+        if index not in self._shapes:
+            height, width, _ = images.read_shape(self._files[index])
+            self._shapes[index] = height, width, self._channels
+        return self._shapes[index]
+
+    def window(self, index: int, top: int, left: int, height: int, width: int) -> np.ndarray:
+        if self._cache.is_full and (self, index) not in self._cache:
+            own_height, own_width, _ = self.shape(index)
+            size = min(height, own_height - top), min(width, own_width - left)
+            part = jpeg.decode(self._content(index), self._channels, (top, left, *size))
+            if part is not None:
+                return part
+        return self[index][top : top + height, left : left + width]
+
+    def checksum(self, crc: int) -> int:
+        """Of the files' names and sizes, as their content would take long to read."""
+        # Remote file systems take long to answer.
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            for line in pool.map(_identity, self._files):
+                crc = zlib.crc32(line.encode(), crc)
+        return crc
+
+
+def _identity(file: Any) -> str:
+    """The name of a file in its folder, and its size."""
+    return f"{file.name} {file.stat().length}\n" if isinstance(file, epath.Path) else f"{file}\n"
+
+
+class Pairs:
+    """Pictures of which there is an original and a degraded version. As a source: the originals.
+
+    Args:
+      degraded: the degraded pictures.
+      original: the originals, in the same order.
+      scale: how many times larger the originals are.
+    """
+
+    def __init__(self, degraded: FileSource, original: FileSource, scale: int):
+        self.degraded = degraded
+        self.original = original
+        self.scale = scale
+
+    @property
+    def channels(self) -> int:
+        return self.original.channels
+
+    def __len__(self) -> int:
+        return len(self.original)
+
+    def __getitem__(self, index: int, /) -> np.ndarray:
+        return self.original[index]
+
+    def shape(self, index: int) -> Shape:
+        """The original's.
+
+        Raises:
+          ImageError: one of the two is broken, or the original is not `scale` times larger.
+        """
+        original, degraded = self.original.shape(index), self.degraded.shape(index)
+        if original[:2] != (degraded[0] * self.scale, degraded[1] * self.scale):
+            raise ImageError(
+                f"{self.original.name(index)} is {original[0]}x{original[1]}, "
+                f"{self.degraded.name(index)} is {degraded[0]}x{degraded[1]}; "
+                f"the first should be {self.scale} times the second"
+            )
+        return original
+
+    def window(self, index: int, top: int, left: int, height: int, width: int) -> np.ndarray:
+        return self.original.window(index, top, left, height, width)
+
+    def checksum(self, crc: int) -> int:
+        return self.original.checksum(self.degraded.checksum(crc))

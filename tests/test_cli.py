@@ -56,7 +56,10 @@ def test_evaluate_prints_the_scores(trained, capsys):
             ["restore", "{pictures}/0.png", "-o", "{tmp}/o.xyz", "-m", "{trained}"],
             "can't be written with the ending '.xyz'; use .png",
         ),
-        (["restore", "{pictures}", "-o", "/dev/null/x", "-m", "{trained}"], "/dev/null is not a fold"),
+        (
+            ["restore", "{pictures}", "-o", "/dev/null/x", "-m", "{trained}"],
+            "/dev/null is not a fold",
+        ),
         (
             [
                 "restore",

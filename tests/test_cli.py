@@ -50,13 +50,16 @@ def test_evaluate_prints_the_scores(trained, capsys):
         (["restore", "{pictures}/0.png", "-o", "", "-m", "{trained}"], "no output"),
         (
             ["restore", "{pictures}", "-o", "{tmp}/o", "-m", "{trained}", "--suffix", "/../x"],
-            "is no part of a file's name",
+            "contains a slash",
         ),
         (
             ["restore", "{pictures}/0.png", "-o", "{tmp}/o.xyz", "-m", "{trained}"],
             "can't be written with the ending '.xyz'; use .png",
         ),
-        (["restore", "{pictures}", "-o", "/dev/null/x", "-m", "{trained}"], "/dev/null is no fold"),
+        (
+            ["restore", "{pictures}", "-o", "/dev/null/x", "-m", "{trained}"],
+            "/dev/null is not a fold",
+        ),
         (
             [
                 "restore",
@@ -68,7 +71,7 @@ def test_evaluate_prints_the_scores(trained, capsys):
                 "--report",
                 "{pictures}/0.png",
             ],
-            "is a picture too; choose another file for the report",
+            "is an input or an output; choose another report file",
         ),
         (
             [
@@ -85,7 +88,7 @@ def test_evaluate_prints_the_scores(trained, capsys):
         ),
         (
             ["restore", "{pictures}/0.png", "-o", "{pictures}/1.png", "-m", "{trained}"],
-            "1.png exists; use --if-exists skip or overwrite",
+            "1.png exists; use --if-exists skip or --if-exists overwrite",
         ),
         (
             ["restore", "{pictures}", "-o", "{tmp}/o", "-m", "{trained}", "--device", "tpu"],

@@ -14,6 +14,7 @@ from aecore import Data
 from aecore.data import sources
 from aecore.degradations import Compose, GaussianBlur, GaussianNoise
 from aecore.errors import ConfigError
+from aecore.models import NoiseReducer
 from aecore.steps.state import TrainState
 from aecore.training import assembly, feeds
 
@@ -45,12 +46,27 @@ def probe(state, batch, *, prepare, axis_name):
     return state.replace(step=state.step + 1), value
 
 
+class Probed(assembly.Assembly):
+    """Has `probe` in place of the training step."""
+
+    def train_step(self, before, batch, *, axis_name=None):
+        return probe(before, batch, prepare=self.prepare, axis_name=axis_name)
+
+
 def run(crops, steps=12, start=0, **training):
     """What `probe` tells of some steps, of which an epoch has 4."""
     settings = dict(batch_size=16, seed=4, degrade_on="device") | training
-    training = aecore.Training(**settings)
-    devices = assembly.devices(training)
-    feed = feeds.create(crops, DEGRADATION, training, devices, probe)
+    experiment = aecore.Experiment(
+        "feeds",
+        NoiseReducer(features=(4,), channels=crops.shapes[0][2]),
+        DEGRADATION,
+        training=aecore.Training(**settings),
+    )
+    devices = assembly.devices(experiment.training)
+    assembled = assembly.assemble(
+        experiment, crops.shapes[-1], devices, last_step=1, kind=feeds.kind_of(crops)
+    )
+    feed = feeds.create(crops, DEGRADATION, experiment.training, Probed(**vars(assembled)))
     state = devices.replicate(TrainState(jnp.int32(start), {}, {}))
     values, step = [], start
     while step < start + steps:

@@ -17,6 +17,7 @@ from aecore.data.crops import Crop, Crops
 from aecore.data.indexed import ArraySource, Cache, FileSource, Pairs, Shape, Source
 from aecore.errors import DataError, ImageError
 from aecore.media import images
+from aecore.storage import to_path
 
 _log = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def _sample() -> list[np.ndarray]:
 
 def _idx_paths(data: Data) -> list[epath.Path] | None:
     """Fashion-MNIST's files, if they are to be used."""
-    folder = epath.Path(data.data_dir or _DEBIAN_FASHION_MNIST)
+    folder = to_path(data.data_dir or _DEBIAN_FASHION_MNIST)
     paths = [path for name in _IDX_FILES if (path := _idx_path(folder, name))]
     if len(paths) == len(_IDX_FILES) and (data.data_dir or not tfds.is_prepared("fashion_mnist")):
         return paths
@@ -204,7 +205,7 @@ def _folder_pictures(data: Data) -> whole.Pictures:
 def _folder(data: Data) -> epath.Path:
     if data.data_dir is None:
         raise DataError(f"dataset {data.dataset} needs a folder: use --data.data-dir DIR")
-    folder = epath.Path(data.data_dir)
+    folder = to_path(data.data_dir)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; use --data.data-dir DIR")
     return folder

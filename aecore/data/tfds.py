@@ -38,6 +38,9 @@ class Encoded:
         del mode
         return io.BytesIO(self.read())
 
+    def __fspath__(self) -> str:
+        return self.name
+
     def __str__(self):
         return self.name
 

@@ -122,7 +122,7 @@ def memory_limit(data: Data) -> float:
     if data.memory_limit is not None:
         return data.memory_limit * 2**30
     # A quarter, as the parts of a dataset, and then TensorFlow, hold a copy each.
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
+    return memory.physical() / 4
 
 
 def _allocate(shape: tuple[int, ...], limit: float) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from aecore import memory
 from aecore.config import Experiment
 from aecore.data import sources
 from aecore.data.batches import training_batches
@@ -203,8 +204,7 @@ def _seconds(work: Callable[[float], int]) -> float:
 
 def _peak_memory(devices: Devices) -> int | None:
     """Bytes that were in use at most on a device, where it counts them."""
-    statistics = devices.mesh.local_devices[0].memory_stats() or {}
-    return statistics.get("peak_bytes_in_use")
+    return memory.peak(devices.mesh.local_devices[0])
 
 
 def _loops(

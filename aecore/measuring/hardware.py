@@ -1,7 +1,6 @@
 """Limits of a device: published for TPUs, measured for others."""
 
 import dataclasses
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -9,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from aecore import memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +51,12 @@ def limits(device: Any, precision: str) -> Limits:
     """
     if device.platform == "tpu":
         return _TPUS.get(device.device_kind, Limits(None, None, None))
-    memory = (device.memory_stats() or {}).get("bytes_limit")
-    if memory is None and device.platform == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = memory.limit(device)
+    if available is None and device.platform == "cpu":
+        available = memory.physical()
     # A CPU's caches serve most of what XLA counts as memory traffic, so its memory isn't the limit.
     bandwidth = None if device.platform == "cpu" else copy_bandwidth(device)
-    return Limits(matrix_rate(device, precision), bandwidth, memory)
+    return Limits(matrix_rate(device, precision), bandwidth, available)
 
 
 def matrix_rate(device: Any, precision: str) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from aecore import memory as memory_limits
 from aecore.config import Experiment
 from aecore.errors import ConfigError
 from aecore.measuring import hardware
@@ -208,7 +209,7 @@ def _largest(
         try:
             return _memory(compile_step(assembled))["total"]
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
+            if memory_limits.ran_out(error):
                 return math.inf
             raise
 

@@ -23,6 +23,9 @@ from aecore.storage import absolute
 
 Json = dict[str, Any]
 
+RANDOM_STREAMS = 2
+"""1: by the order in which they are drawn; 2: each by a name."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Description:
@@ -50,6 +53,9 @@ class Description:
     """Of the training and validation images."""
     inputs: Json | None = None
     """What the network's inputs are like; see `aecore.restoring.expectations`."""
+    random_streams: int = 1
+    """How the random numbers of training are drawn, `RANDOM_STREAMS` when it was written. Runs with
+    other ones can't be resumed exactly."""
     step: int | None = None
     """Steps of training done."""
     history: tuple[Json, ...] = ()
@@ -289,6 +295,7 @@ def _is_scores(value: Any) -> bool:
 
 _CHECKS = {
     "step": _is_count,
+    "random_streams": _is_count,
     "channels": lambda value: _is_count(value) and value > 0,
     "image_size": _is_size,
     "inputs": _is_inputs,

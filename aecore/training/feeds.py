@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from aecore import memory
 from aecore.config import Training
 from aecore.data.batches import epoch_order, training_batches
 from aecore.data.crops import Crops
@@ -335,9 +336,8 @@ def cut(
 
 def _check_memory(needed: float, devices: Devices) -> None:
     """Refuses images that, with this many bytes per device, leave too little room for the steps."""
-    statistics = devices.mesh.local_devices[0].memory_stats() or {}
-    limit = statistics.get("bytes_limit", math.inf)
-    if needed > 0.8 * limit:
+    limit = memory.limit(devices.mesh.local_devices[0])
+    if limit is not None and needed > 0.8 * limit:
         raise ConfigError(
             f"the images need {needed / 2**30:.1f} GiB of the device's {limit / 2**30:.1f}; "
             "use --training.feed stream"

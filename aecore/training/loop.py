@@ -24,7 +24,12 @@ from aecore.media import images
 from aecore.restoring import expectations
 from aecore.restoring.restorer import Restorer
 from aecore.saved.checkpoints import Checkpoints
-from aecore.saved.descriptions import Description, describe, experiment_from_json
+from aecore.saved.descriptions import (
+    RANDOM_STREAMS,
+    Description,
+    describe,
+    experiment_from_json,
+)
 from aecore.scoring import evaluation, reports
 from aecore.steps import state
 from aecore.steps.devices import Devices, join_processes
@@ -133,6 +138,7 @@ class _Run:
             image_size=dataset.image_shape[:2],
             channels=dataset.image_shape[2],
             fingerprint=dataset.fingerprint(),
+            random_streams=RANDOM_STREAMS,
             inputs=expectations.describe(degraded),
         )
         self.abstract_state = devices.abstract(assembled.create)

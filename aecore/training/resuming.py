@@ -54,6 +54,11 @@ def check_run(
         would have had other learning rates.
     """
     old = _check(saved.to_json(), experiment, directory)
+    if saved.random_streams != now.random_streams:
+        raise CheckpointError(
+            f"{directory} was trained by aecore {saved.aecore}, which drew other random numbers, so "
+            "that it can't be resumed exactly; restore with it, or train anew in another --run-dir"
+        )
     if saved.fingerprint != now.fingerprint:
         raise CheckpointError(
             f"{directory} was trained on other images ({saved.fingerprint}, now "

@@ -189,6 +189,10 @@ def test_others_take_the_place_of_what_is_broken_however_it_is_read(caplog):
     later = take(crops_of(Made(SIZES, {3, 4})), 2, start_step=4)
     for expected, batch in zip(whole[4:], later, strict=True):
         np.testing.assert_array_equal(batch, expected)
+    together = crops_of(Made(SIZES, {3, 4})).read(np.arange(30), seed=0, epoch=0)[0]
+    for example in (3, 4, 5):
+        (alone,) = crops_of(Made(SIZES, {3, 4})).read(np.array([example]), seed=0, epoch=0)
+        np.testing.assert_array_equal(alone[0], together[example])
     sound = np.concatenate(take(crops_of(Made(SIZES)), 6))
     changed = (np.concatenate(whole) != sound).any(axis=(1, 2, 3))
     assert set(sound[changed][:, 0, 0, 0]) == {3, 4}

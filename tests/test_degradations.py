@@ -15,6 +15,7 @@ from aecore.degradations import (
     Compose,
     GaussianBlur,
     GaussianNoise,
+    JaxOps,
     Mask,
     Pixelate,
     SaltAndPepper,
@@ -336,3 +337,35 @@ def test_results_stay_in_range():
 def test_bad_parameters_are_refused(build, message):
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+@pytest.mark.parametrize("run", ["jax", "tf"])
+def test_a_part_draws_the_same_whatever_other_parts_there_are(run):
+    gray = np.full((3, 8, 8, 1), 0.5, np.float32)
+    noise = GaussianNoise((0.01, 0.05))
+    nothing = [SaltAndPepper(0.0), Mask(boxes=(0, 2), size=0.0), GaussianBlur((0.0, 1e-3))]
+    alone = degraded(run, noise, gray)
+    for parts in (
+        (noise, *nothing),
+        (*nothing, noise),
+        (nothing[0], Compose((nothing[1], Compose((noise,)))), nothing[2]),
+    ):
+        np.testing.assert_array_equal(degraded(run, Compose(parts), gray), alone)
+
+
+def test_streams_are_told_apart_by_the_whole_path():
+    keys = jax.random.split(jax.random.key(0), 2)
+    images = np.zeros((2, 4, 4, 1), np.float32)
+    ops = JaxOps(keys)
+    drawn = [
+        np.asarray(own.normal(name, images))
+        for own, name in [
+            (ops, "a"),
+            (ops, "b"),
+            (ops.within("a"), "a"),
+            (ops.within("a").within("b"), "a"),
+            (ops.within("b"), "a"),
+        ]
+    ]
+    assert len({values.tobytes() for values in drawn}) == len(drawn)
+    np.testing.assert_array_equal(JaxOps(keys).normal("a", images), drawn[0])

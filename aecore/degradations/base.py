@@ -7,7 +7,8 @@ against `Ops`, and runs wherever there is an implementation of them: `JaxOps` he
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Protocol
+import zlib
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ WholeRange = int | tuple[int, int]
 class Ops(Protocol):
     """What a degradation may use besides Python's operators on arrays.
 
+    Whatever is drawn has a name, and what is drawn depends on the name, the key or seed, and the
+    image, never on what else is drawn. The same name twice gives the same values.
+
     Attributes:
       xp: a namespace with `exp`, `floor`, `maximum`, `minimum`, `reshape`, `round` and `where`.
     """
@@ -34,21 +38,30 @@ class Ops(Protocol):
         """Einstein summation in full float32 precision."""
         ...
 
-    def normal(self, images: Array) -> Array:
+    def within(self, name: str) -> "Ops":
+        """The same operations with random streams of their own: `name` comes before their names."""
+        ...
+
+    def normal(self, name: str, images: Array) -> Array:
         """Independent standard normal values, shaped like `images`."""
         ...
 
-    def uniform(self, images: Array, low: float, high: float) -> Array:
+    def uniform(self, name: str, images: Array, low: float, high: float) -> Array:
         """One value per image in [low, high), shape `(B, 1, 1, 1)`."""
         ...
 
-    def uniform_values(self, images: Array) -> Array:
+    def uniform_values(self, name: str, images: Array) -> Array:
         """Independent values in [0, 1), shaped like `images`."""
         ...
 
-    def poisson(self, means: Array) -> Array:
+    def poisson(self, name: str, means: Array) -> Array:
         """Independent Poisson counts with these means, as float32."""
         ...
+
+
+def stream(path: str) -> int:
+    """The number below 2**32 that stands for a random stream's name, the same in all processes."""
+    return zlib.crc32(path.encode())
 
 
 class JaxOps:
@@ -56,39 +69,43 @@ class JaxOps:
 
     Args:
       keys: `(B,)` PRNG keys, one per image; `None` if nothing is drawn.
+      path: what comes before the names of random streams.
     """
 
     xp = jnp
 
-    def __init__(self, keys: jax.Array | None = None):
+    def __init__(self, keys: jax.Array | None = None, path: str = ""):
         self._keys = keys
-        self._draws = 0
+        self._path = path
 
-    def _next_keys(self) -> jax.Array:
-        self._draws += 1
-        return jax.vmap(lambda key: jax.random.fold_in(key, self._draws))(self._keys)
+    def within(self, name):
+        return JaxOps(self._keys, f"{self._path}{name}/")
+
+    def _keys_of(self, name: str) -> jax.Array:
+        number = stream(self._path + name)
+        return jax.vmap(lambda key: jax.random.fold_in(key, number))(self._keys)
 
     def einsum(self, equation, *operands):
         # Without HIGHEST, a GPU or TPU would round the operands to tf32 or bfloat16.
         return jnp.einsum(equation, *operands, precision=jax.lax.Precision.HIGHEST)
 
-    def normal(self, images):
-        return jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(self._next_keys())
+    def normal(self, name, images):
+        return jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(self._keys_of(name))
 
-    def uniform(self, images, low, high):
+    def uniform(self, name, images, low, high):
         draw = jax.vmap(lambda key: jax.random.uniform(key, minval=low, maxval=high))
-        return draw(self._next_keys())[:, None, None, None]
+        return draw(self._keys_of(name))[:, None, None, None]
 
-    def uniform_values(self, images):
-        return jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(self._next_keys())
+    def uniform_values(self, name, images):
+        return jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(self._keys_of(name))
 
-    def poisson(self, means):
+    def poisson(self, name, means):
         def draw(key, means):
             # JAX draws Poisson counts from threefry keys only, whatever kind `key` is.
             data = jax.random.bits(key, (2,), jnp.uint32)
             return jax.random.poisson(jax.random.wrap_key_data(data, impl="threefry2x32"), means)
 
-        return jax.vmap(draw)(self._next_keys(), means).astype(jnp.float32)
+        return jax.vmap(draw)(self._keys_of(name), means).astype(jnp.float32)
 
 
 _BOUNDS = "aecore.degradations.bounds"
@@ -147,7 +164,10 @@ def whole(default: WholeRange, **bounds: int) -> Any:
 REGISTRY: dict[str, type["Degradation"]] = {}
 
 
-def register(cls: type["Degradation"]) -> type["Degradation"]:
+Class = TypeVar("Class", bound=type["Degradation"])
+
+
+def register(cls: Class) -> Class:
     """Class decorator that lets checkpoints and JSON name `cls`, a frozen dataclass."""
     REGISTRY[cls.__name__] = cls
     return cls
@@ -166,17 +186,30 @@ class Degradation:
                 bounds.check(type(self).__name__, field.name, getattr(self, field.name))
 
     def apply(self, images: Array, ops: Ops) -> Array:
-        """Degrades `(B, H, W, C)` float32 images in [0, 1]; H, W and C are known statically."""
+        """Degrades `(B, H, W, C)` float32 images in [0, 1]; H, W and C are known statically.
+
+        The name of whatever is drawn begins with the `label`, as in
+        `ops.normal(f"{self.label}.noise", images)`.
+        """
         raise NotImplementedError
+
+    @property
+    def label(self) -> str:
+        """What names of random streams begin with: the class's name."""
+        return type(self).__name__
 
     def draw(self, name: str, images: Array, ops: Ops) -> Array:
         """The parameter `name` itself, or `(B, 1, 1, 1)` values drawn from its range."""
         value = getattr(self, name)
         if not isinstance(value, tuple):
             return value
+        low, high = value
+        stream_name = f"{self.label}.{name}"
         if type(self).__dataclass_fields__[name].metadata[_BOUNDS].whole:
-            return draw_whole(value, images, ops)
-        return ops.uniform(images, value[0], value[1])
+            # The minimum is for a value just below high + 1 that rounding made high + 1.
+            drawn = ops.uniform(stream_name, images, low, high + 1)
+            return ops.xp.minimum(ops.xp.floor(drawn), high)
+        return ops.uniform(stream_name, images, low, high)
 
     @property
     def is_random(self) -> bool:
@@ -205,13 +238,6 @@ class Degradation:
             if not key.shape:
                 key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(images.shape[0]))
         return self.apply(images, JaxOps(key))
-
-
-def draw_whole(ends: tuple[int, int], images: Array, ops: Ops) -> Array:
-    """`(B, 1, 1, 1)` whole numbers from one end to the other, both included, one per image."""
-    low, high = ends
-    # The minimum is for a value just below high + 1 that rounding made high + 1.
-    return ops.xp.minimum(ops.xp.floor(ops.uniform(images, low, high + 1)), high)
 
 
 def clip(images: Array, ops: Ops) -> Array:

@@ -17,7 +17,8 @@ class GaussianNoise(Degradation):
     noisy: ClassVar[bool] = True
 
     def apply(self, images, ops):
-        return clip(images + self.draw("sigma", images, ops) * ops.normal(images), ops)
+        noise = ops.normal(f"{self.label}.noise", images)
+        return clip(images + self.draw("sigma", images, ops) * noise, ops)
 
 
 @register
@@ -33,7 +34,7 @@ class ShotNoise(Degradation):
 
     def apply(self, images, ops):
         peak = self.draw("peak", images, ops)
-        return clip(ops.poisson(images * peak) / peak, ops)
+        return clip(ops.poisson(f"{self.label}.counts", images * peak) / peak, ops)
 
 
 @register
@@ -48,6 +49,6 @@ class SaltAndPepper(Degradation):
 
     def apply(self, images, ops):
         amount = self.draw("amount", images, ops)
-        drawn = ops.uniform_values(images)
+        drawn = ops.uniform_values(f"{self.label}.values", images)
         peppered = ops.xp.where(drawn < amount / 2, 0.0, images)
         return ops.xp.where(drawn >= 1 - amount / 2, 1.0, peppered)

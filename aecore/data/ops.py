@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from aecore.data.tensorflow import import_tensorflow
-from aecore.degradations.base import stream
+from aecore.degradations.base import mirrored, stream
 
 
 class TensorFlowOps:
@@ -34,6 +34,19 @@ class TensorFlowOps:
 
     def einsum(self, equation, *operands):
         return self.xp.einsum(equation, *operands)
+
+    def convolve(self, images, kernels):
+        tf = self.xp
+        count, height, width, channels = images.shape
+        side = kernels.shape[1]
+        padded = tf.gather(images, mirrored(height, side // 2), axis=1)
+        padded = tf.gather(padded, mirrored(width, side // 2), axis=2)
+        # All images become channels of one, as channels may have kernels of their own.
+        planes = tf.reshape(tf.transpose(padded, (1, 2, 0, 3)), (1, *padded.shape[1:3], -1))
+        kernels = tf.broadcast_to(kernels, (count, side, side))
+        kernels = tf.repeat(tf.transpose(kernels, (1, 2, 0)), channels, axis=-1)[..., None]
+        planes = tf.nn.depthwise_conv2d(planes, kernels, (1, 1, 1, 1), "VALID")
+        return tf.transpose(tf.reshape(planes, (height, width, count, channels)), (2, 0, 1, 3))
 
     def normal(self, name, images):
         return self._draw(name, self.xp.raw_ops.StatelessRandomNormalV2, images.shape)

@@ -2,6 +2,8 @@ import dataclasses
 import io
 import itertools
 import json
+import runpy
+from pathlib import Path
 
 import cv2
 import jax
@@ -710,3 +712,18 @@ def test_degradations_survive_json(degradation):
     experiment = Experiment("a", NoiseReducer(), degradation)
     text = json.dumps(config.to_json(experiment))
     assert config.from_json(json.loads(text)).degradation == degradation
+
+
+@pytest.mark.parametrize("name", ["photo_real_esrgan", "photo_bsrgan"])
+def test_pipelines_for_photographs_degrade(name):
+    path = Path(__file__).parent.parent / "experiments" / f"{name}.py"
+    experiment = runpy.run_path(str(path), run_name="script")["experiment"]
+    images = smooth_images((4, 32, 32, 3)) / np.float32(255)
+    keys = jax.random.split(jax.random.key(0), 4)
+    worse = np.asarray(jax.jit(experiment.degradation.__call__)(images, keys))
+    assert worse.shape == images.shape
+    assert worse.min() >= 0
+    assert worse.max() <= 1
+    assert (np.abs(worse - images).mean(axis=(1, 2, 3)) > 0.005).all()
+    description = json.loads(json.dumps(config.to_json(experiment)))
+    assert config.from_json(description) == experiment

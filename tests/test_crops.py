@@ -189,6 +189,10 @@ def test_others_take_the_place_of_what_is_broken_however_it_is_read(caplog):
     later = take(crops_of(Made(SIZES, {3, 4})), 2, start_step=4)
     for expected, batch in zip(whole[4:], later, strict=True):
         np.testing.assert_array_equal(batch, expected)
+    together = crops_of(Made(SIZES, {3, 4})).read(np.arange(30), seed=0, epoch=0)[0]
+    for example in (3, 4, 5):
+        (alone,) = crops_of(Made(SIZES, {3, 4})).read(np.array([example]), seed=0, epoch=0)
+        np.testing.assert_array_equal(alone[0], together[example])
     sound = np.concatenate(take(crops_of(Made(SIZES)), 6))
     changed = (np.concatenate(whole) != sound).any(axis=(1, 2, 3))
     assert set(sound[changed][:, 0, 0, 0]) == {3, 4}
@@ -539,14 +543,14 @@ def test_pairs_are_batched_together(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(crop=0), "data.crop .0, 0. is not a height and a width"),
-        (dict(crop=(8, 8, 8)), "data.crop .8, 8, 8. is not a height and a width"),
-        (dict(crop=8, image_size=(8, 8)), "data.crop 8 is cut at full resolution"),
-        (dict(crops_per_image=2), "data.crops_per_image 2 is of crops"),
-        (dict(turn=True), "data.turn True is of crops"),
+        (dict(crop=0), "data.crop 0 is out of bounds; use at least 1"),
+        (dict(crop=(8, 8, 8)), "data.crop .8, 8, 8. is not possible"),
+        (dict(crop=8, image_size=(8, 8)), "data.crop 8 is for full resolution"),
+        (dict(crops_per_image=2), "data.crops_per_image 2 is for crops"),
+        (dict(turn=True), "data.turn True is for crops"),
         (dict(crop=(8, 9), turn=True), "data.turn needs square crops, not data.crop .8, 9."),
-        (dict(crop=8, crops_per_image=0), "data.crops_per_image 0 is less than 1"),
-        (dict(crop=8, small="drop"), "data.small 'drop' is unknown; use skip or pad"),
+        (dict(crop=8, crops_per_image=0), "data.crops_per_image 0 is out of bounds"),
+        (dict(crop=8, small="drop"), "data.small 'drop' is not possible; use skip or pad"),
     ],
 )
 def test_settings_that_can_not_work(settings, message):

@@ -1,26 +1,46 @@
+import dataclasses
 import io
+import itertools
+import json
+import runpy
+from pathlib import Path
 
 import cv2
 import jax
 import numpy as np
 import pytest
 import scipy.ndimage
+import scipy.special
 import scipy.stats
 from PIL import Image
 
+from aecore import Experiment, config
 from aecore.data.batches import training_batches
 from aecore.data.ops import TensorFlowOps
 from aecore.degradations import (
     JPEG,
+    Blur,
+    CameraNoise,
     Compose,
+    Degradation,
+    Downscale,
     GaussianBlur,
     GaussianNoise,
+    JaxOps,
     Mask,
+    MotionBlur,
+    OneOf,
     Pixelate,
+    Resize,
     SaltAndPepper,
     ShotNoise,
+    Shuffled,
+    Sinc,
+    Sometimes,
+    augmentations,
 )
 from aecore.errors import ConfigError
+from aecore.models import NoiseReducer
 
 RANDOM = np.random.default_rng(0)
 
@@ -88,6 +108,11 @@ def test_gaussian_blur_is_scipys(sigma):
         Pixelate(0.4),
         GaussianBlur(1.5),
         Compose((GaussianBlur(1.0), Pixelate(0.5))),
+        Blur(2.0, 0.7, angle=30.0, beta=0.8, radius=6),
+        MotionBlur(9.0, 25.0),
+        Sinc(1.2),
+        Resize(0.6, "bicubic"),
+        Downscale(2, "lanczos"),
     ],
 )
 def test_the_same_numbers_eagerly_under_jit_and_in_tf_data(degradation):
@@ -251,6 +276,17 @@ RANDOM_ONES = [
     SaltAndPepper(0.3),
     JPEG((10, 90)),
     Mask(0.1, (0, 3), (0.1, 0.5), (0.0, 1.0)),
+    GaussianNoise((0.0, 0.3), gray=0.5),
+    CameraNoise((0.0, 0.1), (0.0, 0.1)),
+    Blur((0.2, 3.0), (0.2, 3.0), (0.0, 180.0), (0.5, 4.0), radius=(1, 10)),
+    MotionBlur((0.0, 8.0)),
+    Sinc((1.0, 3.0), (3, 10)),
+    Resize((0.3, 1.5), ("area", "bilinear", "bicubic")),
+    Downscale(2, ("bicubic", "area")),
+    OneOf((Blur((0.2, 3.0)), Sinc()), (0.9, 0.1)),
+    Shuffled(
+        (GaussianBlur((0.5, 2.0)), Sometimes(0.5, ShotNoise((5.0, 90.0))), GaussianNoise(0.1))
+    ),
 ]
 
 
@@ -330,9 +366,364 @@ def test_results_stay_in_range():
         (lambda: Mask(size=2.0), "use 0 <= size <= 1"),
         (lambda: GaussianBlur(-1.0), "use 0 <= sigma"),
         (lambda: GaussianBlur(float("inf")), "sigma inf is out of bounds"),
+        (lambda: GaussianNoise(clip=1), "GaussianNoise: clip 1 is not True or False"),
+        (lambda: GaussianNoise(gray=(0.1, 0.2)), r"gray \(0.1, 0.2\) is not a number$"),
+        (lambda: Blur(sigma_y="x"), "sigma_y 'x' is not a number"),
+        (lambda: Blur(radius=11), "use 1 <= radius <= 10"),
+        (lambda: MotionBlur((0.0, 21.0)), "use 0 <= length <= 20"),
+        (lambda: Sinc(3.2), "use 0 < cutoff <= 3.14159265"),
+        (lambda: Resize(kernel="nearest"), "kernel 'nearest' is unknown; use any of area, bil"),
+        (lambda: Resize(kernel=()), r"kernel \(\) is unknown"),
+        (lambda: JPEG(subsampling=("4:2:0", "4:2:2")), "subsampling .* is unknown"),
+        (lambda: Downscale(5), "scale 5 is unknown; use 2, 3 or 4"),
+        (lambda: Downscale((2, 3)), "is unknown; use 2, 3 or 4"),
+        (lambda: Downscale(4)(np.zeros((1, 30, 44, 1))), "30x44 .* smaller by 4; .* 28x44"),
+        (lambda: Sometimes(1.5, JPEG(50)), "Sometimes: p 1.5 is out of bounds"),
+        (lambda: Sometimes(0.5, 3), "3 is not a degradation"),
+        (lambda: Sometimes(0.5, Downscale(2)), "makes images smaller"),
+        (lambda: OneOf((JPEG(50), Downscale(2))), "parts reduce by 1, 2"),
+        (lambda: OneOf(()), "parts reduce by none"),
+        (lambda: OneOf((JPEG(50), JPEG(60)), (1.0,)), "use 2 numbers"),
+        (lambda: OneOf((JPEG(50), JPEG(60)), (0.0, 0.0)), "not all 0"),
+        (lambda: Shuffled((JPEG(50),) * 5), "5 parts are not possible; use 1 to 4"),
+        (lambda: Shuffled((1, 2)), "Shuffled: .* not a tuple of degradations"),
+        (lambda: Shuffled((JPEG(50), Downscale(2))), "makes images smaller"),
         (lambda: GaussianNoise(0.1)(np.zeros((1, 8, 8, 1))), "pass key="),
     ],
 )
 def test_bad_parameters_are_refused(build, message):
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+@pytest.mark.parametrize("run", ["jax", "tf"])
+def test_a_part_draws_the_same_whatever_other_parts_there_are(run):
+    gray = np.full((3, 8, 8, 1), 0.5, np.float32)
+    noise = GaussianNoise((0.01, 0.05))
+    nothing = [SaltAndPepper(0.0), Mask(boxes=(0, 2), size=0.0), GaussianBlur((0.0, 1e-3))]
+    alone = degraded(run, noise, gray)
+    for parts in (
+        (noise, *nothing),
+        (*nothing, noise),
+        (nothing[0], Compose((nothing[1], Compose((noise,)))), nothing[2]),
+    ):
+        np.testing.assert_array_equal(degraded(run, Compose(parts), gray), alone)
+
+
+def test_streams_are_told_apart_by_the_whole_path():
+    keys = jax.random.split(jax.random.key(0), 2)
+    images = np.zeros((2, 4, 4, 1), np.float32)
+    ops = JaxOps(keys)
+    drawn = [
+        np.asarray(own.normal(name, images))
+        for own, name in [
+            (ops, "a"),
+            (ops, "b"),
+            (ops.within("a"), "a"),
+            (ops.within("a").within("b"), "a"),
+            (ops.within("b"), "a"),
+        ]
+    ]
+    assert len({values.tobytes() for values in drawn}) == len(drawn)
+    np.testing.assert_array_equal(JaxOps(keys).normal("a", images), drawn[0])
+
+
+def impulse(side=41):
+    image = np.zeros((1, side, side, 1), np.float32)
+    image[0, side // 2, side // 2] = 1
+    return image
+
+
+def centre(image, radius=10):
+    middle = slice(image.shape[1] // 2 - radius, image.shape[1] // 2 + radius + 1)
+    return image[0, middle, middle, 0]
+
+
+@pytest.mark.parametrize(
+    ("blur", "covariance"),
+    [
+        (Blur(1.7), np.diag([1.7**2, 1.7**2])),
+        (Blur(3.0, 0.8, angle=35.0), None),
+        (Blur(2.0, 1.0, angle=-100.0, beta=0.6), None),
+        (Blur(1.5, beta=3.5, radius=4), np.diag([1.5**2, 1.5**2])),
+        (Blur(2.5, 1.2, angle=60.0, beta=1.4, plateau=True, radius=7), None),
+    ],
+)
+def test_blur_is_the_formula_of_real_esrgan(blur, covariance):
+    if covariance is None:
+        angle = np.deg2rad(blur.angle)
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        covariance = turn @ np.diag([blur.sigma**2, blur.sigma_y**2]) @ turn.T
+    y, x = np.mgrid[-10:11, -10:11]
+    places = np.stack([x, y], -1)
+    form = np.einsum("ijk,kl,ijl->ij", places, np.linalg.inv(covariance), places)
+    power = form**blur.beta
+    kernel = 1 / (1 + power) if blur.plateau else np.exp(-power / 2)
+    kernel[(abs(x) > blur.radius) | (abs(y) > blur.radius)] = 0
+    kernel /= kernel.sum()
+    np.testing.assert_allclose(centre(blur(impulse())), kernel, atol=1e-6)
+    # Edges, also of an image that is smaller than the kernel.
+    for size in (23, 6):
+        images = RANDOM.random((2, size, size + 3, 3), np.float32)
+        expected = scipy.ndimage.correlate(images, kernel[None, :, :, None], mode="reflect")
+        np.testing.assert_allclose(blur(images), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("length", "angle"), [(0.0, 0.0), (7.0, 0.0), (12.5, 33.0), (20.0, 135.0)])
+def test_motion_blur_is_the_mean_of_shifted_images(length, angle):
+    direction = np.array([np.sin(np.deg2rad(angle)), np.cos(np.deg2rad(angle))])
+    picture = impulse()[0, ..., 0]
+    moments = np.linspace(-length / 2, length / 2, 1001)
+    expected = np.mean(
+        [scipy.ndimage.shift(picture, moment * direction, order=1) for moment in moments], axis=0
+    )
+    result = MotionBlur(length, angle)(impulse(), jax.random.key(0))[0, ..., 0]
+    np.testing.assert_allclose(result, expected, atol=3e-3)
+    assert np.asarray(result).sum() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(("cutoff", "radius"), [(np.pi / 5, 10), (np.pi / 2, 3), (np.pi, 10)])
+def test_sinc_is_the_formula_of_real_esrgan(cutoff, radius):
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    distance = np.sqrt(x**2 + y**2)
+    distance[radius, radius] = 1
+    kernel = cutoff * scipy.special.j1(cutoff * distance) / (2 * np.pi * distance)
+    kernel[radius, radius] = cutoff**2 / (4 * np.pi)
+    kernel /= kernel.sum()
+    # On gray, so that nothing is clipped.
+    result = np.asarray(Sinc(float(cutoff), radius)(0.5 + 0.2 * impulse())) - 0.5
+    np.testing.assert_allclose(centre(result, radius), 0.2 * kernel, atol=1e-6)
+
+
+def pillow_resize(image, size, kernel):
+    channels = [
+        np.asarray(Image.fromarray(channel).resize(size[::-1], kernel))
+        for channel in np.moveaxis(image, -1, 0)
+    ]
+    return np.stack(channels, -1)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("kernel", ["area", "bicubic", "lanczos", "matlab"])
+def test_downscale_is_pillows_opencvs_and_matlabs(scale, kernel):
+    image = RANDOM.random((12 * 4, 12 * 3, 3), np.float32)
+    small = (image.shape[0] // scale, image.shape[1] // scale)
+    if kernel == "area":
+        expected = cv2.resize(image, small[::-1], interpolation=cv2.INTER_AREA)
+    elif kernel == "matlab":
+        # MATLAB's weights are Pillow's, but at the edges, which are far away once mirrored.
+        edges = ((12, 12), (12, 12), (0, 0))
+        large = tuple(side + 24 // scale for side in small)
+        padded = np.pad(image, edges, "symmetric")
+        expected = pillow_resize(padded, large, Image.Resampling.BICUBIC)
+        edge = 12 // scale
+        expected = expected[edge:-edge, edge:-edge]
+    else:
+        expected = pillow_resize(image, small, Image.Resampling[kernel.upper()])
+    result = Downscale(scale, kernel)(image[None])[0]
+    assert result.shape == expected.shape
+    np.testing.assert_allclose(result, expected.clip(0, 1), atol=1e-6)
+
+
+OPENCV = {"area": cv2.INTER_AREA, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
+
+
+def opencv_there_and_back(image, factor, there, back):
+    height, width = image.shape[:2]
+    other = (int(width * factor + 1e-4), int(height * factor + 1e-4))
+    image = cv2.resize(image, other, interpolation=OPENCV[there])
+    return cv2.resize(image, (width, height), interpolation=OPENCV[back]).clip(0, 1)
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.5, 0.77, 1.0, 1.4])
+@pytest.mark.parametrize("kernel", ["area", "bilinear", "bicubic"])
+def test_resize_is_opencvs_there_and_back(factor, kernel):
+    image = RANDOM.random((40, 31, 3), np.float32)
+    expected = opencv_there_and_back(image, factor, kernel, kernel)
+    np.testing.assert_allclose(Resize(factor, kernel)(image[None])[0], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("run", ["jax", "tf"])
+def test_resize_draws_a_factor_and_two_kernels_for_each_image(run):
+    images = np.tile(RANDOM.random((1, 16, 16, 3), np.float32), (60, 1, 1, 1))
+    kernels = ("area", "bicubic")
+    results = degraded(run, Resize((0.5, 1.5), kernels), images)
+    known = {
+        (size, there, back): opencv_there_and_back(images[0], size / 16, there, back)
+        for size in range(8, 24)
+        for there in kernels
+        for back in kernels
+    }
+    distance = np.abs(results[:, None] - np.stack(list(known.values()))).max(axis=(2, 3, 4))
+    assert distance.min(axis=1).max() < 2e-5
+    drawn = {list(known)[index] for index in distance.argmin(axis=1)}
+    assert len({size for size, _, _ in drawn}) > 8
+    assert len({(there, back) for _, there, back in drawn}) == 4
+
+
+@pytest.mark.parametrize("run", ["jax", "tf"])
+def test_gaussian_noise_may_leave_the_range_and_may_be_gray(run):
+    images = np.full((400, 8, 8, 3), 0.1, np.float32)
+    noise = degraded(run, GaussianNoise(0.3, clip=False, gray=0.25), images) - 0.1
+    assert noise.mean() == pytest.approx(0, abs=0.01)
+    assert noise.std() == pytest.approx(0.3, rel=0.02)
+    gray = (noise == noise[..., :1]).all(axis=(1, 2, 3))
+    assert gray.mean() == pytest.approx(0.25, abs=0.07)
+    others = noise[~gray]
+    assert np.corrcoef(others[..., 0].ravel(), others[..., 1].ravel())[0, 1] < 0.05
+
+
+@pytest.mark.parametrize("run", ["jax", "tf"])
+def test_camera_noise_grows_with_brightness(run):
+    levels = np.float32([0.2, 0.5, 0.8])
+    images = np.tile(levels[None, :, None, None], (50, 1, 200, 1))
+    noise = degraded(run, CameraNoise(0.004, 0.02), images) - images
+    np.testing.assert_allclose(noise.var(axis=(0, 2, 3)), 0.004 * levels + 0.02**2, rtol=0.06)
+
+
+@pytest.mark.parametrize("quality", [10, 50, 90])
+def test_jpeg_at_full_colour_is_libjpegs(quality):
+    image = smooth_images((1, 45, 51, 3))[0]
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=quality, subsampling="4:4:4")
+    expected = np.asarray(Image.open(file), np.float32)
+    full, half = (
+        np.asarray(JPEG(quality, subsampling)(image[None] / np.float32(255)))[0] * 255
+        for subsampling in ("4:4:4", "4:2:0")
+    )
+    error = np.abs(full - expected).mean()
+    assert error < 0.4 * max(np.abs(expected - image).mean(), 0.5)
+    assert error < 0.5 * np.abs(half - expected).mean()
+
+
+@pytest.mark.parametrize("run", ["jax", "tf"])
+def test_jpeg_draws_its_subsampling_for_each_image(run):
+    image = smooth_images((1, 24, 24, 3)) / np.float32(255)
+    results = degraded(run, JPEG(80, ("4:2:0", "4:4:4")), np.tile(image, (40, 1, 1, 1)))
+    distances = [
+        np.abs(JPEG(80, subsampling)(image) - results).mean(axis=(1, 2, 3))
+        for subsampling in ("4:2:0", "4:4:4")
+    ]
+    assert np.min(distances, axis=0).max() < 1e-3
+    assert np.argmin(distances, axis=0).mean() == pytest.approx(0.5, abs=0.3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line(Degradation):
+    """`slope * images + offset`."""
+
+    slope: float
+    offset: float
+
+    def apply(self, images, ops):
+        return images * self.slope + self.offset
+
+
+def shares(values):
+    """The values of images that each have one value, and how often they occur."""
+    assert (values == values[:, :1, :1, :1]).all()
+    first = values[:, 0, 0, 0].astype(np.float64)
+    found, counts = np.unique(first.round(4), return_counts=True)
+    return dict(zip(found.tolist(), counts / len(values), strict=True))
+
+
+@pytest.mark.parametrize("run", ["jax", "tf"])
+def test_parts_are_chosen_for_each_image(run):
+    images = np.full((2000, 1, 2, 1), 0.4, np.float32)
+    half, more, less = Line(0.5, 0.0), Line(1.0, 0.1), Line(1.0, -0.3)
+    found = shares(degraded(run, Sometimes(0.2, half), images))
+    assert found == {0.2: pytest.approx(0.2, abs=0.04), 0.4: pytest.approx(0.8, abs=0.04)}
+
+    found = shares(degraded(run, OneOf((half, more, less), (1, 5, 4)), images))
+    assert found == {
+        0.2: pytest.approx(0.1, abs=0.03),
+        0.5: pytest.approx(0.5, abs=0.05),
+        0.1: pytest.approx(0.4, abs=0.05),
+    }
+
+    steps = (half, more, Line(-0.7, 0.9))
+    expected = {}
+    for order in itertools.permutations(steps):
+        value = 0.4
+        for step in order:
+            value = value * step.slope + step.offset
+        expected[round(value, 4)] = pytest.approx(1 / 6, abs=0.03)
+    assert len(expected) == 6
+    assert shares(degraded(run, Shuffled(steps), images)) == expected
+
+
+def test_one_of_several_blurs_is_the_blur_itself():
+    images = np.tile(RANDOM.random((1, 12, 12, 3), np.float32), (30, 1, 1, 1))
+    blurs = (Blur(0.8, radius=4), MotionBlur(8.0, 30.0), Sinc(1.5))
+    results = np.asarray(OneOf(blurs)(images, jax.random.key(0)))
+    each = np.stack([blur(images[:1]) for blur in blurs])
+    distance = np.abs(results[None] - each).max(axis=(2, 3, 4))
+    assert distance.min(axis=0).max() < 1e-6
+    assert set(distance.argmin(axis=0)) == {0, 1, 2}
+
+
+def test_parts_that_are_chosen_draw_noise_of_their_own():
+    gray = np.full((1, 64, 64, 1), 0.5, np.float32)
+    noise = GaussianNoise(0.05, clip=False)
+    for parts in ((noise, noise), (Compose((noise,)), noise)):
+        shuffled = np.asarray(Shuffled(parts)(gray, jax.random.key(0))) - 0.5
+        assert shuffled.std() == pytest.approx(0.05 * 2**0.5, rel=0.1)
+
+
+def test_a_degradation_says_by_how_much_it_reduces_and_where_jpegs_blocks_lie():
+    jpeg, full = JPEG(50), JPEG(50, "4:4:4")
+    both = JPEG(50, ("4:2:0", "4:4:4"))
+    assert [d.grid for d in (GaussianNoise(0.1), full, jpeg, both)] == [1, 8, 16, 16]
+    assert Compose((GaussianBlur(1.0), full, GaussianNoise(0.1))).grid == 8
+    assert Sometimes(0.5, full).grid == OneOf((full, full)).grid == Shuffled((full,)).grid == 8
+    small = Compose((Downscale(3), full, Downscale(2), GaussianNoise(0.1)))
+    assert (small.reduction, small.grid) == (6, 24)
+    assert OneOf((Downscale(2), Downscale(2, "area"))).reduction == 2
+    images = RANDOM.random((1, 36, 48, 1), np.float32)
+    assert small(images, jax.random.key(0)).shape == (1, 6, 8, 1)
+    # A crop at a multiple of the grid is degraded as that part of the whole.
+    images = smooth_images((1, 64, 64, 3)) / np.float32(255)
+    crop = slice(16, 48)
+    np.testing.assert_allclose(
+        full(images[:, crop, crop]), full(images)[:, crop, crop], atol=1.01 / 255
+    )
+
+
+@pytest.mark.parametrize("run", ["jax", "tf"])
+def test_images_are_turned_in_all_eight_ways(run):
+    import tensorflow as tf
+
+    image = RANDOM.random((5, 5, 2), np.float32)
+    images = np.tile(image, (400, 1, 1, 1))
+    if run == "jax":
+        ops = JaxOps(jax.random.split(jax.random.key(0), len(images)))
+    else:
+        ops = TensorFlowOps(tf.constant((3, 4), tf.int64))
+    turned = np.asarray(augmentations.turn(images, ops))
+    ways = [np.rot90(side, k) for side in (image, image[::-1]) for k in range(4)]
+    which = [[np.array_equal(one, way) for way in ways].index(True) for one in turned]
+    assert np.bincount(which, minlength=8).min() > 25
+    with pytest.raises(ConfigError, match="5x4 can't be turned"):
+        augmentations.turn(images[:, :, :4], ops)
+
+
+@pytest.mark.parametrize("degradation", RANDOM_ONES, ids=lambda value: type(value).__name__)
+def test_degradations_survive_json(degradation):
+    experiment = Experiment("a", NoiseReducer(), degradation)
+    text = json.dumps(config.to_json(experiment))
+    assert config.from_json(json.loads(text)).degradation == degradation
+
+
+@pytest.mark.parametrize("name", ["photo_real_esrgan", "photo_bsrgan"])
+def test_pipelines_for_photographs_degrade(name):
+    path = Path(__file__).parent.parent / "experiments" / f"{name}.py"
+    experiment = runpy.run_path(str(path), run_name="script")["experiment"]
+    images = smooth_images((4, 32, 32, 3)) / np.float32(255)
+    keys = jax.random.split(jax.random.key(0), 4)
+    worse = np.asarray(jax.jit(experiment.degradation.__call__)(images, keys))
+    assert worse.shape == images.shape
+    assert worse.min() >= 0
+    assert worse.max() <= 1
+    assert (np.abs(worse - images).mean(axis=(1, 2, 3)) > 0.005).all()
+    description = json.loads(json.dumps(config.to_json(experiment)))
+    assert config.from_json(description) == experiment

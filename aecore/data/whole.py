@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from aecore import memory
 from aecore.config import Data
 from aecore.data.indexed import Shape
 from aecore.errors import DataError, ImageError

@@ -13,35 +13,50 @@ from aecore.degradations.base import (
     Ops,
     Range,
     WholeRange,
+    choice,
+    probability,
     real,
     register,
     whole,
 )
-from aecore.degradations.blurs import GaussianBlur
-from aecore.degradations.compose import Compose
+from aecore.degradations.blurs import Blur, Convolution, GaussianBlur, MotionBlur, Sinc
+from aecore.degradations.compose import Compose, OneOf, Shuffled, Sometimes
 from aecore.degradations.jpeg import JPEG
 from aecore.degradations.masks import Mask
-from aecore.degradations.noise import GaussianNoise, SaltAndPepper, ShotNoise
-from aecore.degradations.resampling import Pixelate, enlarging
+from aecore.degradations.noise import CameraNoise, GaussianNoise, SaltAndPepper, ShotNoise
+from aecore.degradations.resampling import Downscale, Pixelate, Resize, enlarging, reducing
 
 __all__ = [
     "JPEG",
     "REGISTRY",
     "Array",
+    "Blur",
+    "CameraNoise",
     "Compose",
+    "Convolution",
     "Degradation",
+    "Downscale",
     "GaussianBlur",
     "GaussianNoise",
     "JaxOps",
     "Mask",
+    "MotionBlur",
+    "OneOf",
     "Ops",
     "Pixelate",
     "Range",
+    "Resize",
     "SaltAndPepper",
     "ShotNoise",
+    "Shuffled",
+    "Sinc",
+    "Sometimes",
     "WholeRange",
+    "choice",
     "enlarging",
+    "probability",
     "real",
+    "reducing",
     "register",
     "whole",
 ]

@@ -7,10 +7,13 @@ against `Ops`, and runs wherever there is an implementation of them: `JaxOps` he
 
 import dataclasses
 import math
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from aecore.errors import ConfigError
 
@@ -24,8 +27,12 @@ WholeRange = int | tuple[int, int]
 class Ops(Protocol):
     """What a degradation may use besides Python's operators on arrays.
 
+    Whatever is drawn has a name, and what is drawn depends on the name, the key or seed, and the
+    image, never on what else is drawn. The same name twice gives the same values.
+
     Attributes:
-      xp: a namespace with `exp`, `floor`, `maximum`, `minimum`, `reshape`, `round` and `where`.
+      xp: a namespace with `abs`, `cos`, `exp`, `floor`, `maximum`, `minimum`, `reshape`, `round`,
+        `sin`, `sqrt`, `transpose` and `where`.
     """
 
     xp: Any
@@ -34,21 +41,46 @@ class Ops(Protocol):
         """Einstein summation in full float32 precision."""
         ...
 
-    def normal(self, images: Array) -> Array:
+    def convolve(self, images: Array, kernels: Array) -> Array:
+        """Each image weighted by its own kernel, as in `scipy.ndimage.correlate`.
+
+        Beyond their edges the images are mirrored, edge pixels repeated.
+
+        Args:
+          images: `(B, H, W, C)`.
+          kernels: `(B, K, K)`, or `(1, K, K)` for all images; K is odd.
+        """
+        ...
+
+    def within(self, name: str) -> "Ops":
+        """The same operations with random streams of their own: `name` comes before their names."""
+        ...
+
+    def normal(self, name: str, images: Array) -> Array:
         """Independent standard normal values, shaped like `images`."""
         ...
 
-    def uniform(self, images: Array, low: float, high: float) -> Array:
+    def uniform(self, name: str, images: Array, low: float, high: float) -> Array:
         """One value per image in [low, high), shape `(B, 1, 1, 1)`."""
         ...
 
-    def uniform_values(self, images: Array) -> Array:
+    def uniform_values(self, name: str, images: Array) -> Array:
         """Independent values in [0, 1), shaped like `images`."""
         ...
 
-    def poisson(self, means: Array) -> Array:
+    def poisson(self, name: str, means: Array) -> Array:
         """Independent Poisson counts with these means, as float32."""
         ...
+
+
+def stream(path: str) -> int:
+    """The number below 2**32 that stands for a random stream's name, the same in all processes."""
+    return zlib.crc32(path.encode())
+
+
+def mirrored(size: int, radius: int) -> np.ndarray:
+    """Indices of a side that goes on by `radius` at both ends, mirrored, edge pixels repeated."""
+    return np.pad(np.arange(size), radius, "symmetric")
 
 
 class JaxOps:
@@ -56,58 +88,79 @@ class JaxOps:
 
     Args:
       keys: `(B,)` PRNG keys, one per image; `None` if nothing is drawn.
+      path: what comes before the names of random streams.
     """
 
     xp = jnp
 
-    def __init__(self, keys: jax.Array | None = None):
+    def __init__(self, keys: jax.Array | None = None, path: str = ""):
         self._keys = keys
-        self._draws = 0
+        self._path = path
 
-    def _next_keys(self) -> jax.Array:
-        self._draws += 1
-        return jax.vmap(lambda key: jax.random.fold_in(key, self._draws))(self._keys)
+    def within(self, name):
+        return JaxOps(self._keys, f"{self._path}{name}/")
+
+    def _keys_of(self, name: str) -> jax.Array:
+        number = stream(self._path + name)
+        return jax.vmap(lambda key: jax.random.fold_in(key, number))(self._keys)
 
     def einsum(self, equation, *operands):
         # Without HIGHEST, a GPU or TPU would round the operands to tf32 or bfloat16.
         return jnp.einsum(equation, *operands, precision=jax.lax.Precision.HIGHEST)
 
-    def normal(self, images):
-        return jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(self._next_keys())
+    def convolve(self, images, kernels):
+        height, width = images.shape[1:3]
+        side = kernels.shape[1]
+        padded = images[:, mirrored(height, side // 2)][:, :, mirrored(width, side // 2)]
 
-    def uniform(self, images, low, high):
+        # XLA's convolutions with a kernel per image are 15 times slower on CPUs.
+        def add_row(total, row):
+            rows = jax.lax.dynamic_slice_in_dim(padded, row, height, 1)
+            weights = kernels[:, row, :, None, None, None]
+            return total + sum(weights[:, i] * rows[:, :, i : i + width] for i in range(side)), None
+
+        return jax.lax.scan(add_row, jnp.zeros_like(images), jnp.arange(side))[0]
+
+    def normal(self, name, images):
+        return jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(self._keys_of(name))
+
+    def uniform(self, name, images, low, high):
         draw = jax.vmap(lambda key: jax.random.uniform(key, minval=low, maxval=high))
-        return draw(self._next_keys())[:, None, None, None]
+        return draw(self._keys_of(name))[:, None, None, None]
 
-    def uniform_values(self, images):
-        return jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(self._next_keys())
+    def uniform_values(self, name, images):
+        return jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(self._keys_of(name))
 
-    def poisson(self, means):
+    def poisson(self, name, means):
         def draw(key, means):
             # JAX draws Poisson counts from threefry keys only, whatever kind `key` is.
             data = jax.random.bits(key, (2,), jnp.uint32)
             return jax.random.poisson(jax.random.wrap_key_data(data, impl="threefry2x32"), means)
 
-        return jax.vmap(draw)(self._next_keys(), means).astype(jnp.float32)
+        return jax.vmap(draw)(self._keys_of(name), means).astype(jnp.float32)
 
 
-_BOUNDS = "aecore.degradations.bounds"
+_VALUES = "aecore.degradations.values"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Bounds:
+class Bounds:
     """What a parameter that is a number, or a range of numbers, may be."""
 
     at_least: float = -math.inf
     above: float = -math.inf
     at_most: float = math.inf
     whole: bool = False
+    single: bool = False
+    """Whether it can't be a range."""
 
     def check(self, owner: str, name: str, value: Any) -> None:
-        ends = value if isinstance(value, tuple) else (value, value)
+        is_range = isinstance(value, tuple) and not self.single
+        ends: tuple[Any, ...] = value if is_range else (value, value)
         if len(ends) != 2 or not all(map(self._is_number, ends)):
             number = "whole number" if self.whole else "number"
-            raise ConfigError(f"{owner}: {name} {value!r} is not a {number} or a (low, high) pair")
+            pair = "" if self.single else " or a (low, high) pair"
+            raise ConfigError(f"{owner}: {name} {value!r} is not a {number}{pair}")
         if not all(map(self._has, ends)):
             raise ConfigError(f"{owner}: {name} {value} is out of bounds; use {self._text(name)}")
         if ends[0] > ends[1]:
@@ -129,28 +182,62 @@ class _Bounds:
         return f"{low} {name}" + (f" <= {self.at_most:.9g}" if self.at_most < math.inf else "")
 
 
-def real(default: Range, **bounds: float) -> Any:
-    """A dataclass field for a parameter of type `Range`.
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What a parameter that is one of several words, or a tuple of such, may be."""
 
-    Args:
-      default: the field's default.
-      **bounds: any of `at_least`, `above` and `at_most`.
+    options: tuple[str, ...]
+
+    def check(self, owner: str, name: str, value: Any) -> None:
+        values = value if isinstance(value, tuple) else (value,)
+        if not values or not all(each in self.options for each in values):
+            known = ", ".join(self.options)
+            raise ConfigError(f"{owner}: {name} {value!r} is unknown; use any of {known}")
+
+
+def real(
+    default: Range | None,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+) -> Any:
+    """A dataclass field for a number, or a range [low, high), with bounds.
+
+    If the default is None, None is allowed.
     """
-    return dataclasses.field(default=default, metadata={_BOUNDS: _Bounds(whole=False, **bounds)})
+    return _field(default, Bounds(at_least, above, at_most))
 
 
-def whole(default: WholeRange, **bounds: int) -> Any:
-    """A dataclass field for a parameter of type `WholeRange`, with bounds as in `real`."""
-    return dataclasses.field(default=default, metadata={_BOUNDS: _Bounds(whole=True, **bounds)})
+def whole(default: WholeRange, *, at_least: int, at_most: float = math.inf) -> Any:
+    """A dataclass field for a whole number, or a range of both ends included, with bounds."""
+    return _field(default, Bounds(at_least, at_most=at_most, whole=True))
+
+
+PROBABILITY = Bounds(at_least=0, at_most=1, single=True)
+
+
+def probability(default: float) -> Any:
+    """A dataclass field for a number in [0, 1], the same for all images."""
+    return _field(default, PROBABILITY)
+
+
+def choice(default: str | tuple[str, ...], *, options: tuple[str, ...]) -> Any:
+    """A dataclass field for one of `options`, or several from which each image draws one."""
+    return _field(default, _Options(options))
+
+
+def _field(default: Any, values: Bounds | _Options) -> Any:
+    return dataclasses.field(default=default, metadata={_VALUES: values})
 
 
 REGISTRY: dict[str, type["Degradation"]] = {}
 
 
-D = TypeVar("D", bound="Degradation")
+Class = TypeVar("Class", bound=type["Degradation"])
 
 
-def register(cls: type[D]) -> type[D]:
+def register(cls: Class) -> Class:
     """Class decorator that lets checkpoints and JSON name `cls`, a frozen dataclass."""
     REGISTRY[cls.__name__] = cls
     return cls
@@ -165,27 +252,82 @@ class Degradation:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if bounds := field.metadata.get(_BOUNDS):
-                bounds.check(type(self).__name__, field.name, getattr(self, field.name))
+            value = getattr(self, field.name)
+            values = field.metadata.get(_VALUES)
+            if values and not (value is None and field.default is None):
+                values.check(type(self).__name__, field.name, value)
+            if field.type is bool and not isinstance(value, bool):
+                raise ConfigError(
+                    f"{type(self).__name__}: {field.name} {value!r} is not True or False"
+                )
 
     def apply(self, images: Array, ops: Ops) -> Array:
-        """Degrades `(B, H, W, C)` float32 images in [0, 1]; H, W and C are known statically."""
+        """Degrades `(B, H, W, C)` float32 images in [0, 1]; H, W and C are known statically.
+
+        The name of whatever is drawn begins with the `label`, as in
+        `ops.normal(f"{self.label}.noise", images)`.
+        """
         raise NotImplementedError
+
+    @property
+    def reduction(self) -> int:
+        """The whole factor by which height and width become smaller."""
+        return 1
+
+    @property
+    def grid(self) -> int:
+        """Period in pixels of the blocks of JPEG, which start at the image's corner; 1: none.
+
+        A crop of an image that was degraded whole has its blocks where a crop that is degraded
+        itself has them, if its offsets are multiples of this.
+        """
+        return 1
+
+    @property
+    def label(self) -> str:
+        """What names of random streams begin with: the class's name."""
+        return type(self).__name__
 
     def draw(self, name: str, images: Array, ops: Ops) -> Array:
         """The parameter `name` itself, or `(B, 1, 1, 1)` values drawn from its range."""
         value = getattr(self, name)
         if not isinstance(value, tuple):
             return value
-        if type(self).__dataclass_fields__[name].metadata[_BOUNDS].whole:
-            return draw_whole(value, images, ops)
-        return ops.uniform(images, value[0], value[1])
+        low, high = value
+        stream_name = f"{self.label}.{name}"
+        if type(self).__dataclass_fields__[name].metadata[_VALUES].whole:
+            # The minimum is for a value just below high + 1 that rounding made high + 1.
+            drawn = ops.uniform(stream_name, images, low, high + 1)
+            return ops.xp.minimum(ops.xp.floor(drawn), high)
+        return ops.uniform(stream_name, images, low, high)
+
+    def choose(
+        self, name: str, images: Array, ops: Ops, make: Callable[[str], Array], use: str = ""
+    ) -> Array:
+        """`make` of the parameter `name`, a choice, or of one that each image draws from several.
+
+        Args:
+          name: the parameter's.
+          images: `(B, H, W, C)`.
+          ops: draws.
+          make: from one of the options to values whose first axis is B or 1.
+          use: what the choice is for, if it is drawn several times.
+        """
+        options = getattr(self, name)
+        if not isinstance(options, tuple):
+            return make(options)
+        return pick(
+            ops.uniform(f"{self.label}.{name}{use and ' '}{use}", images, 0.0, 1.0),
+            [1 / len(options)] * len(options),
+            [make(option) for option in options],
+            ops,
+        )
 
     @property
     def is_random(self) -> bool:
         """Whether the result depends on a key: it is noisy, or a parameter is a range."""
         values = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        return self.noisy or any(isinstance(value, tuple) for value in values)
+        return self.noisy or any(isinstance(value, tuple) and len(value) > 1 for value in values)
 
     def __call__(self, images: Array, key: jax.Array | None = None) -> jax.Array:
         """Degrades images with JAX, eagerly or under `jit`.
@@ -196,7 +338,7 @@ class Degradation:
             position. Only needed if `is_random`.
 
         Returns:
-          `(B, H, W, C)` float32 in [0, 1].
+          `(B, H / reduction, W / reduction, C)` float32 in [0, 1].
 
         Raises:
           ConfigError: the degradation is random and `key` is missing.
@@ -210,11 +352,21 @@ class Degradation:
         return self.apply(images, JaxOps(key))
 
 
-def draw_whole(ends: tuple[int, int], images: Array, ops: Ops) -> Array:
-    """`(B, 1, 1, 1)` whole numbers from one end to the other, both included, one per image."""
-    low, high = ends
-    # The minimum is for a value just below high + 1 that rounding made high + 1.
-    return ops.xp.minimum(ops.xp.floor(ops.uniform(images, low, high + 1)), high)
+def pick(drawn: Array, weights: Sequence[float], results: Sequence[Array], ops: Ops) -> Array:
+    """For each image one of several results, with probabilities proportional to `weights`.
+
+    Args:
+      drawn: `(B, 1, 1, 1)` uniform values in [0, 1).
+      weights: one per result.
+      results: each with 3 or 4 axes, the first of which is B or 1.
+      ops: selects.
+    """
+    ends = np.cumsum(weights) / np.sum(weights)
+    picked = results[-1]
+    for end, result in zip(ends[-2::-1], results[-2::-1], strict=True):
+        value = drawn if len(result.shape) == 4 else drawn[..., 0]
+        picked = ops.xp.where(value < float(end), result, picked)
+    return picked
 
 
 def clip(images: Array, ops: Ops) -> Array:

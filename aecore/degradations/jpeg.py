@@ -1,10 +1,20 @@
 """JPEG compression."""
 
 import dataclasses
+from typing import Literal, get_args
 
 import numpy as np
 
-from aecore.degradations.base import Array, Degradation, Ops, WholeRange, clip, register, whole
+from aecore.degradations.base import (
+    Array,
+    Degradation,
+    Ops,
+    WholeRange,
+    choice,
+    clip,
+    register,
+    whole,
+)
 from aecore.degradations.separable import separable
 from aecore.errors import ConfigError
 
@@ -42,17 +52,30 @@ _DCT[0] /= np.sqrt(2)
 _DCT = _DCT.astype(np.float32)
 
 
+Subsampling = Literal["4:2:0", "4:4:4"]
+
+
 @register
 @dataclasses.dataclass(frozen=True)
 class JPEG(Degradation):
     """What an image loses when it is saved as JPEG, for gray and RGB images.
 
-    Colour is kept at half the resolution (4:2:0), and the cosine coefficients of each 8×8 block are
-    rounded to multiples of a step, as libjpeg does, except for rounding within its transforms.
+    Colour is kept at half the resolution, and the cosine coefficients of each 8×8 block are rounded
+    to multiples of a step, as libjpeg does, except for rounding within its transforms.
     """
 
     quality: WholeRange = whole(50, at_least=1, at_most=100)
     """libjpeg's quality, 1 to 100; two numbers: a range, both ends included."""
+
+    subsampling: Subsampling | tuple[Subsampling, ...] = choice(
+        "4:2:0", options=get_args(Subsampling)
+    )
+    """4:2:0 keeps colour at half the resolution, 4:4:4 at all of it; several: each image draws."""
+
+    @property
+    def grid(self):
+        # Where colour has half the resolution, its 8×8 blocks are 16×16 pixels.
+        return 16 if "4:2:0" in self.subsampling else 8
 
     def apply(self, images, ops):
         height, width, channels = images.shape[1:]
@@ -64,16 +87,23 @@ class JPEG(Degradation):
             scale = scale[..., None, None]  # Broadcasts against blocks.
         else:
             scale = float(5000 // self.quality if self.quality < 50 else 200 - 2 * self.quality)
-        levels = ops.xp.round(images * 255.0)
+        levels = ops.xp.round(clip(images, ops) * 255.0)
         if channels == 1:
             result = _through_blocks(levels - 128.0, _TABLES[0], scale, ops) + 128.0
             return clip(ops.xp.round(result) / 255.0, ops)
         ycc = ops.xp.round(ops.einsum("bhwc,kc->bhwk", levels, _TO_YCC))
         luminance = ycc[..., :1] - 128.0
-        small = separable(ycc[..., 1:], _halving(height), _halving(width), ops)
         luminance = _through_blocks(luminance, _TABLES[0], scale, ops)
-        small = _through_blocks(ops.xp.round(small), _TABLES[1], scale, ops)
-        chrominance = separable(small, _doubling(height), _doubling(width), ops)
+
+        def chrominances(subsampling):
+            planes = ycc[..., 1:]
+            if subsampling == "4:4:4":
+                return _through_blocks(planes, _TABLES[1], scale, ops)
+            small = separable(planes, _halving(height), _halving(width), ops)
+            small = _through_blocks(ops.xp.round(small), _TABLES[1], scale, ops)
+            return separable(small, _doubling(height), _doubling(width), ops)
+
+        chrominance = self.choose("subsampling", images, ops, chrominances)
         result = 128.0 + ops.einsum("bhwc,kc->bhwk", luminance, _FROM_YCC[:, :1])
         result = result + ops.einsum("bhwc,kc->bhwk", chrominance, _FROM_YCC[:, 1:])
         return clip(ops.xp.round(result) / 255.0, ops)

@@ -9,7 +9,6 @@ from aecore.degradations.base import (
     Degradation,
     Range,
     WholeRange,
-    draw_whole,
     real,
     register,
     whole,
@@ -39,15 +38,16 @@ class Mask(Degradation):
         height, width = images.shape[1:3]
         rows = np.arange(height, dtype=np.float32)[:, None, None]
         columns = np.arange(width, dtype=np.float32)[None, :, None]
-        blank = ops.uniform_values(images[..., :1]) < self.draw("pixels", images, ops)
+        drawn = ops.uniform_values(f"{self.label}.blanked pixels", images[..., :1])
+        blank = drawn < self.draw("pixels", images, ops)
         size = self.draw("size", images, ops)
         box = [namespace(self.size, ops)[0].round(side * size) for side in (height, width)]
-        ends = self.boxes if isinstance(self.boxes, tuple) else (self.boxes, self.boxes)
-        count = draw_whole(ends, images, ops)
-        for index in range(int(ends[1])):
+        most = self.boxes[1] if isinstance(self.boxes, tuple) else self.boxes
+        count = self.draw("boxes", images, ops)
+        for index in range(int(most)):
             top, left = (
-                xp.floor(ops.uniform(images, 0.0, 1.0) * (side - extent + 1))
-                for side, extent in zip((height, width), box, strict=True)
+                xp.floor(ops.uniform(f"{self.label}.{edge} {index}", images, 0.0, 1.0) * places)
+                for edge, places in (("top", height - box[0] + 1), ("left", width - box[1] + 1))
             )
             inside = (rows >= top) & (rows < top + box[0])
             inside = inside & (columns >= left) & (columns < left + box[1])

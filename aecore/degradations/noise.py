@@ -3,21 +3,54 @@
 import dataclasses
 from typing import ClassVar
 
-from aecore.degradations.base import Degradation, Range, clip, real, register
+from aecore.degradations.base import Degradation, Range, clip, probability, real, register
 
 
 @register
 @dataclasses.dataclass(frozen=True)
 class GaussianNoise(Degradation):
-    """Adds independent Gaussian noise to each value, then clips to [0, 1]."""
+    """Adds independent Gaussian noise to each value."""
 
     sigma: Range = real(0.4, at_least=0)
     """Standard deviation of the noise on the [0, 1] scale, 0 or more; two numbers: a range."""
+    clip: bool = True
+    """Whether the result is clipped to [0, 1]. Benchmarks of denoising mostly don't."""
+    gray: float = probability(0.0)
+    """Probability that an image's noise is the same in all channels, in [0, 1]."""
 
     noisy: ClassVar[bool] = True
 
     def apply(self, images, ops):
-        return clip(images + self.draw("sigma", images, ops) * ops.normal(images), ops)
+        noise = ops.normal(f"{self.label}.noise", images)
+        if self.gray:
+            is_gray = ops.uniform(f"{self.label}.is gray", images, 0.0, 1.0) < self.gray
+            gray_noise = ops.normal(f"{self.label}.gray noise", images[..., :1])
+            noise = ops.xp.where(is_gray, gray_noise, noise)
+        noisy = images + self.draw("sigma", images, ops) * noise
+        return clip(noisy, ops) if self.clip else noisy
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class CameraNoise(Degradation):
+    """The noise of a camera's sensor, which grows with brightness, then clips to [0, 1].
+
+    Gaussian noise of variance `shot * value + read**2`: the Gaussian approximation of a Poisson
+    count of photons with Gaussian noise of the electronics (Foi et al., "Practical
+    Poissonian-Gaussian noise modeling and fitting for single-image raw-data", 2008).
+    """
+
+    shot: Range = real(0.01, at_least=0)
+    """Variance from counting photons where the image is 1, 0 or more; two numbers: a range."""
+    read: Range = real(0.01, at_least=0)
+    """Standard deviation from reading the sensor, 0 or more; two numbers: a range."""
+
+    noisy: ClassVar[bool] = True
+
+    def apply(self, images, ops):
+        shot, read = self.draw("shot", images, ops), self.draw("read", images, ops)
+        sigma = ops.xp.sqrt(shot * ops.xp.maximum(images, 0.0) + read * read)
+        return clip(images + sigma * ops.normal(f"{self.label}.noise", images), ops)
 
 
 @register
@@ -33,7 +66,9 @@ class ShotNoise(Degradation):
 
     def apply(self, images, ops):
         peak = self.draw("peak", images, ops)
-        return clip(ops.poisson(images * peak) / peak, ops)
+        return clip(
+            ops.poisson(f"{self.label}.counts", ops.xp.maximum(images, 0.0) * peak) / peak, ops
+        )
 
 
 @register
@@ -48,6 +83,6 @@ class SaltAndPepper(Degradation):
 
     def apply(self, images, ops):
         amount = self.draw("amount", images, ops)
-        drawn = ops.uniform_values(images)
+        drawn = ops.uniform_values(f"{self.label}.values", images)
         peppered = ops.xp.where(drawn < amount / 2, 0.0, images)
         return ops.xp.where(drawn >= 1 - amount / 2, 1.0, peppered)

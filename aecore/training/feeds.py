@@ -7,7 +7,6 @@ crops in the same order; noise drawn on the device is the same in all.
 import collections
 import functools
 import itertools
-import math
 import time
 from collections.abc import Iterator
 from typing import Any, Protocol

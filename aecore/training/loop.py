@@ -117,7 +117,7 @@ class _Run:
         self.directory = directory
         self.checkpoints = checkpoints
         self.interruption = interruption
-        examples = dataset.examples()
+        examples = dataset.examples(experiment.degradation.grid)
         self.validation = sources.whole_array(dataset.validation)
         self.steps_per_epoch = len(examples) // training.batch_size
         self.last_step = training.last_step(len(examples))

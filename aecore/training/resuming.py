@@ -56,8 +56,8 @@ def check_run(
     old = _check(saved.to_json(), experiment, directory)
     if saved.random_streams != now.random_streams:
         raise CheckpointError(
-            f"{directory} was trained by aecore {saved.aecore}, which drew other random numbers, so "
-            "that it can't be resumed exactly; restore with it, or train anew in another --run-dir"
+            f"{directory} was trained by aecore {saved.aecore}, which drew other random numbers, "
+            "and can't be resumed exactly; restore with it, or train anew in another --run-dir"
         )
     if saved.fingerprint != now.fingerprint:
         raise CheckpointError(

@@ -118,8 +118,10 @@ def test_gaussian_blur_is_scipys(sigma):
 def test_the_same_numbers_eagerly_under_jit_and_in_tf_data(degradation):
     images = RANDOM.random((3, 30, 22, 3), np.float32)
     eager = np.asarray(degradation(images))
-    np.testing.assert_allclose(jax.jit(degradation)(images), eager, atol=1e-6)
-    np.testing.assert_allclose(run_in_tf_data(degradation, images), eager, atol=1e-6)
+    # Sums of 441 weights, of either sign, are rounded differently.
+    atol = 2e-6 if isinstance(degradation, Sinc) else 1e-6
+    np.testing.assert_allclose(jax.jit(degradation)(images), eager, atol=atol)
+    np.testing.assert_allclose(run_in_tf_data(degradation, images), eager, atol=atol)
 
 
 @pytest.mark.parametrize("sigma", [0.1, (0.05, 0.3)])
@@ -606,6 +608,9 @@ def test_jpeg_draws_its_subsampling_for_each_image(run):
     ]
     assert np.min(distances, axis=0).max() < 1e-3
     assert np.argmin(distances, axis=0).mean() == pytest.approx(0.5, abs=0.3)
+    only = JPEG(80, ("4:4:4",))
+    assert not only.is_random
+    np.testing.assert_array_equal(only(image), JPEG(80, "4:4:4")(image))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -295,7 +295,8 @@ class Degradation:
             return value
         low, high = value
         stream_name = f"{self.label}.{name}"
-        if type(self).__dataclass_fields__[name].metadata[_VALUES].whole:
+        bounds = type(self).__dataclass_fields__[name].metadata.get(_VALUES, Bounds())
+        if bounds.whole:
             # The minimum is for a value just below high + 1 that rounding made high + 1.
             drawn = ops.uniform(stream_name, images, low, high + 1)
             return ops.xp.minimum(ops.xp.floor(drawn), high)
@@ -304,18 +305,20 @@ class Degradation:
     def choose(
         self, name: str, images: Array, ops: Ops, make: Callable[[str], Array], use: str = ""
     ) -> Array:
-        """`make` of the parameter `name`, a choice, or of one that each image draws from several.
+        """What `make` makes of a choice, or of one of several that each image draws.
 
         Args:
-          name: the parameter's.
+          name: of the parameter.
           images: `(B, H, W, C)`.
           ops: draws.
-          make: from one of the options to values whose first axis is B or 1.
+          make: from an option to an array with 3 or 4 axes, the first of which is B or 1.
           use: what the choice is for, if it is drawn several times.
         """
         options = getattr(self, name)
         if not isinstance(options, tuple):
-            return make(options)
+            options = (options,)
+        if len(options) == 1:
+            return make(options[0])
         return pick(
             ops.uniform(f"{self.label}.{name}{use and ' '}{use}", images, 0.0, 1.0),
             [1 / len(options)] * len(options),

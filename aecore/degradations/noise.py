@@ -14,7 +14,8 @@ class GaussianNoise(Degradation):
     sigma: Range = real(0.4, at_least=0)
     """Standard deviation of the noise on the [0, 1] scale, 0 or more; two numbers: a range."""
     clip: bool = True
-    """Whether the result is clipped to [0, 1]. Benchmarks of denoising mostly don't."""
+    """Whether the result is clipped to [0, 1]. Benchmarks of denoising mostly don't. Degradations
+    that come after may clip it."""
     gray: float = probability(0.0)
     """Probability that an image's noise is the same in all channels, in [0, 1]."""
 

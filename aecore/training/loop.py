@@ -18,6 +18,7 @@ from tqdm import tqdm
 import aecore
 from aecore.config import Experiment
 from aecore.data import sources
+from aecore.data.crops import Crops
 from aecore.data.sources import Dataset
 from aecore.errors import ConfigError, Interrupted, NonFiniteLossError
 from aecore.media import images
@@ -74,9 +75,10 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
     devices = assembly.devices(experiment.training)
     dataset = sources.load(experiment.data)
     experiment.check_images(*dataset.image_shape)
-    if experiment.training.batch_size > len(dataset.train):
+    examples = dataset.examples(experiment.degradation.grid)
+    if experiment.training.batch_size > len(examples):
         raise ConfigError(
-            f"batch_size {experiment.training.batch_size} is more than the {len(dataset.train)} "
+            f"batch_size {experiment.training.batch_size} is more than the {len(examples)} "
             "training images; use a smaller one"
         )
     try:
@@ -87,7 +89,7 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
         Interruption() as interruption,
         Checkpoints(directory / "checkpoints", experiment.training.keep) as checkpoints,
     ):
-        run = _Run(experiment, dataset, devices, directory, checkpoints, interruption)
+        run = _Run(experiment, dataset, examples, devices, directory, checkpoints, interruption)
         if run.is_first:
             write_json(directory / "experiment.json", described)
         with run.log, _bar(run, progress and run.is_first) as bar:
@@ -106,6 +108,7 @@ class _Run:
         self,
         experiment: Experiment,
         dataset: Dataset,
+        examples: np.ndarray | Crops,
         devices: Devices,
         directory: epath.Path,
         checkpoints: Checkpoints,
@@ -117,7 +120,6 @@ class _Run:
         self.directory = directory
         self.checkpoints = checkpoints
         self.interruption = interruption
-        examples = dataset.examples(experiment.degradation.grid)
         self.validation = sources.whole_array(dataset.validation)
         self.steps_per_epoch = len(examples) // training.batch_size
         self.last_step = training.last_step(len(examples))

@@ -17,7 +17,7 @@ from aecore.restoring.engine import Engine
 class Seeing:
     """A network, as far as choosing tiles needs it."""
 
-    name, channels = "Seeing", 1
+    name, channels, scale = "Seeing", 1, 1
 
     def __init__(self, field, stride):
         self.field, self.stride = field, stride

@@ -4,6 +4,7 @@ Every network has `encode` and `decode`, `channels` (the C that it takes) and `s
 must be multiples of it).
 """
 
+import dataclasses
 import math
 from typing import Any, ClassVar, Literal
 
@@ -35,8 +36,8 @@ def register(cls: type[nn.Module]) -> type[nn.Module]:
 
 def hyperparameters(model: nn.Module) -> dict[str, Any]:
     """The fields that describe a model, without those that Linen adds to every module."""
-    fields = type(model).__dataclass_fields__
-    return {name: getattr(model, name) for name in fields if name not in ("parent", "name")}
+    names = [field.name for field in dataclasses.fields(model)]
+    return {name: getattr(model, name) for name in names if name not in ("parent", "name")}
 
 
 class Autoencoder(nn.Module):

@@ -1,7 +1,7 @@
 """A network on one device: images of any size, through few compiled shapes, in batches and tiles.
 
-Images are `(H, W, C)` uint8, uint16 or float32 in [0, 1]. One channel for a network of three means
-gray, which is restored as three equal channels, whose mean is taken.
+Images are `(N, H, W, C)` uint8, uint16 or float32 in [0, 1]. A network for colour restores gray
+images as three equal channels and takes their mean.
 """
 
 import collections
@@ -32,35 +32,35 @@ _OTHER_TILE = 512
 of one. Networks that see far get larger tiles; see `tiling.economical_tile`."""
 
 _SMALLEST_TILE = 64
-"""Smaller ones are not tried where memory is short."""
+"""Where memory is short, tiles become no smaller than this."""
 
 _SMALLEST_SQUARE = 32
 
 _MOST_IMAGES = 64
-"""Images at a time. By then, what a call costs is shared by many."""
+"""Images at a time. More would hardly lower the cost of a call for each."""
 
 _MOST_PIXELS = 2
-"""And their pixels, as a multiple of those of a tile."""
+"""Pixels at a time, as a multiple of those of a tile."""
 
 _OWN_SHAPES = 2
-"""How many sizes get arrays of their own shape when they come unannounced; others share shapes."""
+"""How many sizes get arrays of their own shape where sizes are not known beforehand."""
 
 _SHARED_SHAPES = 4
-"""How many shapes announced sizes share. Two more things may be compiled to find out about a
-network: whether sizes can share shapes, and its receptive field."""
+"""Most shapes of arrays for images whose sizes are known beforehand. Two more programs may be
+compiled to learn about a network: whether sizes can share shapes, and its receptive field."""
 
 _CPU_MEMORY = 2**30
-"""Bytes that a compiled network may need on a CPU, besides what goes in and comes out."""
+"""Bytes that a network may need on a CPU, besides its inputs and outputs."""
 
 _AHEAD = 2
-"""Batches that are computed while the host prepares the next and takes in the last."""
+"""Batches under way on the device while the host prepares the next one."""
 
 
 class Kind(NamedTuple):
-    """What is compiled anew if it is different."""
+    """What a program is compiled for, besides the number of images."""
 
     shape: Size
-    """Of the arrays that images are put into."""
+    """Height and width of the arrays that images are put into."""
     dtype: np.dtype
     channels: int
 
@@ -218,7 +218,7 @@ class Engine:
         return self._once("can share", lambda: fits_within(self.network, self.params))
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What is found out or compiled once: by one thread, while the others wait."""
+        """Makes something once, in one thread, while others wait for it."""
         with self._lock:
             if key not in self._known:
                 self._known[key] = make()
@@ -372,7 +372,7 @@ class Engine:
 
     @property
     def tile(self) -> int:
-        """The side of tiles, as far as they have been made smaller."""
+        """The largest side of tiles at present."""
         return self._tile
 
     def shrink(self, tile: int, error: "OutOfMemoryError") -> None:
@@ -427,12 +427,12 @@ class OutOfMemoryError(Exception):
 
 
 def _as_out_of_memory(error: Exception, kind: Kind) -> Exception:
-    """The same error, unless it means that memory did not suffice."""
+    """An `OutOfMemoryError` if memory ran out; else the same error."""
     return OutOfMemoryError(kind) if memory.ran_out(error) else error
 
 
 class _Stack:
-    """Images of one size, of which some windows are not restored yet."""
+    """Images of one size, and what is restored of them so far."""
 
     def __init__(self, array: np.ndarray, windows: list[Window], scale: int):
         count, height, width, channels = array.shape
@@ -443,7 +443,7 @@ class _Stack:
 
 
 class _Piece(NamedTuple):
-    """What goes into a batch: a window of some images."""
+    """One window of some images, as a part of a batch."""
 
     stack: _Stack
     window: Window
@@ -454,7 +454,7 @@ class _Piece(NamedTuple):
 
 
 class _Run:
-    """One pass over images: windows are collected to batches, computed ahead, and put together."""
+    """One pass over images: collects windows in batches, computes them, puts results together."""
 
     def __init__(self, engine: Engine, shapes: Sequence[Size]):
         self._engine = engine
@@ -489,13 +489,13 @@ class _Run:
             yield self._stacks.popleft().result
 
     def _go_on(self, work: Callable[[], None]) -> None:
-        """Does some work; where memory is short, starts what is unfinished anew, in tiles."""
+        """Does some work; where memory runs out, does what is unfinished again in smaller tiles."""
         while True:
             try:
                 return work()
             except OutOfMemoryError as error:
                 self._engine.shrink(self._tile, error)
-                # They were chosen for larger tiles.
+                # These shapes were chosen for larger tiles.
                 self._tile, self._shapes = self._engine.tile, ()
                 self._counts.clear()
                 self._waiting.extendleft(stack.array for stack in reversed(self._stacks))
@@ -562,7 +562,7 @@ class _Run:
             self._take_in()
 
     def _take_in(self) -> None:
-        """Waits for the oldest batch and puts its windows where they belong."""
+        """Waits for the oldest batch and copies its windows into the results."""
         restored, pieces, kind = self._computing[0]
         try:
             restored = jax.device_get(restored)

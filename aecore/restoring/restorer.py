@@ -1,4 +1,4 @@
-"""A checkpoint in, a function on images out."""
+"""A trained network as a function on images."""
 
 import collections
 import logging

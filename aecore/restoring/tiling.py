@@ -39,7 +39,7 @@ class Window(NamedTuple):
 
 
 def windows(size: Size, tile: Size, field: ReceptiveField | None, stride: int) -> list[Window]:
-    """Windows whose kept parts make up a picture, each unaffected by where its window ends.
+    """Windows that cover a picture; no kept part is affected by the border of its window.
 
     Args:
       size: of the picture, multiples of the stride.
@@ -68,7 +68,7 @@ def _spans(length: int, tile: int, field: ReceptiveField | None, stride: int) ->
 
 
 def smallest_tile(field: ReceptiveField, stride: int) -> int:
-    """The least side of a tile that keeps at least as much as it throws away."""
+    """The smallest side of which a tile keeps at least half."""
     return max(2 * (field.before + field.after), 2 * stride)
 
 
@@ -91,7 +91,7 @@ def economical_tile(at_least: int, field: ReceptiveField, stride: int) -> int:
 
 
 def tile_for(size: Size, tile: int, field: ReceptiveField, stride: int) -> Size:
-    """The tile, of at most `tile` pixels on a side, whose windows cover a picture with least work.
+    """The tile with sides of at most `tile` pixels that covers a picture with the least work.
 
     Few sides are considered, so that pictures of many sizes share the shapes of their tiles.
     """
@@ -108,7 +108,7 @@ def tile_for(size: Size, tile: int, field: ReceptiveField, stride: int) -> Size:
 
 
 def shared_shapes(sizes: Iterable[Size], most: int) -> list[Size]:
-    """Few shapes of arrays, so that each size fits into one.
+    """Chooses a few shapes of arrays, so that each size fits into one.
 
     Pairs of shapes that waste the least area are merged until few enough are left.
 

@@ -492,6 +492,12 @@ _COMMANDS = {
 
 def run(args: Sequence[str] | None = None) -> None:
     """The `aecore` command."""
+    words = sys.argv[1:] if args is None else args
+    if list(words) == ["--version"]:
+        from aecore import __version__
+
+        print(f"aecore {__version__}")
+        return
     commands: Any = Union[  # noqa: UP007 as it is made of a list
         tuple(Annotated[command, tyro.conf.subcommand(name)] for name, command in _COMMANDS.items())
     ]

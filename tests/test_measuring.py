@@ -12,11 +12,12 @@ from jax.experimental import topologies
 
 import aecore
 from aecore import cli
-from aecore.config import with_training
 from aecore.degradations import GaussianNoise, Pixelate
 from aecore.errors import ConfigError
 from aecore.measuring import planning
 from aecore.models import NoiseReducer, ResolutionEnhancer
+from aecore.steps.devices import COMPILED_BY
+from aecore.training import assembly
 
 EXPERIMENT = str(Path(__file__).with_name("tiny_experiment.py"))
 
@@ -89,8 +90,10 @@ def test_largest_batch_is_found_by_search():
         name="limit", model=NoiseReducer((2,)), degradation=GaussianNoise(0.4)
     )
     device = planning.devices_of("cpu")[:1]
-    experiment = with_training(experiment, batch_size=100, accumulation=1)
-    memory = planning._memory(planning.compile_step(experiment, (12, 12, 1), device))["total"]
+    assembled = assembly.assemble(
+        experiment, (12, 12, 1), COMPILED_BY["jit"](device), 1, batch_size=100, parts=1
+    )
+    memory = planning._memory(planning.compile_step(assembled))["total"]
     largest = planning._largest(experiment, (12, 12, 1), device, memory)
     assert 87 <= largest <= 113
 
@@ -115,7 +118,8 @@ def test_the_step_compiles_for_tpus(model, degradation, shape, topology, form):
         training=aecore.Training(batch_size=16, parallel=form, degrade_on="device"),
     )
     devices = planning.devices_of(topology)
-    compiled = planning.compile_step(experiment, shape, devices)
+    assembled = assembly.assemble(experiment, shape, COMPILED_BY[form](devices), last_step=1)
+    compiled = planning.compile_step(assembled)
     assert "all-reduce" in planning._collectives(compiled.as_text(), len(devices))
     assert planning._memory(compiled)["total"] < 2**30
 
@@ -124,9 +128,11 @@ def test_the_step_compiles_for_tpus(model, degradation, shape, topology, form):
     ("args", "message"),
     [
         (["plan", EXPERIMENT, "--topology", "v99:2x2"], "v99:2x2"),
-        (["plan", "nowhere.py", "--topology", "cpu"], "nowhere.py is no file"),
-        (["bench", cli.__file__], "defines no `experiment`"),
-        (["evaluate", "runs/none", "--training.seed", "1"], "--training.seed is not known"),
+        (["bench", EXPERIMENT, "--repeats", "0"], "repeats 0 is not possible"),
+        (["bench", EXPERIMENT, "--seconds", "nan"], "seconds nan is not possible"),
+        (["plan", "nowhere.py", "--topology", "cpu"], "nowhere.py is not a file"),
+        (["bench", cli.__file__], "doesn't define `experiment`"),
+        (["evaluate", "runs/none", "--training.seed", "1"], "--training.seed is not an option of this command"),
     ],
 )
 def test_wrong_usage_is_one_line(args, message, capsys):
@@ -165,7 +171,7 @@ def test_a_step_costs_the_host_less_than_a_millisecond(tmp_path, capfd):
 
 def test_a_restart_compiles_nothing_anew(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATCOMPILED_BY": "cpu"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
     kept = []
     for steps in ("3", "6"):
         flags = ["--run-dir", str(tmp_path / "run"), "--training.steps", steps]

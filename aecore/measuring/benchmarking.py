@@ -1,11 +1,12 @@
-"""Throughput of an experiment's parts, in images a second, and how far it is from the limit.
+"""Images per second of an experiment's parts on this machine, next to what its devices allow.
 
-Every measurement is repeated, in turns with the others of its table, after it has warmed up; the
-medians are reported, with the lowest and highest.
+Each measurement warms up first, and is then repeated in turns with the others of its table. The
+median is reported, with the lowest and highest.
 """
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,11 +18,13 @@ import numpy as np
 from aecore.config import Experiment, with_training
 from aecore.data import sources
 from aecore.data.batches import training_batches
+from aecore.errors import ConfigError
 from aecore.measuring import hardware, planning
 from aecore.restoring.restorer import Restorer
 from aecore.steps.devices import FORMS, DataParallel
 from aecore.steps.step import pairs
 from aecore.training import assembly, feeds
+from aecore.training.assembly import Assembly
 
 _FEEDS = {
     "stream": dict(feed="stream", degrade_on="host"),
@@ -30,16 +33,18 @@ _FEEDS = {
 }
 
 
-def take_turns(works: Mapping[str, Callable[[float], int]], seconds: float, repeats: int):
-    """Measures each function `repeats` times, in turns, after a short one to warm up.
+def take_turns(
+    works: Mapping[str, Callable[[float], int]], seconds: float, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Measures functions `repeats` times each, in turns, after a short call to warm up.
 
     Args:
-      works: each is called with how long to work, and returns how many images it did.
-      seconds: for each measurement.
-      repeats: measurements of each.
+      works: functions that work for about the given seconds, and return how many images they did.
+      seconds: of each measurement.
+      repeats: measurements of each function.
 
     Returns:
-      For each name, `median`, `lowest` and `highest` in images a second.
+      For each name, `median`, `lowest` and `highest` in images per second.
     """
 
     def rate(work, seconds):
@@ -63,18 +68,24 @@ def bench(experiment: Experiment, *, seconds: float = 2.0, repeats: int = 5) -> 
     """Measures an experiment on this machine's devices.
 
     Args:
-      experiment: its data are loaded; nothing is written.
-      seconds: how long each measurement lasts, about; at least one step.
-      repeats: how often each is repeated.
+      experiment: what to measure; its data are loaded, and nothing is written.
+      seconds: about how long each measurement lasts; at least one step is done.
+      repeats: how often each measurement is repeated.
 
     Returns:
-      JSON values: `pipeline`, `step`, `loop`, `restore` and the `device`'s limits. Rates are in
-      images a second over all devices.
+      JSON values: `pipeline`, `step`, `loop`, `restore` and the device's `limits`. Rates are in
+      images per second over all devices.
 
     Raises:
-      ConfigError: the settings don't fit the data or the devices.
+      ConfigError: the settings don't fit the data or the devices, or there is nothing to measure.
       DataError: the data can't be loaded.
     """
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise ConfigError(
+            f"seconds {seconds} is no time to measure for; use more than 0, such as 2"
+        )
+    if repeats < 1:
+        raise ConfigError(f"repeats {repeats} leaves nothing to measure; use 1 or more")
     devices = assembly.devices(experiment.training)
     dataset = sources.load(experiment.data)
     experiment.check_images(*dataset.image_shape)
@@ -134,18 +145,18 @@ def _steps(
 ) -> dict[str, Any]:
     """The training step alone, on one batch of random images that stays on the devices."""
     works, reports = {}, {}
+    devices = assembly.devices(experiment.training)
     for form in FORMS:
         for precision in limits:
             chosen = with_training(experiment, parallel=form, precision=precision)
-            devices = assembly.devices(chosen.training)
             name = f"{form} {precision}"
             works[name] = one_batch(chosen, image_shape)
             first, second = (_seconds(works[name]) for _ in range(2))
             costs = planning.cost(chosen, image_shape, list(devices.mesh.devices.flat))
             reports[name] = {
                 "compile_seconds": first - second,
-                "flops_per_image": costs["flops"],
-                "bytes_per_image": costs["bytes"],
+                "flops_per_image": costs.flops,
+                "bytes_per_image": costs.bytes,
                 "peak_memory": _peak_memory(devices),
             }
     rates = take_turns(works, seconds, repeats)
@@ -159,10 +170,9 @@ def _steps(
 
 
 def one_batch(experiment: Experiment, image_shape: tuple[int, int, int]) -> Callable[[float], int]:
-    """Training on one batch, again and again; it compiles when it is first called."""
+    """Repeated training steps on one batch; the first call compiles them."""
     training = experiment.training
-    devices = assembly.devices(training)
-    parts = assembly.assemble(experiment, image_shape, devices, last_step=1)
+    devices, parts = _assemble(experiment, image_shape)
     step = devices.compile_train_step(functools.partial(parts.train_step, prepare=pairs))
     random = np.random.default_rng(0)
     share = devices.share(training.batch_size)
@@ -176,25 +186,35 @@ def one_batch(experiment: Experiment, image_shape: tuple[int, int, int]) -> Call
         nonlocal state
         end, images = time.perf_counter() + seconds, 0
         while not images or time.perf_counter() < end:
+            losses = []
             # A few steps are under way at once, as in training.
             for _ in range(4):
                 state, loss = step(state, batch)
+                losses.append(loss)
                 images += training.batch_size
-            jax.block_until_ready(loss)
+            jax.block_until_ready(losses)
         return images
 
     return work
 
 
+def _assemble(
+    experiment: Experiment, image_shape: tuple[int, ...], last_step: int = 1
+) -> tuple[DataParallel, Assembly]:
+    devices = assembly.devices(experiment.training)
+    height, width, channels = image_shape
+    return devices, assembly.assemble(experiment, (height, width, channels), devices, last_step)
+
+
 def _seconds(work: Callable[[float], int]) -> float:
-    """How long the least amount of some work takes."""
+    """How long the shortest possible piece of work takes."""
     start = time.perf_counter()
     work(0.0)
     return time.perf_counter() - start
 
 
 def _peak_memory(devices: DataParallel) -> int | None:
-    """Bytes that were in use at most on a device, where it counts them."""
+    """The most bytes in use on a device so far; None if the device doesn't count them."""
     statistics = devices.mesh.local_devices[0].memory_stats() or {}
     return statistics.get("peak_bytes_in_use")
 
@@ -202,7 +222,7 @@ def _peak_memory(devices: DataParallel) -> int | None:
 def _loops(
     experiment: Experiment, array: np.ndarray, seconds: float, repeats: int
 ) -> dict[str, Any]:
-    """Training as it is, with each feed, without evaluation and saving; and on one batch."""
+    """The training loop with each feed, without evaluation and saving; and steps on one batch."""
     works, waiting = {}, {}
     for name, settings in _FEEDS.items():
         waiting[name] = []
@@ -224,8 +244,7 @@ def _loop(
     experiment: Experiment, array: np.ndarray, waiting: list[float]
 ) -> Callable[[float], int]:
     training = experiment.training
-    devices = assembly.devices(training)
-    parts = assembly.assemble(experiment, array.shape[1:], devices, training.last_step(len(array)))
+    devices, parts = _assemble(experiment, array.shape[1:], training.last_step(len(array)))
     feed = feeds.create(array, experiment.degradation, training, devices, parts.train_step)
     state = devices.compile_create(parts.create)()
     step = 0
@@ -249,9 +268,8 @@ def _loop(
 
 
 def _restoring(experiment: Experiment, array: np.ndarray) -> dict[str, Callable[[float], int]]:
-    """`Restorer` on uint8 images, one at a time and many."""
-    devices = assembly.devices(experiment.training)
-    parts = assembly.assemble(experiment, array.shape[1:], devices, last_step=1)
+    """`Restorer` on uint8 images, one per call and many per call."""
+    _, parts = _assemble(experiment, array.shape[1:])
     restorer = Restorer(experiment.model, jax.jit(parts.create)().params, {})
 
     def work(images: np.ndarray, seconds: float) -> int:
@@ -268,7 +286,7 @@ def _restoring(experiment: Experiment, array: np.ndarray) -> dict[str, Callable[
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """A report, for people."""
+    """A report as text for people."""
     lines = [
         f"{report['name']} on {report['devices']} x {report['device']}, "
         f"batch {report['batch_size']}, JAX {report['jax']}"
@@ -304,7 +322,7 @@ def table(report: Mapping[str, Any]) -> str:
     costs = next(iter(report["step"].values()))
     lines.append(
         f"  {costs['flops_per_image'] / 1e9:,.4g} GFLOP and "
-        f"{costs['bytes_per_image'] / 1e6:,.4g} MB an image, as XLA counts them"
+        f"{costs['bytes_per_image'] / 1e6:,.4g} MB per image, as XLA counts them"
     )
     section("whole loop")
     for name, loop in report["loop"].items():

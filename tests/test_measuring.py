@@ -269,28 +269,29 @@ def test_the_estimate_of_a_divided_batch_is_that_of_the_whole():
     assert {("output", "forward"), ("output", "backward")} <= directions
 
 
-def command(*args):
-    """What the `aecore` command does where JAX has not been told which devices to use."""
+def run_python(*args):
+    """A Python process in which JAX has not been told which devices to use."""
     names = ("JAX_PLATFORMS", "TPU_", "ALLOW_MULTIPLE_LIBTPU_LOAD")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(names)}
     return subprocess.run(
-        [sys.executable, "-m", "aecore", *map(str, args)],
-        env=environment,
-        capture_output=True,
-        text=True,
+        [sys.executable, *map(str, args)], env=environment, capture_output=True, text=True
     )
 
 
 @needs_libtpu
 def test_libtpu_prints_nothing(pictures, tmp_path):
     restored = tmp_path / "restored.png"
-    run = command("restore", pictures / "0.png", "-o", restored, "-m", "fashion-mnist-denoise")
+    model = ["-m", "fashion-mnist-denoise"]
+    run = run_python("-m", "aecore", "restore", pictures / "0.png", "-o", restored, *model)
     assert run.returncode == 0
     assert run.stderr == ""
-    run = command("plan", EXPERIMENT, "--topology", "v99:2x2")
+    run = run_python("-m", "aecore", "plan", EXPERIMENT, "--topology", "v99:2x2")
     assert run.returncode == 2
     assert run.stderr.startswith("error: topology 'v99:2x2'")
     assert len(run.stderr.splitlines()) == 1
+    program = "from aecore.measuring import planning; print(len(planning.devices_of('v5e:2x2')))"
+    run = run_python("-c", program)
+    assert (run.stdout, run.stderr) == ("4\n", "")
 
 
 @pytest.mark.parametrize(

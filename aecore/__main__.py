@@ -5,7 +5,7 @@ import sys
 
 
 def main() -> None:
-    """Runs the command; Ctrl-C while Python still imports it ends it in one line, too."""
+    """Runs the command. Ctrl-C prints one line instead of a traceback, during imports too."""
     try:
         from aecore import cli
 
@@ -20,7 +20,7 @@ def main() -> None:
 
 
 def _end_at_once(status: int) -> None:
-    """Ends the process without Python's clearing up, which may crash while a device computes."""
+    """Ends the process without Python's cleanup, which may crash while a device computes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

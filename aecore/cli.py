@@ -324,17 +324,19 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Compiles an experiment's training step for some devices, and says what it needs there.
+    """Predicts what training needs on devices that need not exist, such as a TPU slice.
 
-    Flags of the experiment, such as --training.batch-size 512, may follow.
+    Compiles the training step for the devices, and reports memory, operations, limits on the
+    speed, and the largest batch that fits. Settings of the experiment, such as
+    --training.batch-size 512, may follow.
     """
 
     experiment: tyro.conf.Positional[str]
-    """The experiment's file, as experiments/lfw_enhance.py."""
+    """The experiment's file, such as experiments/lfw_enhance.py."""
     topology: str
-    """A TPU slice, such as v5e:4x4, which need not be there; or cpu or gpu, for this machine's."""
+    """A TPU slice, such as v5e:4x4 or tpu7x:2x2x1; or cpu or gpu for this machine's devices."""
     json: str | None = None
-    """A file to write the figures to."""
+    """File to write the figures to."""
 
     def run(self, flags: Sequence[str]) -> int:
         import jax
@@ -342,30 +344,39 @@ class Plan:
         from aecore.measuring import planning
 
         if self.topology not in ("cpu", "gpu"):
-            # Compiling for a slice needs no device of this machine, which libtpu may wait for.
+            # Compiling for a slice needs no device of this machine, for which libtpu might wait.
             jax.config.update("jax_platforms", "cpu")
-            # Programs for devices that are not there can be written to the cache, not read.
+            # Programs for devices that don't exist can be written to the cache, but not read.
             jax.config.update("jax_enable_compilation_cache", False)
         experiment = _experiment(self.experiment, flags)
-        report = planning.plan(experiment, _image_shape(experiment), self.topology)
-        return _show(report, planning.table, self.json)
+        plan = planning.plan(
+            experiment,
+            _image_shape(experiment),
+            self.topology,
+            show=lambda text: print(text, flush=True),
+            progress=lambda text: print(f"{text} ...", file=sys.stderr, flush=True),
+        )
+        if self.json is not None:
+            _write_json(dataclasses.asdict(plan), self.json)
+        return 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measures an experiment's throughput here: its pipeline, its step, its loop, restoring.
+    """Measures how many images per second an experiment does on this machine.
 
-    Flags of the experiment, such as --training.batch-size 512, may follow.
+    Measures the input pipeline, the training step, the whole loop, and restoring. Settings of the
+    experiment, such as --training.batch-size 512, may follow.
     """
 
     experiment: tyro.conf.Positional[str]
-    """The experiment's file, as experiments/lfw_enhance.py."""
+    """The experiment's file, such as experiments/lfw_enhance.py."""
     json: str | None = None
-    """A file to write the figures to."""
+    """File to write the figures to."""
     seconds: float = 2.0
-    """How long each measurement lasts, about."""
+    """About how long each measurement lasts."""
     repeats: int = 5
-    """How often each is repeated, taking turns."""
+    """How often each measurement is repeated, in turns with the others."""
 
     def run(self, flags: Sequence[str]) -> int:
         from aecore.measuring import benchmarking
@@ -476,8 +487,12 @@ def _show(
 ) -> int:
     print(table(report))
     if file is not None:
-        epath.Path(file).write_text(json.dumps(report, indent=2) + "\n")
+        _write_json(report, file)
     return 0
+
+
+def _write_json(report: Mapping[str, Any], file: str) -> None:
+    epath.Path(file).write_text(json.dumps(report, indent=2) + "\n")
 
 
 _COMMANDS = {
@@ -548,9 +563,9 @@ def _prepare_jax() -> None:
     """Makes JAX keep compiled programs in the user's cache folder, so that a restart is quick."""
     import jax
 
-    from aecore.terminal import ignore_absent_tpu
+    from aecore.measuring import hardware
 
-    ignore_absent_tpu()
+    hardware.quiet_libtpu()
     if jax.config.values["jax_compilation_cache_dir"] is None:
         home = os.environ.get("XDG_CACHE_HOME") or epath.Path("~/.cache").expanduser()
         cache = epath.Path(home) / "aecore" / "jax"

@@ -1,20 +1,22 @@
-"""The recipes' networks in aecore, Keras and PyTorch: same batch, same machine, in turns.
+"""Speed of the recipes' networks in aecore, Keras and PyTorch, on one machine and the same batch.
 
     python experiments/compare_peers.py --task denoise --batch-size 256
     python experiments/compare_peers.py --task denoise --measure restore
 
-measure training steps, and restoring many images: `Restorer` on bytes and on floats beside Keras's
-`predict` on floats.
+The first measures training steps. The second measures restoring many images: `Restorer` on uint8
+and on float images, and Keras's `predict` on float images.
 
-Images are made in memory beforehand; no pipeline takes part but that of Keras's `fit`. Each library
-takes steps for some seconds, in turns, several times; the medians are printed, with the lowest and
-highest, and the ratio of aecore's median to each. A step is: add noise and clip (denoise only),
-forward, mean squared error, backward, Adam. aecore takes one a call, as the others do, and
-for denoise besides several a call, as its training loop does where steps are short.
+The images are made in memory beforehand, so no input pipeline is measured except the one of Keras's
+`fit`. The libraries run in turns, several times for some seconds each. The median, lowest and
+highest speeds are printed, and the ratio of aecore's median to the others'. A step is: add noise
+and clip (denoise only), forward, mean squared error, backward, Adam. aecore does one step per call,
+as the others do. For denoise it is also measured with several steps per call, as its training loop
+does when steps are short.
 
-Keras runs on TensorFlow, once as `fit` runs it (which compiles with XLA), once as a `tf.function`
-written by hand (which doesn't). PyTorch takes part where it is installed, in its default layout and
-channels last; on a GPU compiled by `torch.compile`, and with `--precision bfloat16` under autocast.
+Keras runs on TensorFlow: once as `fit` does it, compiled with XLA, and once as a `tf.function`
+written by hand, without XLA. PyTorch is measured where it is installed, in its default layout and
+in channels-last; compiled with `torch.compile` on GPUs, and under autocast with `--precision
+bfloat16`.
 """
 
 import itertools
@@ -27,16 +29,16 @@ import numpy as np
 import tyro
 
 Step = Callable[[], object]
-"""Takes a step; the result can be waited for with `float`."""
+"""Does a step; `float` waits for its result."""
 
 SHAPES = {"denoise": (28, 28, 1), "enhance": (80, 80, 3)}
 SIGMA = 0.4
 STEPS = 8
-"""Steps a call, where there are several."""
+"""Steps per call, where there are several."""
 
 
 def aecore_step(task: str, images: np.ndarray, precision: str, *, several: bool = False) -> Step:
-    """aecore's own training step, compiled by `jit`; or several steps, as one program."""
+    """aecore's training step compiled by `jit`, or several steps as one program."""
     import functools
 
     import jax
@@ -108,7 +110,7 @@ def keras_network(task: str):
 
 
 def keras_step(task: str, images: np.ndarray, precision: str, *, fit: bool) -> Step:
-    """Keras on TensorFlow: the function that `fit` makes and calls, or a `tf.function` by hand."""
+    """Keras on TensorFlow: the function that `fit` makes and calls, or a hand-written one."""
     import keras
     import tensorflow as tf
 
@@ -232,13 +234,13 @@ def main(
     """Prints images per second and their ratios.
 
     Args:
-        task: The recipe.
+        task: The recipe whose network is measured.
         measure: Training steps, or restoring many images.
-        batch_size: Images a step; of those restored, Keras's batch.
-        side: Of the images; the recipe's by default.
-        precision: What the networks compute in.
-        seconds: How long each measurement lasts.
-        repeats: Measurements of each library.
+        batch_size: Images per step; in restoring, Keras's batch size.
+        side: Height and width of the images in pixels; by default the recipe's.
+        precision: Precision in which the networks compute.
+        seconds: Length of each measurement.
+        repeats: Number of measurements of each library.
         without: Libraries to leave out: keras, torch.
     """
     count = batch_size
@@ -270,7 +272,7 @@ def main(
         try:
             steps[name] = make()
         except ImportError as error:
-            print(f"{name} does not take part: {error}")
+            print(f"{name} is skipped: {error}")
     speeds = {name: [] for name in steps}
     for name in itertools.chain.from_iterable([*steps] for _ in range(repeats + 1)):
         float(steps[name]())

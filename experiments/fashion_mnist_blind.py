@@ -2,11 +2,11 @@
 
     python experiments/fashion_mnist_blind.py --data.data-dir DIR
 
-Afterwards networks of the same size, 56,708 parameters, are trained in run directories beside its
-own, for σ = 0.1, 0.2, 0.3, 0.4 and 0.5 alone, by MSE, and both are scored on the 10,000 test images
-with noise of that σ. On 2 CPU cores that other work shared, each took 2 to 5 min. PSNR in dB:
+After it, five networks of the same size (56,708 parameters) are trained with MSE, each for one σ
+only, in run directories next to its own. Both kinds are scored on the 10,000 test images with noise
+of that σ. On 2 CPU cores shared with other work, each training took 2 to 5 min. PSNR in dB:
 
-| σ | noisy | blind | for that σ alone | |
+| σ | noisy | blind | trained for that σ | difference |
 |---|---|---|---|---|
 | 0.1 | 21.62 | 26.68 | 26.95 | -0.27 |
 | 0.2 | 15.97 | 23.54 | 23.69 | -0.15 |
@@ -31,13 +31,13 @@ experiment = Experiment(
     degradation=GaussianNoise((0.0, 0.6)),
     data=Data(dataset="fashion_mnist"),
     optimizer=Optimizer(learning_rate=4e-3, schedule="cosine", warmup_steps=200),
-    # By MSE, strong noise would count for nearly all.
+    # With MSE, images with strong noise would make up nearly all of the loss.
     training=Training(batch_size=32, epochs=3, loss="log_mse", feed="resident"),
 )
 
 
 def compare(blind: Experiment) -> None:
-    """Trains networks for one σ each, and prints the PSNR of both."""
+    """Trains one network for each σ, and prints its PSNR next to that of the blind network."""
     rows = []
     directory = epath.Path(blind.directory)
     for sigma in (0.1, 0.2, 0.3, 0.4, 0.5):

@@ -2,12 +2,12 @@
 
     python experiments/fashion_mnist_denoise.py --data.data-dir DIR
 
-DIR holds the dataset as TFDS prepared it, or its IDX files. Without the flag, TFDS's own folder is
-used, or Debian's package dataset-fashion-mnist, or the dataset is downloaded.
+DIR is a folder with the dataset as prepared by TFDS, or with its IDX files. Without the flag, the
+data come from TFDS's default folder or Debian's package dataset-fashion-mnist, or are downloaded.
 
-On 2 CPU cores, 10 epochs took 53 s (70 s from start to end of the process), 12,928 images/s. All
-10,000 test images, noisy and restored: PSNR 10.72 and 18.85 dB, SSIM 0.322 and 0.632, MSE 0.08488
-and 0.01399. The network that came of it ships as `fashion-mnist-denoise`.
+On 2 CPU cores, 10 epochs took 53 s (70 s for the whole process), at 12,928 images/s. Scores of the
+noisy and the restored images, for all 10,000 test images: PSNR 10.72 and 18.85 dB, SSIM 0.322 and
+0.632, MSE 0.08488 and 0.01399. The trained network ships as `fashion-mnist-denoise`.
 """
 
 from aecore import Data, Experiment, Optimizer, Training

@@ -1,12 +1,12 @@
-"""Makes the results table in the README from summaries, so that no figure is typed.
+"""Makes the results table in the README from summaries, so that no figure is typed by hand.
 
     python experiments/results_table.py           # prints the table
     python experiments/results_table.py --write   # puts it into README.md
 
-`experiments/results/` holds the `summary.json` of finished runs, with the classical methods' scores
-where `aecore evaluate RUN --save` has added them. Runs of one name that differ in their seed make
-one line: means over seeds of the means over images. The interval is the 95 % interval over images
-of one run; the spread is the lowest and the highest PSNR of the seeds.
+`experiments/results/` holds the `summary.json` of finished runs, with the scores of classical
+methods where `aecore evaluate RUN --save` has added them. Runs with the same name and different
+seeds share one line, with the mean over the seeds. The interval is the 95 % confidence interval
+over the images of one run. The spread is the lowest and the highest PSNR of the seeds.
 """
 
 import collections
@@ -36,7 +36,7 @@ Summary = Mapping[str, Any]
 
 
 def load(folder: Path) -> dict[str, list[Summary]]:
-    """The summaries in a folder by their runs' names, one for each seed."""
+    """The summaries in a folder, by the name of the run; one for each seed."""
     runs = collections.defaultdict(dict)
     for path in sorted(folder.glob("*.json")):
         summary = json.loads(path.read_text())
@@ -104,7 +104,7 @@ def _line(name: str, scores: list[Mapping[str, Any]], parameters: str = "", cost
 
 
 def inserted(readme: str, table: str) -> str:
-    """The README with the table between its two marks."""
+    """The README with the table between its two markers."""
     before, rest = readme.split(_START)
     _, after = rest.split(_END)
     return f"{before}{_START}\n\n{table}\n\n{_END}{after}"

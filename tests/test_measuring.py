@@ -1,4 +1,4 @@
-"""`aecore bench`, `aecore plan`, and what they would notice: overhead and compiling again."""
+"""`aecore bench`, `aecore plan`, and what they would show: overhead and repeated compiling."""
 
 import importlib.util
 import json
@@ -6,20 +6,28 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
 
 import aecore
 from aecore import cli
 from aecore.degradations import GaussianNoise, Pixelate
 from aecore.errors import ConfigError
-from aecore.measuring import planning
+from aecore.measuring import estimates, hardware, planning
 from aecore.models import NoiseReducer, ResolutionEnhancer
 from aecore.steps.devices import COMPILED_BY
 from aecore.training import assembly
 
 EXPERIMENT = str(Path(__file__).with_name("tiny_experiment.py"))
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
 
 
 def aecore_command(*args):
@@ -82,7 +90,24 @@ def test_a_plan_rounds_the_batch_up():
         degradation=GaussianNoise(0.4),
         training=aecore.Training(batch_size=30),
     )
-    assert planning.plan(experiment, (12, 12, 1), "cpu")["batch_size"] == 32
+    assert planning.plan(experiment, (12, 12, 1), "cpu").batch_size == 32
+
+
+def test_a_plan_shows_the_first_figures_before_it_goes_on():
+    experiment = aecore.Experiment(
+        name="first",
+        model=NoiseReducer((2,)),
+        degradation=GaussianNoise(0.4),
+        training=aecore.Training(parallel="pmap"),
+    )
+    said = []
+    planning.plan(experiment, (12, 12, 1), "cpu", show=said.append, progress=said.append)
+    assert said[1] == "compiling the training step with pmap"
+    assert "memory, total" in said[2]
+    assert said[3] == "compiling the training step with jit"
+    assert "memory, total" in said[4]
+    assert said[5].startswith("searching the largest batch")
+    assert "largest batch that fits" in said[-1]
 
 
 def test_largest_batch_is_found_by_search():
@@ -93,12 +118,12 @@ def test_largest_batch_is_found_by_search():
     assembled = assembly.assemble(
         experiment, (12, 12, 1), COMPILED_BY["jit"](device), 1, batch_size=100, parts=1
     )
-    memory = planning._memory(planning.compile_step(assembled))["total"]
+    memory = planning._memory(planning.compile_step(assembled)).total
     largest = planning._largest(experiment, (12, 12, 1), device, memory)
     assert 87 <= largest <= 113
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@needs_libtpu
 @pytest.mark.parametrize("form", ["jit", "pmap"])
 @pytest.mark.parametrize(
     ("model", "degradation", "shape", "topology"),
@@ -121,18 +146,20 @@ def test_the_step_compiles_for_tpus(model, degradation, shape, topology, form):
     assembled = assembly.assemble(experiment, shape, COMPILED_BY[form](devices), last_step=1)
     compiled = planning.compile_step(assembled)
     assert "all-reduce" in planning._collectives(compiled.as_text(), len(devices))
-    assert planning._memory(compiled)["total"] < 2**30
+    assert planning._memory(compiled).total < 2**30
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["plan", EXPERIMENT, "--topology", "v99:2x2"], "v99:2x2"),
-        (["bench", EXPERIMENT, "--repeats", "0"], "repeats 0 is not possible"),
-        (["bench", EXPERIMENT, "--seconds", "nan"], "seconds nan is not possible"),
-        (["plan", "nowhere.py", "--topology", "cpu"], "nowhere.py is not a file"),
-        (["bench", cli.__file__], "doesn't define `experiment`"),
-        (["evaluate", "runs/none", "--training.seed", "1"], "--training.seed is not an option of this command"),
+        (["plan", "nowhere.py", "--topology", "cpu"], "nowhere.py is no file"),
+        (["bench", cli.__file__], "defines no `experiment`"),
+        (["bench", EXPERIMENT, "--repeats", "0"], "repeats 0"),
+        (["bench", EXPERIMENT, "--seconds", "-1"], "seconds -1"),
+        (["bench", EXPERIMENT, "--seconds", "nan"], "seconds nan"),
+        (["bench", EXPERIMENT, "--seconds", "inf"], "seconds inf"),
+        (["evaluate", "runs/none", "--training.seed", "1"], "--training.seed is not known"),
     ],
 )
 def test_wrong_usage_is_one_line(args, message, capsys):
@@ -140,6 +167,149 @@ def test_wrong_usage_is_one_line(args, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "chip", "devices"),
+    [
+        ("TPU v2", pltpu.ChipVersion.TPU_V2, 2),
+        ("TPU v3", pltpu.ChipVersion.TPU_V3, 2),
+        ("TPU v4", pltpu.ChipVersion.TPU_V4, 1),
+        ("TPU v5 lite", pltpu.ChipVersion.TPU_V5E, 1),
+        ("TPU v5", pltpu.ChipVersion.TPU_V5P, 1),
+        ("TPU v6 lite", pltpu.ChipVersion.TPU_V6E, 1),
+        ("TPU7x", pltpu.ChipVersion.TPU_7X, 2),
+    ],
+)
+def test_limits_are_those_of_a_device(kind, chip, devices):
+    cores = chip.num_physical_tensor_cores_per_chip // devices
+    core = pltpu.get_tpu_info_for_chip(chip, cores)
+    limits = hardware.limits(SimpleNamespace(platform="tpu", device_kind=kind), "bfloat16")
+    # Rounded differently, but far from twice or half as much.
+    assert limits.flops == pytest.approx(cores * core.bf16_ops_per_second, rel=0.15)
+    assert limits.bandwidth == pytest.approx(cores * core.mem_bw_bytes_per_second, rel=0.15)
+    assert limits.memory == pytest.approx(cores * core.hbm_capacity_bytes, rel=0.1)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "devices"),
+    [
+        ("v2:2x2", 8),
+        ("v3:2x2", 8),
+        ("v4:2x2x1", 4),
+        ("v5e:2x2", 4),
+        ("v5p:2x2x1", 4),
+        ("v6e:2x2", 4),
+        ("tpu7x:2x2x1", 8),
+    ],
+)
+def test_clock_rates_fit_the_matrix_rates(topology, devices):
+    found = planning.devices_of(topology)
+    assert len(found) == devices
+    limits = hardware.limits(found[0], "bfloat16")
+    size = 4096
+    matrix = jax.ShapeDtypeStruct(
+        (size, size), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(found[0])
+    )
+    text = jax.jit(jnp.matmul).lower(matrix, matrix).compile().as_text()
+    estimate = estimates.estimate(text, images=1, clock=limits.clock, at_most=None)
+    # A large product comes close to the rate, and can't exceed it.
+    assert 0.75 < estimate.images_per_second_per_device * 2 * size**3 / limits.flops < 1
+
+
+def test_the_compilers_estimate_is_added_up():
+    # As compiled for TPU v5e, but shorter; with a loop, as where a batch is divided into parts.
+    text = Path(__file__).with_name("tpu_program.txt").read_text()
+    found = estimates.estimate(text, images=2, clock=1e6, at_most=4000)
+    assert found.cycles_per_image == 500
+    assert found.images_per_second_per_device == 2000
+    assert found.share_of_limit == 0.5
+    assert found.kinds == {
+        "matrix products": 0.4,
+        "reductions": 0.3,
+        "copies": 0.17,
+        "elementwise": 0.13,
+    }
+    assert found.no_arithmetic == 0.47
+    assert [(cost.layer, cost.direction, cost.cycles_per_image) for cost in found.dearest] == [
+        ("conv_0", "forward", 200),
+        ("block/conv_0", "backward", 150),
+        ("inputs", "other", 75),
+        ("degradation and optimizer", "other", 50),
+        ("loss", "forward", 15),
+        ("Net.encode", "backward", 10),
+    ]
+    assert found.without_estimate == {"select-and-scatter": 1}
+    assert found.loops == 1
+    text = "\n".join(estimates.lines(found, devices=3))
+    assert "6,000" in text
+    assert "1 select-and-scatter" in text
+
+
+def test_programs_without_cycles_have_no_estimate():
+    text = jax.jit(jnp.tanh).lower(jnp.ones(8)).compile().as_text()
+    assert estimates.estimate(text, images=1, clock=None, at_most=None) is None
+
+
+@needs_libtpu
+def test_the_estimate_of_a_divided_batch_is_that_of_the_whole():
+    devices = planning.devices_of("v5e:2x2")
+    plans = []
+    for parts in (1, 2):
+        experiment = aecore.Experiment(
+            name="estimate",
+            model=NoiseReducer((2,)),
+            degradation=GaussianNoise(0.4),
+            training=aecore.Training(batch_size=16, accumulation=parts),
+        )
+        limits = hardware.limits(devices[0], "float32")
+        plans.append(planning._plan_form(experiment, (12, 12, 1), devices, limits))
+    whole, divided = (plan.estimate for plan in plans)
+    assert divided == whole
+    assert whole.loops == 0
+    assert 0 < whole.share_of_limit < 1
+    directions = {(cost.layer, cost.direction) for cost in whole.dearest}
+    assert {("output", "forward"), ("output", "backward")} <= directions
+
+
+def run_python(*args):
+    """A Python process in which JAX has not been told which devices to use."""
+    names = ("JAX_PLATFORMS", "TPU_", "ALLOW_MULTIPLE_LIBTPU_LOAD")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(names)}
+    return subprocess.run(
+        [sys.executable, *map(str, args)], env=environment, capture_output=True, text=True
+    )
+
+
+@needs_libtpu
+def test_libtpu_prints_nothing(pictures, tmp_path):
+    restored = tmp_path / "restored.png"
+    model = ["-m", "fashion-mnist-denoise"]
+    run = run_python("-m", "aecore", "restore", pictures / "0.png", "-o", restored, *model)
+    assert run.returncode == 0
+    assert run.stderr == ""
+    run = run_python("-m", "aecore", "plan", EXPERIMENT, "--topology", "v99:2x2")
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: topology 'v99:2x2'")
+    assert len(run.stderr.splitlines()) == 1
+    program = "from aecore.measuring import planning; print(len(planning.devices_of('v5e:2x2')))"
+    run = run_python("-c", program)
+    assert (run.stdout, run.stderr) == ("4\n", "")
+
+
+@pytest.mark.parametrize(
+    ("device", "is_quiet"),
+    [("accel0", False), ("vfio/3", False), ("vfio/vfio", True), ("null", True)],
+)
+def test_libtpu_is_left_alone_where_there_may_be_a_tpu(tmp_path, monkeypatch, device, is_quiet):
+    (tmp_path / device).parent.mkdir(exist_ok=True)
+    (tmp_path / device).touch()
+    monkeypatch.setattr(os, "environ", {"TPU_WORKER_HOSTNAMES": "mine"})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    hardware.quiet_libtpu(device_files=tmp_path)
+    assert ("TPU_ACCELERATOR_TYPE" in os.environ) == is_quiet
+    assert os.environ["TPU_WORKER_HOSTNAMES"] == "mine"
 
 
 def test_a_topology_without_its_compiler(monkeypatch):

@@ -155,8 +155,8 @@ def _steps(
             costs = planning.cost(assembled)
             reports[name] = {
                 "compile_seconds": first - second,
-                "flops_per_image": costs["flops"],
-                "bytes_per_image": costs["bytes"],
+                "flops_per_image": costs.flops,
+                "bytes_per_image": costs.bytes,
                 "peak_memory": _peak_memory(assembled.devices),
             }
     rates = take_turns(works, seconds, repeats)

@@ -1,9 +1,12 @@
-"""Limits of a device: published for TPUs, measured for others."""
+"""What a device can do at most: known from its vendor, or measured."""
 
 import dataclasses
+import importlib.util
+import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,53 +17,86 @@ from aecore import memory
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Limits of one JAX device; None where unknown."""
+    """The limits of one JAX device, which may be half a chip; None where a limit is not known."""
 
-    flops: float | None
+    flops: float | None = None
     """Floating-point operations per second in matrix products, in the network's precision."""
-    bandwidth: float | None
-    """Bytes per second from and to the device's memory."""
-    memory: int | None
+    bandwidth: float | None = None
+    """Bytes per second that the device reads from and writes to its memory."""
+    memory: int | None = None
     """Bytes of the device's memory."""
     link: float | None = None
-    """Bytes per second that the device sends to others."""
+    """Bytes per second that the device can send to other devices."""
+    clock: float | None = None
+    """Cycles per second, in which the compiler for TPUs estimates times."""
 
 
 _GIB = 2**30
 
-# Per JAX device, for bfloat16, in which TPUs also multiply float32. From the pages "TPU v2" to
-# "TPU7x" of Google Cloud's documentation, which give figures per chip: a chip of v2, v3 and 7x has
-# two devices, of the others one.
+# Per JAX device: half a chip for TPU v2, v3 and 7x, a whole chip for the others. `flops` is for
+# bfloat16, in which TPUs by default compute the products of float32 too. The figures per chip are
+# from Google Cloud's documentation, pages "TPU v2" to "TPU7x"; `link` is one direction of the
+# inter-chip links. `clock` is not in the documentation of all: it is `flops` divided by the
+# operations per cycle of the device's matrix units, which are 1 (v2), 2 (v3), 8 (v4 and v5p) and 4
+# (v5e) of 128x128, or 4 of 256x256 (v6e and 7x), at 2 operations per cycle for each cell.
 _TPUS = {
-    "TPU v2": Limits(46e12 / 2, 700e9 / 2, 8 * _GIB, 248e9 / 2),
-    "TPU v3": Limits(123e12 / 2, 900e9 / 2, 16 * _GIB, 328e9 / 2),
-    "TPU v4": Limits(275e12, 1228e9, 32 * _GIB, 300e9),
-    "TPU v5 lite": Limits(197e12, 819e9, 16 * _GIB, 200e9),
-    "TPU v5": Limits(459e12, 2765e9, 95 * _GIB, 600e9),
-    "TPU v6 lite": Limits(918e12, 1640e9, 32 * _GIB, 448e9),
-    "TPU7x": Limits(2307e12 / 2, 7380e9 / 2, 96 * _GIB, 1200e9 / 2),
+    "TPU v2": Limits(23e12, 350e9, 8 * _GIB, 124e9, 0.70e9),
+    "TPU v3": Limits(61.5e12, 450e9, 16 * _GIB, 164e9, 0.94e9),
+    "TPU v4": Limits(275e12, 1228e9, 32 * _GIB, 300e9, 1.05e9),
+    "TPU v5 lite": Limits(197e12, 819e9, 16 * _GIB, 200e9, 1.50e9),
+    "TPU v5": Limits(459e12, 2765e9, 95 * _GIB, 600e9, 1.75e9),
+    "TPU v6 lite": Limits(918e12, 1640e9, 32 * _GIB, 400e9, 1.75e9),
+    "TPU7x": Limits(1153.5e12, 3690e9, 96 * _GIB, 300e9, 2.20e9),
 }
+
+_NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
+"""Settings that libtpu would otherwise look for, and complain on stderr that there are none."""
+
+
+def quiet_libtpu(*, compiling_only: bool = False, device_files: Path = Path("/dev")) -> None:
+    """Keeps libtpu from complaining on stderr that this machine has no TPU.
+
+    Where libtpu is installed, JAX asks it for TPUs before it uses anything else. This changes
+    nothing where there may be a TPU, and it must come before JAX looks for devices.
+
+    Args:
+      compiling_only: the process only compiles for TPUs. A TPU of this machine is not asked, and
+        is left to other programs.
+      device_files: folder of the device files through which TPUs, among other things, are used.
+    """
+    if compiling_only:
+        # Without it, libtpu asks Google Cloud's metadata server, and waits where there is none.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    elif (
+        importlib.util.find_spec("libtpu") is None
+        or any(device_files.glob("accel*"))
+        or any(device_files.glob("vfio/[0-9]*"))
+    ):
+        return
+    for name, value in _NO_TPU.items():
+        os.environ.setdefault(name, value)
 
 
 def limits(device: Any, precision: str) -> Limits:
-    """The limits of a device; measured unless it is a TPU, which may not be there.
+    """The limits of a device: those of a TPU from a table, as it need not exist; else measured.
 
     Args:
       device: a JAX device.
       precision: `float32` or `bfloat16`.
     """
     if device.platform == "tpu":
-        return _TPUS.get(device.device_kind, Limits(None, None, None))
+        return _TPUS.get(device.device_kind, Limits())
     available = memory.limit(device)
     if available is None and device.platform == "cpu":
         available = memory.physical()
-    # A CPU's caches serve most of what XLA counts as memory traffic, so its memory isn't the limit.
+    # A CPU's caches serve most of what XLA counts as traffic, so its memory is no limit.
     bandwidth = None if device.platform == "cpu" else copy_bandwidth(device)
     return Limits(matrix_rate(device, precision), bandwidth, available)
 
 
 def matrix_rate(device: Any, precision: str) -> float:
-    """Floating-point operations per second of a large product of square matrices."""
+    """Operations per second in a product of large square matrices; a multiply-add counts as two."""
     size = 2048 if device.platform == "cpu" else 8192
     matrix = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(precision))
     seconds = median_seconds(jax.jit(jnp.matmul), *jax.device_put((matrix, matrix), device))
@@ -68,14 +104,14 @@ def matrix_rate(device: Any, precision: str) -> float:
 
 
 def copy_bandwidth(device: Any) -> float:
-    """Bytes per second, read and written, while a large array is negated."""
+    """Bytes per second that are read and written when a large array is negated."""
     size = 2**26 if device.platform == "cpu" else 2**29
     array = jax.device_put(jnp.ones(size, jnp.float32), device)
     return 2 * array.nbytes / median_seconds(jax.jit(jnp.negative), array)
 
 
 def median_seconds(function: Callable, *args: Any, repeats: int = 7) -> float:
-    """Median time of a call until its result is ready, after two calls to warm up."""
+    """The median time from a call to its finished result, after two calls to warm up."""
     seconds = []
     for _ in range(repeats + 2):
         start = time.perf_counter()

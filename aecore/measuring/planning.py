@@ -1,11 +1,10 @@
-"""What a training step needs on devices, which need not be there, from compiling it for them."""
+"""What a training step needs on devices, which need not exist, found by compiling it for them."""
 
 import dataclasses
 import functools
 import math
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,14 +12,88 @@ import jax
 from aecore import memory as memory_limits
 from aecore.config import Experiment
 from aecore.errors import ConfigError
-from aecore.measuring import hardware
+from aecore.measuring import estimates, hardware
+from aecore.measuring.estimates import Estimate
+from aecore.measuring.hardware import Limits
 from aecore.steps.devices import COMPILED_BY, Devices
-from aecore.terminal import silent_stderr
 from aecore.training import assembly
 from aecore.training.assembly import Assembly
 
 _LARGEST_BATCH = 2**16
-"""Images a device; where more than this would fit, memory is not what limits a batch."""
+"""Images per device at which the search ends: memory is then not what limits a batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes that a compiled step needs on each device."""
+
+    arguments: int
+    temporaries: int
+    """With the results that don't take the place of arguments."""
+    code: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What XLA counts for each image."""
+
+    flops: float
+    """Floating-point operations."""
+    bytes: float
+    """Bytes read from and written to memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Collectives:
+    """The operations of one kind in which devices exchange data."""
+
+    count: int
+    bytes: int
+    """Size of their results."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """The speed at which one limit of the devices is reached, if the others cost nothing."""
+
+    seconds: dict[str, float]
+    """The least time per step that each limit allows."""
+    binding: str
+    """The limit with the longest time."""
+    images_per_second_per_device: float
+    images_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class FormPlan:
+    """What the training step needs in one compiled form."""
+
+    memory: Memory
+    flops_per_image: float
+    bytes_per_image: float
+    collectives: dict[str, Collectives]
+    roofline: Roofline | None
+    """None where no limit of the devices is known."""
+    estimate: Estimate | None
+    """None except for TPUs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the training step needs on some devices. Bytes and operations are for each device."""
+
+    name: str
+    topology: str
+    device: str
+    devices: int
+    batch_size: int
+    images_per_device: int
+    precision: str
+    limits: Limits
+    forms: dict[str, FormPlan]
+    largest_images_per_device: int | None
+    """The largest batch that fits; None where the devices' memory is not known."""
 
 
 def devices_of(topology: str) -> list[Any]:
@@ -39,23 +112,23 @@ def devices_of(topology: str) -> list[Any]:
             raise ConfigError(f"topology {topology}: {error}") from error
     from jax.experimental import topologies
 
-    # Without it, libtpu asks Google Cloud's metadata server, and waits where there is none.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # Compiling takes no TPU from a program that uses one, or that compiles too.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    hardware.quiet_libtpu(compiling_only=True)
+    # JAX uses both cores of a TPU v4 as one device; the description's default is two devices.
+    settings = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
-        with silent_stderr():
-            slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-        return list(slice_.devices)
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **settings
+        )
+        return list(description.devices)
     except Exception as error:  # Of many types, as libtpu is missing or refuses the name.
         raise ConfigError(
-            f"topology {topology!r}: {error}; use cpu, gpu, or a TPU slice such as v5e:4x4, "
-            'for which `pip install "aecore[tpu]"` installs the compiler'
+            f"topology {topology!r}: {error}; use cpu, gpu, or a TPU slice such as v5e:4x4 or "
+            'tpu7x:2x2x1, for which `pip install "aecore[tpu]"` installs the compiler'
         ) from error
 
 
 def compile_step(assembled: Assembly) -> Any:
-    """Compiles an experiment's training step; nothing is allocated.
+    """Compiles an experiment's training step; nothing is allocated, the devices need not exist.
 
     Returns:
       The compiled step, with `memory_analysis()`, `cost_analysis()` and `as_text()`.
@@ -65,34 +138,38 @@ def compile_step(assembled: Assembly) -> Any:
     return step.lower(devices.abstract(assembled.create), assembled.abstract_batch()).compile()
 
 
-def cost(assembled: Assembly) -> dict[str, float]:
-    """Floating-point operations and bytes of memory traffic an image, as compiled by XLA.
-
-    Returns:
-      `flops` and `bytes`.
-    """
-    # XLA counts a loop's body once, so that a batch must not be divided into parts.
+def cost(assembled: Assembly) -> Cost:
+    """Operations and memory traffic of a training step, as XLA counts them once it is compiled."""
+    # XLA counts a loop's body once, so the batch must not be divided into parts.
     compiled = compile_step(dataclasses.replace(assembled, parts=1))
     return _cost(compiled, assembled.batch_size // assembled.devices.device_count)
 
 
-def _cost(compiled: Any, share: int) -> dict[str, float]:
+def _cost(compiled: Any, share: int) -> Cost:
     analysis = compiled.cost_analysis()
-    return {"flops": analysis["flops"] / share, "bytes": analysis["bytes accessed"] / share}
+    return Cost(analysis["flops"] / share, analysis["bytes accessed"] / share)
+
+
+def _ignore(text: str) -> None:
+    del text
 
 
 def plan(
-    experiment: Experiment, image_shape: tuple[int, int, int], topology: str
-) -> dict[str, Any]:
-    """What the training step needs on a topology, in each form.
+    experiment: Experiment,
+    image_shape: tuple[int, int, int],
+    topology: str,
+    *,
+    show: Callable[[str], None] = _ignore,
+    progress: Callable[[str], None] = _ignore,
+) -> Plan:
+    """Finds what the training step needs on a topology, in each compiled form.
 
     Args:
-      experiment: what to train; a batch is rounded up to what the devices can divide.
+      experiment: what to train; its batch is rounded up to what the devices can divide.
       image_shape: height, width and channels.
       topology: as `devices_of` takes it.
-
-    Returns:
-      JSON values. Bytes and operations are per device, rates in images a second.
+      show: called with the parts of the plan as text for people, each as soon as it is known.
+      progress: called with one line before each thing that takes long.
 
     Raises:
       ConfigError: there is no such topology.
@@ -100,45 +177,73 @@ def plan(
     devices = devices_of(topology)
     batch_size = Devices(devices).round_up(experiment.training.batch_size)
     share = batch_size // len(devices)
-    limits = hardware.limits(devices[0], experiment.training.precision)
+    training = experiment.training
+    limits = hardware.limits(devices[0], training.precision)
+    show(
+        f"{experiment.name} on {len(devices)} x {devices[0].device_kind} ({topology}), "
+        f"{training.precision}\nbatch {batch_size:,}: {share:,} images per device"
+    )
     forms = {}
-    for form in COMPILED_BY:
+    # The experiment's own form comes first, as compiling each may take minutes.
+    for form in sorted(COMPILED_BY, key=lambda form: form != training.parallel):
+        progress(f"compiling the training step with {form}")
         assembled = assembly.assemble(
             experiment, image_shape, COMPILED_BY[form](devices), 1, batch_size=batch_size
         )
-        compiled = compile_step(assembled)
-        collectives = _collectives(compiled.as_text(), len(devices))
-        costs = cost(assembled) if assembled.parts > 1 else _cost(compiled, share)
-        forms[form] = {
-            "memory": _memory(compiled),
-            **{f"{name}_per_image": value for name, value in costs.items()},
-            "collectives": collectives,
-            "roofline": _roofline(costs, collectives, share, len(devices), limits),
-        }
-    return {
-        "name": experiment.name,
-        "topology": topology,
-        "device": devices[0].device_kind,
-        "devices": len(devices),
-        "batch_size": batch_size,
-        "images_per_device": share,
-        "precision": experiment.training.precision,
-        "limits": dataclasses.asdict(limits),
-        "forms": forms,
-        "largest_images_per_device": _largest(experiment, image_shape, devices, limits.memory),
-    }
+        forms[form] = _plan_form(assembled, limits)
+        show("\n".join(["", form, *_form_lines(forms[form], len(devices), limits)]))
+    largest = _largest(experiment, image_shape, devices, limits.memory, progress)
+    if largest is not None:
+        show(f"\nlargest batch that fits: {largest:,} images per device")
+    return Plan(
+        name=experiment.name,
+        topology=topology,
+        device=devices[0].device_kind,
+        devices=len(devices),
+        batch_size=batch_size,
+        images_per_device=share,
+        precision=training.precision,
+        limits=limits,
+        forms=forms,
+        largest_images_per_device=largest,
+    )
 
 
-def _memory(compiled: Any) -> dict[str, int]:
+def _plan_form(assembled: Assembly, limits: Limits) -> FormPlan:
+    count = assembled.devices.device_count
+    share = assembled.batch_size // count
+    compiled = whole = compile_step(assembled)
+    if assembled.parts > 1:
+        # XLA counts a loop's body once, in its costs and in its estimated cycles.
+        whole = compile_step(dataclasses.replace(assembled, parts=1))
+    costs = _cost(whole, share)
+    collectives = _collectives(compiled.as_text(), count)
+    roofline = _roofline(costs, collectives, share, count, limits)
+    return FormPlan(
+        memory=_memory(compiled),
+        flops_per_image=costs.flops,
+        bytes_per_image=costs.bytes,
+        collectives=collectives,
+        roofline=roofline,
+        estimate=estimates.estimate(
+            whole.as_text(),
+            images=share,
+            clock=limits.clock,
+            at_most=roofline.images_per_second_per_device if roofline else None,
+        ),
+    )
+
+
+def _memory(compiled: Any) -> Memory:
     analysis = compiled.memory_analysis()
-    # Results share the memory of the arguments that were donated for them.
+    # Results take the memory of the arguments that were donated for them.
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    memory = {
-        "arguments": analysis.argument_size_in_bytes,
-        "temporaries": analysis.temp_size_in_bytes + outputs,
-        "code": analysis.generated_code_size_in_bytes,
-    }
-    return memory | {"total": sum(memory.values())}
+    parts = (
+        analysis.argument_size_in_bytes,
+        analysis.temp_size_in_bytes + outputs,
+        analysis.generated_code_size_in_bytes,
+    )
+    return Memory(*parts, total=sum(parts))
 
 
 _COLLECTIVE = re.compile(
@@ -148,46 +253,44 @@ _COLLECTIVE = re.compile(
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\]")
 
 
-def _collectives(text: str, devices: int) -> dict[str, dict[str, int]]:
-    """How many collective operations of each kind a program has, and the bytes they give."""
-    found = {}
+def _collectives(text: str, devices: int) -> dict[str, Collectives]:
+    """A program's collective operations, by kind."""
+    found: dict[str, Collectives] = {}
     for match in _COLLECTIVE.finditer(text) if devices > 1 else ():
         size = 0
         for dtype, dimensions in _ARRAY.findall(match["result"]):
             bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))
             size += math.prod(map(int, filter(None, dimensions.split(",")))) * bits // 8
-        entry = found.setdefault(match["kind"], {"count": 0, "bytes": 0})
-        entry["count"] += 1
-        entry["bytes"] += size
+        before = found.get(match["kind"], Collectives(0, 0))
+        found[match["kind"]] = Collectives(before.count + 1, before.bytes + size)
     return found
 
 
 def _roofline(
-    costs: Mapping[str, float],
-    collectives: Mapping[str, Mapping[str, int]],
+    costs: Cost,
+    collectives: Mapping[str, Collectives],
     share: int,
     devices: int,
-    limits: hardware.Limits,
-) -> dict[str, Any] | None:
-    """Images a second if the limit that binds were reached; the others cost nothing."""
+    limits: Limits,
+) -> Roofline | None:
     seconds = {}
     if limits.flops:
-        seconds["operations"] = share * costs["flops"] / limits.flops
+        seconds["operations"] = share * costs.flops / limits.flops
     if limits.bandwidth:
-        seconds["memory bandwidth"] = share * costs["bytes"] / limits.bandwidth
+        seconds["memory bandwidth"] = share * costs.bytes / limits.bandwidth
     if limits.link and collectives:
         # In a ring, each device sends almost all of the result twice.
-        size = sum(entry["bytes"] for entry in collectives.values())
+        size = sum(entry.bytes for entry in collectives.values())
         seconds["links between devices"] = 2 * size * (devices - 1) / devices / limits.link
     if not seconds:
         return None
     binding = max(seconds, key=lambda limit: seconds[limit])
-    return {
-        "seconds": seconds,
-        "binding": binding,
-        "images_per_second_per_device": share / seconds[binding],
-        "images_per_second": devices * share / seconds[binding],
-    }
+    return Roofline(
+        seconds=seconds,
+        binding=binding,
+        images_per_second_per_device=share / seconds[binding],
+        images_per_second=devices * share / seconds[binding],
+    )
 
 
 def _largest(
@@ -195,28 +298,30 @@ def _largest(
     image_shape: tuple[int, int, int],
     devices: list[Any],
     memory: int | None,
+    progress: Callable[[str], None] = _ignore,
 ) -> int | None:
-    """The most images a device whose step fits its memory, to an eighth."""
+    """The most images per device with which the step fits its memory, to within an eighth."""
     if memory is None:
         return None
 
     @functools.cache
-    def needed(share):
+    def needed(share: int) -> float:
+        progress(f"searching the largest batch: compiling for {share:,} images per device")
         form = COMPILED_BY[experiment.training.parallel](devices)
         assembled = assembly.assemble(
             experiment, image_shape, form, 1, batch_size=share * len(devices), parts=1
         )
         try:
-            return _memory(compile_step(assembled))["total"]
+            return _memory(compile_step(assembled)).total
         except jax.errors.JaxRuntimeError as error:
             if memory_limits.ran_out(error):
                 return math.inf
             raise
 
-    def fits(share):
+    def fits(share: int) -> bool:
         return needed(share) <= memory
 
-    # Memory grows almost in proportion, so that two small steps tell where to begin.
+    # Memory grows almost in proportion, so two small steps tell where to begin.
     share = 8
     if fits(16):
         guess = 8 + (memory - needed(8)) / max((needed(16) - needed(8)) / 8, 1)
@@ -234,47 +339,32 @@ def _larger(share: int) -> int:
     return min(_LARGEST_BATCH, max(share + 1, share * 9 // 8))
 
 
-def table(plan: Mapping[str, Any]) -> str:
-    """A plan, for people."""
-    lines = [
-        f"{plan['name']} on {plan['devices']} x {plan['device']} ({plan['topology']}), "
-        f"{plan['precision']}",
-        f"batch {plan['batch_size']:,}: {plan['images_per_device']:,} images a device",
-        "",
-        f"{'per device':24}" + "".join(f"{form:>20}" for form in plan["forms"]),
-    ]
+def _form_lines(form: FormPlan, devices: int, limits: Limits) -> list[str]:
+    """What one form needs, for people."""
+    result = []
 
-    def row(name, value):
-        lines.append(f"{name:24}" + "".join(f"{value(f):>20}" for f in plan["forms"].values()))
+    def row(name: str, value: str, note: str = "") -> None:
+        result.append(f"  {name:30}{value:>16}" + (f"   {note}" if note else ""))
 
-    for name in ("arguments", "temporaries", "code", "total"):
-        row(f"memory, {name}", lambda f, name=name: f"{f['memory'][name] / 2**20:,.1f} MiB")
-    if plan["limits"]["memory"]:
-        memory = plan["limits"]["memory"]
-        row("share of its memory", lambda f: f"{f['memory']['total'] / memory:.1%}")
-    row("operations an image", lambda f: f"{f['flops_per_image'] / 1e9:,.4g} GFLOP")
-    row("bytes an image", lambda f: f"{f['bytes_per_image'] / 1e6:,.4g} MB")
-    if plan["forms"]["jit"]["roofline"]:
-        for limit in plan["forms"]["jit"]["roofline"]["seconds"]:
-            row(
-                f"{limit}, at least",
-                lambda f, limit=limit: f"{f['roofline']['seconds'].get(limit, 0) * 1e3:,.4g} ms",
-            )
-        row("limited by", lambda f: f["roofline"]["binding"].split()[0])
-        row(
-            "images/s, at most",
-            lambda f: f"{f['roofline']['images_per_second_per_device']:,.0f}",
-        )
-        row("of all devices", lambda f: f"{f['roofline']['images_per_second']:,.0f}")
-    kinds = sorted({kind for form in plan["forms"].values() for kind in form["collectives"]})
-    for kind in kinds:
-        row(
-            kind,
-            lambda f, kind=kind: "{count} x, {kib:,.1f} KiB".format(
-                count=f["collectives"].get(kind, {"count": 0})["count"],
-                kib=f["collectives"].get(kind, {"bytes": 0})["bytes"] / 2**10,
-            ),
-        )
-    largest = plan["largest_images_per_device"]
-    lines += ["", f"largest batch that fits: {largest:,} images a device"] if largest else []
-    return "\n".join(lines)
+    def mebibytes(count: int) -> str:
+        return f"{count / 2**20:,.1f} MiB"
+
+    row("memory, arguments", mebibytes(form.memory.arguments))
+    row("memory, temporaries", mebibytes(form.memory.temporaries))
+    row("memory, code", mebibytes(form.memory.code))
+    of_memory = f"{form.memory.total / limits.memory:.1%} of the device's" if limits.memory else ""
+    row("memory, total", mebibytes(form.memory.total), of_memory)
+    row("operations per image", f"{form.flops_per_image / 1e9:,.4g} GFLOP")
+    row("bytes per image", f"{form.bytes_per_image / 1e6:,.4g} MB")
+    for kind, entry in sorted(form.collectives.items()):
+        row(kind, f"{entry.bytes / 2**10:,.1f} KiB", f"{entry.count} x")
+    if form.roofline:
+        result += ["", "limits"]
+        for limit, seconds in form.roofline.seconds.items():
+            row(limit, f"{seconds * 1e3:,.4g} ms", "per step, at least")
+        rate = form.roofline.images_per_second_per_device
+        row("images/s, at most", f"{rate:,.0f}", f"limited by {form.roofline.binding}")
+        row("images/s, all devices, at most", f"{form.roofline.images_per_second:,.0f}")
+    if form.estimate:
+        result += ["", "the compiler's estimate", *estimates.lines(form.estimate, devices)]
+    return result

@@ -153,13 +153,16 @@ def test_the_step_compiles_for_tpus(model, degradation, shape, topology, form):
     ("args", "message"),
     [
         (["plan", EXPERIMENT, "--topology", "v99:2x2"], "v99:2x2"),
-        (["plan", "nowhere.py", "--topology", "cpu"], "nowhere.py is no file"),
-        (["bench", cli.__file__], "defines no `experiment`"),
+        (["plan", "nowhere.py", "--topology", "cpu"], "nowhere.py is not a file"),
+        (["bench", cli.__file__], "doesn't define `experiment`"),
         (["bench", EXPERIMENT, "--repeats", "0"], "repeats 0"),
         (["bench", EXPERIMENT, "--seconds", "-1"], "seconds -1"),
         (["bench", EXPERIMENT, "--seconds", "nan"], "seconds nan"),
         (["bench", EXPERIMENT, "--seconds", "inf"], "seconds inf"),
-        (["evaluate", "runs/none", "--training.seed", "1"], "--training.seed is not known"),
+        (
+            ["evaluate", "runs/none", "--training.seed", "1"],
+            "--training.seed is not an option of this command",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line(args, message, capsys):

@@ -1,6 +1,7 @@
 """The recipes' networks against Keras, and what the others promise."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -16,7 +17,9 @@ from aecore.models import (
     SubpixelAutoencoder,
     UNet,
 )
-from aecore.networks import models
+from aecore.networks import layers, models, summary
+from aecore.networks.base import check_memory, parameter_bytes
+from aecore.networks.network import LinenNetwork, fits_within
 
 RANDOM = np.random.default_rng(0)
 
@@ -91,10 +94,26 @@ def test_the_same_function_as_the_keras_network(model, layers_of, shape, paramet
     assert codes.shape[1] * model.stride == shape[1]
 
 
-@pytest.mark.parametrize("fields", [{"features": ()}, {"features": (4, 0)}, {"channels": -1}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"features": ()},
+        {"features": (4, 0)},
+        {"features": (16.0, 8)},
+        {"features": [16, 8]},
+        {"features": 16},
+        {"channels": -1},
+        {"channels": True},
+        {"channels": "1"},
+        {"channels": (1,)},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("model", [NoiseReducer, ResolutionEnhancer])
 def test_impossible_networks_are_refused(model, fields):
-    with pytest.raises(ConfigError, match="all numbers at least 1"):
+    ((name, value),) = fields.items()
+    message = re.escape(f"{model.__name__} can't have {name} {value!r}; use ")
+    with pytest.raises(ConfigError, match=message + ".* of at least 1"):
         model(**fields)
 
 
@@ -152,10 +171,14 @@ def test_without_parameters_a_residual_network_is_the_identity(residual):
     [
         (lambda: UNet(norm="batch"), "norm 'batch'; use none or group"),
         (lambda: UNet(patch=3), "patch 3; use 1 or 2"),
-        (lambda: UNet(blocks=0), "0 blocks; use 1 or more"),
-        (lambda: UNet(features=(8, 0)), "all numbers at least 1"),
-        (lambda: SubpixelAutoencoder(features=()), "all numbers at least 1"),
-        (lambda: LinearAutoencoder(components=0), "numbers of at least 1"),
+        (lambda: UNet(patch=2.0), "patch 2.0; use 1 or 2"),
+        (lambda: UNet(blocks=0), "blocks 0; use a whole number of at least 1"),
+        (lambda: UNet(blocks=1.5), "blocks 1.5; use a whole number of at least 1"),
+        (lambda: UNet(features=(8, 0)), "one or more whole numbers of at least 1"),
+        (lambda: UNet(residual=1), "residual 1; use True or False"),
+        (lambda: SubpixelAutoencoder(features=()), "one or more whole numbers of at least 1"),
+        (lambda: SubpixelAutoencoder(residual="no"), "residual 'no'; use True or False"),
+        (lambda: LinearAutoencoder(components=0), "components 0; use a whole number of at least 1"),
     ],
 )
 def test_impossible_settings_are_refused(build, message):
@@ -166,10 +189,136 @@ def test_impossible_settings_are_refused(build, message):
 def test_the_relu_of_the_networks_is_flaxs():
     values = np.array([-np.inf, -1.0, -0.0, 0.0, 1e-30, 2.0, np.inf], np.float32)
     (result, gradient), (wanted, wanted_gradient) = (
-        jax.vjp(function, values) for function in (models._relu, nn.relu)
+        jax.vjp(function, values) for function in (layers.relu, nn.relu)
     )
     np.testing.assert_array_equal(result, wanted)
     np.testing.assert_array_equal(*gradient(values), *wanted_gradient(values))
-    program = str(jax.make_jaxpr(jax.grad(lambda values: models._relu(values).sum()))(values))
+    program = str(jax.make_jaxpr(jax.grad(lambda values: layers.relu(values).sum()))(values))
     assert " eq " in program
     assert " gt " not in program
+
+
+class OwnNetwork(models.Autoencoder):
+    """Flax's layers, and modules of one's own that are only named like one of them."""
+
+    channels: int = 4
+    stride: int = 2
+
+    def setup(self):
+        self.grouped = nn.Conv(8, (3, 3), feature_group_count=4)
+        self.strided = nn.Conv(6, (3, 3), strides=2)
+        self.dense = nn.Dense(5)
+        self.mixed = TransposedMix(7)
+        self.transposed = nn.ConvTranspose(3, (3, 3), strides=(2, 2))
+        self.output = layers.Conv(4)
+
+    def encode(self, images):
+        return self.dense(nn.relu(self.strided(nn.relu(self.grouped(images)))))
+
+    def decode(self, codes):
+        return self.output(nn.relu(self.transposed(self.mixed(codes))))
+
+
+class TransposedMix(nn.Module):
+    """Multiplies each pixel by two matrices."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, images):
+        shape = (images.shape[-1], self.features)
+        first, second = (self.param(n, nn.initializers.ones, shape) for n in ("a", "b"))
+        return (images @ first) * (images @ second)
+
+
+def test_multiplications_of_each_kind_of_layer():
+    own, h, w = OwnNetwork(), 6, 10
+    rows = summary.layers(own, random_params(own), (h, w, 4))
+    multiplications = {row.name: row.flops / 2 for row in rows}
+    assert multiplications == {
+        "grouped": 9 * (4 // 4) * 8 * h * w,
+        "strided": 9 * 8 * 6 * h * w / 4,
+        "dense": 6 * 5 * h * w / 4,
+        "mixed": 2 * 5 * 7 * h * w / 4,
+        "transposed": 9 * 7 * 3 * h * w / 4,
+        "output": 9 * 3 * 4 * h * w,
+    }
+    # A row of the coarse result is spread over two of the finer ones or over one.
+    assert [row.field for row in rows] == [3, 5, 5, 5, 7, 9]
+
+    model = NoiseReducer((6, 5), channels=3)
+    rows = summary.layers(model, random_params(model), (8, 12, 3))
+    assert {row.name: (*row.shape, row.flops / 2) for row in rows} == {
+        "encoder_0": (4, 6, 6, 9 * 3 * 6 * 4 * 6),
+        "encoder_1": (2, 3, 5, 9 * 6 * 5 * 2 * 3),
+        "decoder_0": (4, 6, 5, 9 * 5 * 5 * 2 * 3),
+        "decoder_1": (8, 12, 6, 9 * 5 * 6 * 4 * 6),
+        "output": (8, 12, 3, 9 * 6 * 3 * 8 * 12),
+    }
+
+
+class Blur(layers.Layer):
+    """A layer of one's own that looks at neighbours, and is no convolution to Flax."""
+
+    @nn.compact
+    def __call__(self, images):
+        padded = jax.numpy.pad(images, ((0, 0), (1, 1), (0, 0), (0, 0)))
+        bias = self.param("bias", nn.initializers.ones, (1,))
+        return padded[:, :-2] + padded[:, 2:] + bias
+
+
+class Blurring(models.Autoencoder):
+    layer: type[nn.Module]
+    channels: int = 1
+    stride: int = 1
+
+    def setup(self):
+        self.blurs = [self.layer(), self.layer()]
+
+    def encode(self, images):
+        return self.blurs[0](images)
+
+    def decode(self, codes):
+        return self.blurs[1](codes)
+
+
+class UnknownBlur(nn.Module):
+    """As `Blur`, but nothing says of it that it looks at neighbours."""
+
+    __call__ = Blur.__call__
+
+
+@pytest.mark.parametrize("model", [*OTHERS, NoiseReducer(), OwnNetwork(), Blurring(Blur)], ids=str)
+def test_masked_images_are_restored_as_if_alone(model):
+    is_normed = getattr(model, "norm", "none") == "group"
+    params = random_params(model)
+    assert fits_within(LinenNetwork(model), params) != is_normed
+
+
+def test_layers_that_dont_say_that_they_look_around_are_found_out():
+    model = Blurring(UnknownBlur)
+    assert not fits_within(LinenNetwork(model), random_params(model))
+
+
+def test_the_memory_of_parameters():
+    assert parameter_bytes(NoiseReducer()) == 4 * 3_217
+    assert parameter_bytes(UNet((10**6,))) == 4 * (4 * 9 * 10**12 + 5 * 10**6 + 2 * 9 * 10**6 + 1)
+    check_memory(NoiseReducer(), available=4 * 3_217)
+    with pytest.raises(ConfigError, match="NoiseReducer with features .16, 8. needs"):
+        check_memory(NoiseReducer(), available=4 * 3_217 - 1)
+    with pytest.raises(ConfigError, match="NoiseReducer with features .16, 8. needs"):
+        check_memory(NoiseReducer(), available=16 * 3_217 - 1, copies=4)
+
+
+@pytest.mark.parametrize(
+    ("model", "field"),
+    [
+        (NoiseReducer(features=(10**9,)), "features .1000000000,."),
+        (SubpixelAutoencoder((8, 10**12)), "features .8, 1000000000000."),
+        (UNet((4, 8), channels=10**9), "channels 1000000000"),
+        (LinearAutoencoder(components=10**30), "components 1000000000000000000000000000000"),
+    ],
+)
+def test_networks_too_large_for_memory_are_named(model, field):
+    with pytest.raises(ConfigError, match=f"{type(model).__name__} with {field} needs .* GB"):
+        check_memory(model, available=1e11)

@@ -1,0 +1,177 @@
+"""Layers of the networks: Linen modules on `(B, H, W, C)` arrays, and what is known of each.
+
+Masking (`masking.apply_within`) must know which layers look at neighbouring pixels, and summaries
+(`summary.layers`) how often a layer's kernel is multiplied. aecore's own layers say so by the
+methods of `Layer`. Flax's layers and those of other modules are known through the functions
+`looks_around` and `kernel_uses`.
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+from aecore.networks import convolution
+from aecore.networks.convolution import merge_phases
+
+Shape = tuple[int, ...]
+
+
+class Layer(nn.Module):
+    """Base of the layers whose outputs depend on neighbouring pixels.
+
+    A layer is used by calling it with one array. It must treat what lies beyond the array as
+    zeros: `masking.apply_within` puts zeros where an image ends inside its array.
+    """
+
+    def merged(self, outputs: jax.Array) -> jax.Array:
+        """What the layer gave, as images `(B, H, W, C)`; phases are put together."""
+        return outputs
+
+    def kernel_uses(self, given: Shape, result: Shape) -> int:
+        """How often one image is multiplied by the whole kernel.
+
+        Args:
+          given: shape of what went in.
+          result: shape of what came out, after `merged`.
+        """
+        return math.prod(result[1:-1])
+
+
+def looks_around(module: nn.Module) -> bool:
+    """Whether a module itself, not only one inside it, looks at neighbouring pixels."""
+    return isinstance(module, Layer | nn.Conv | nn.ConvTranspose)
+
+
+def kernel_uses(module: nn.Module, given: Shape, result: Shape) -> int:
+    """How often one image is multiplied by the whole kernel of a module; see `Layer.kernel_uses`.
+
+    Modules that aren't known are taken to multiply each output position by their kernels, as
+    `nn.Dense` and `nn.Conv` do, the latter with any stride and any number of groups.
+    """
+    if isinstance(module, Layer):
+        return module.kernel_uses(given, result)
+    # A transposed convolution spreads each pixel that goes in, times the kernel, over the result.
+    return math.prod((given if isinstance(module, nn.ConvTranspose) else result)[1:-1])
+
+
+class _Convolution(Layer):
+    """Base of the 3×3 convolutions with bias; initialised as Keras does: Glorot uniform, zero."""
+
+    features: int
+    activation: Callable[[jax.Array], jax.Array] | None = None
+    """Applied to each number that comes out, such as `nn.relu`."""
+
+    def _weights(self, images: jax.Array, channels: int) -> list[jax.Array]:
+        """The images, the kernel for this many channels and the bias, in one dtype."""
+        kernel = self.param(
+            "kernel", nn.initializers.glorot_uniform(), (3, 3, channels, self.features)
+        )
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return promote_dtype(images, kernel, bias)
+
+    def _finish(self, features: jax.Array, bias: jax.Array, batch_last: bool) -> jax.Array:
+        def finish(features, bias):
+            features += bias
+            return self.activation(features) if self.activation else features
+
+        def finish_batch_last(features, bias):
+            return finish(features, bias[:, None, None, None])
+
+        if batch_last:
+            on_cpu = convolution.with_batch_last(finish_batch_last)
+            return convolution.by_platform(finish, on_cpu)(features, bias)
+        return finish(features, bias)
+
+
+class Conv(_Convolution):
+    """A convolution: `(B, H, W, C)` to `(B, H / stride, W / stride, features)`, rounded up."""
+
+    stride: int = 1
+    batch_last: bool = False
+    """Whether CPUs compute with the batch last: for layers that have few channels and follow one
+    another directly. Has no effect where Winograd's method is used; layers of phases always do."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        images, kernel, bias = self._weights(images, images.shape[-1])
+        batch_last = self.batch_last and not convolution.suits_winograd(kernel, self.stride)
+        features = convolution.conv(images, kernel, self.stride, batch_last)
+        return self._finish(features, bias, batch_last)
+
+
+class ConvTranspose(_Convolution):
+    """A transposed convolution of stride 2: `(B, H, W, C)` to `(B, 2 H, 2 W, features)`."""
+
+    batch_last: bool = False
+    """As for `Conv`."""
+
+    def kernel_uses(self, given, result):
+        return math.prod(given[1:-1])
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        images, kernel, bias = self._weights(images, images.shape[-1])
+        features = convolution.conv_transpose(images, kernel, self.batch_last)
+        return self._finish(features, bias, self.batch_last)
+
+
+class ConvTransposeToPhases(_Convolution):
+    """`ConvTranspose` that gives its result's phases: `(B, H, W, C)` to `(B, H, W, 4 features)`."""
+
+    def merged(self, outputs):
+        return merge_phases(outputs)
+
+    def kernel_uses(self, given, result):
+        return math.prod(given[1:-1])
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        images, kernel, bias = self._weights(images, images.shape[-1])
+        phases = convolution.conv_transpose_to_phases(images, kernel)
+        return self._finish(phases, jnp.tile(bias, 4), True)
+
+
+class ConvOnPhases(_Convolution):
+    """`Conv` of stride 1 on a larger image's phases: `(B, H, W, 4 C)` to `(B, H, W, 4 features)`.
+
+    The same kernel and bias as for the image itself.
+    """
+
+    def merged(self, outputs):
+        return merge_phases(outputs)
+
+    @nn.compact
+    def __call__(self, phases: jax.Array) -> jax.Array:
+        phases, kernel, bias = self._weights(phases, phases.shape[-1] // 4)
+        return self._finish(convolution.conv_on_phases(phases, kernel), jnp.tile(bias, 4), True)
+
+
+@jax.custom_jvp
+def relu(values: jax.Array) -> jax.Array:
+    """`nn.relu`, with a gradient computed from the output, which the next layer keeps anyway."""
+    return jnp.maximum(values, 0)
+
+
+# Written as `output > 0`, XLA would turn it into `values > 0` again.
+relu.defjvps(lambda tangent, output, values: jnp.where(output == 0, 0, tangent))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, whose result is added to what went in."""
+
+    features: int
+    norm: str = "none"
+    """none, or group: GroupNorm before each convolution."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        change = images
+        for _ in range(2):
+            if self.norm == "group":
+                change = nn.GroupNorm(num_groups=math.gcd(self.features, 8))(change)
+            change = Conv(self.features)(relu(change))
+        return images + change

@@ -1,4 +1,9 @@
-"""Metrics: two `(B, H, W, C)` float32 arrays in [0, 1] to `(B,)` float32, one value an image."""
+"""How alike images are: two `(B, H, W, C)` float32 arrays in [0, 1] to `(B,)`, a value an image.
+
+All raise ImageError unless both arrays have the same shape.
+"""
+
+from typing import Any
 
 import dm_pix
 import flax.linen as nn
@@ -6,40 +11,60 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aecore.errors import ImageError
+
 SSIM_WINDOW = 11
-"""Side of SSIM's Gaussian window in pixels, and so the smallest side that an image may have."""
+"""Side of SSIM's Gaussian window in pixels; images must not be smaller."""
+
+
+def check_shapes(outputs: jax.Array, targets: jax.Array) -> None:
+    """Raises ImageError unless two arrays have the same shape `(B, H, W, C)`.
+
+    Others might be broadcast against each other, and give a number that says nothing.
+    """
+    shapes = jnp.shape(outputs), jnp.shape(targets)
+    if shapes[0] != shapes[1] or len(shapes[0]) != 4:
+        raise ImageError(
+            f"outputs of shape {shapes[0]} can't be compared with targets of shape {shapes[1]}; "
+            "both must have the same shape (images, height, width, channels)"
+        )
 
 
 def psnr(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     """Peak signal-to-noise ratio in dB, `-10 log10(MSE)` for a data range of 1, at most 100.
 
-    The bound keeps one image without any error from making the mean over images infinite.
+    With this bound, the mean over images stays finite if one of them has no error at all.
     """
+    check_shapes(outputs, targets)
     return jnp.minimum(dm_pix.psnr(outputs, targets), 100.0)
 
 
 def ssim(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Structural similarity, Gaussian window of σ = 1.5 and 11 pixels, data range 1.
+    """Structural similarity (SSIM), at most 1, with a Gaussian window of σ = 1.5 and 11 pixels.
 
     Wang et al., "Image quality assessment: from error visibility to structural similarity",
-    IEEE Transactions on Image Processing 13 (2004), with K1 = 0.01, K2 = 0.03, averaged over the
-    pixels whose window lies inside the image, and over channels.
+    IEEE Transactions on Image Processing 13 (2004), with K1 = 0.01, K2 = 0.03 and data range 1,
+    averaged over the pixels whose window lies inside the image, and over channels.
     """
-    return dm_pix.ssim(outputs, targets, filter_fn=_gaussian_filter)
+    check_shapes(outputs, targets)
+    # dm_pix declares the filter on chex's arrays, a union that includes JAX's.
+    filter_fn: Any = _gaussian_filter
+    return jnp.asarray(dm_pix.ssim(outputs, targets, filter_fn=filter_fn))
 
 
-# Weights of the scales, finest first, from Wang, Simoncelli and Bovik.
 _SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+"""Weights of MS-SSIM's scales, finest first, from Wang, Simoncelli and Bovik."""
 
 
 def ms_ssim(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Structural similarity over several scales, in [0, 1]; differentiable.
+    """Structural similarity over several scales (MS-SSIM), in [0, 1]; differentiable.
 
     Wang, Simoncelli and Bovik, "Multi-scale structural similarity for image quality assessment",
-    Asilomar 2003: contrast and structure at each scale, luminance at the coarsest alone, each scale
-    half the size of the one before. Of the five scales, those are used at which a side has at
-    least 11 pixels, with weights that add up to 1.
+    Asilomar 2003: contrast and structure at each scale, luminance only at the coarsest, each scale
+    half the size of the one before. Of the five scales, those at which both sides have at least 11
+    pixels are used, with weights that add up to 1.
     """
+    check_shapes(outputs, targets)
     count = 1
     while count < len(_SCALES) and min(outputs.shape[1:3]) >> count >= SSIM_WINDOW:
         count += 1
@@ -50,14 +75,14 @@ def ms_ssim(outputs: jax.Array, targets: jax.Array) -> jax.Array:
             outputs, targets = (nn.avg_pool(x, (2, 2), (2, 2)) for x in (outputs, targets))
         luminance, contrast = _ssim_terms(outputs, targets)
         values = contrast * luminance if scale == count - 1 else contrast
-        # Anticorrelated images would have a root of a negative number. The bound lies above 0,
-        # where the root's slope is finite.
+        # Anticorrelated images have negative values, of which there is no root. The bound isn't 0,
+        # where the root's slope is infinite.
         product *= jnp.maximum(jnp.mean(values, axis=(1, 2)), 1e-4) ** weight
     return jnp.mean(product, axis=1)  # Over channels.
 
 
 def _ssim_terms(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """SSIM's two factors at each pixel: luminance, and contrast with structure."""
+    """SSIM's two factors at each pixel: luminance, and contrast times structure."""
     c1, c2 = 0.01**2, 0.03**2
     mean_a, mean_b = _gaussian_filter(a), _gaussian_filter(b)
     variances = _gaussian_filter(a**2 + b**2) - mean_a**2 - mean_b**2
@@ -67,7 +92,7 @@ def _ssim_terms(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _gaussian_filter(images: jax.Array) -> jax.Array:
-    """SSIM's window means as two matrix products, many times faster than dm_pix's convolutions."""
+    """SSIM's window means, as two matrix products: much faster than dm_pix's convolutions."""
     for axis in (1, 2):
         matrix = _window_matrix(images.shape[axis])
         images = jnp.moveaxis(
@@ -79,7 +104,7 @@ def _gaussian_filter(images: jax.Array) -> jax.Array:
 
 
 def _window_matrix(size: int) -> np.ndarray:
-    """`(size - 10, size)`: each row holds the window's weights, one place further on."""
+    """`(size - 10, size)`: each row holds the window's weights, one place further to the right."""
     window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     matrix = np.zeros((size - SSIM_WINDOW + 1, size), np.float32)
     for row, weights in enumerate(matrix):

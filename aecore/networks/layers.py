@@ -58,18 +58,33 @@ def kernel_uses(module: nn.Module, given: Shape, result: Shape) -> int:
     return math.prod((given if isinstance(module, nn.ConvTranspose) else result)[1:-1])
 
 
+for_relu = nn.initializers.he_normal()
+"""Initial kernels that keep the variance of what a ReLU gave (He et al., "Delving deep into
+rectifiers", ICCV 2015)."""
+
+for_linear = nn.initializers.lecun_normal()
+"""Initial kernels that keep the variance of what didn't pass a ReLU."""
+
+for_transposed = nn.initializers.variance_scaling(4.0, "fan_in", "truncated_normal")
+"""As `for_linear`, for `ConvTranspose`: on average, a quarter of the kernel meets an output."""
+
+
 class _Convolution(Layer):
-    """Base of the 3×3 convolutions with bias; initialised as Keras does: Glorot uniform, zero."""
+    """Base of the 3×3 convolutions with bias.
+
+    Initialised as Keras does, with Glorot's uniform kernels and biases of zero, unless told
+    otherwise.
+    """
 
     features: int
     activation: Callable[[jax.Array], jax.Array] | None = None
     """Applied to each number that comes out, such as `nn.relu`."""
+    kernel_init: nn.initializers.Initializer = nn.initializers.glorot_uniform()
+    """Draws the initial kernel."""
 
     def _weights(self, images: jax.Array, channels: int) -> list[jax.Array]:
         """The images, the kernel for this many channels and the bias, in one dtype."""
-        kernel = self.param(
-            "kernel", nn.initializers.glorot_uniform(), (3, 3, channels, self.features)
-        )
+        kernel = self.param("kernel", self.kernel_init, (3, 3, channels, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return promote_dtype(images, kernel, bias)
 
@@ -161,7 +176,12 @@ relu.defjvps(lambda tangent, output, values: jnp.where(output == 0, 0, tangent))
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, whose result is added to what went in."""
+    """Two convolutions, whose result is added to what went in.
+
+    Initially the second kernel is zero and the block passes on what went in, so that values stay
+    in bounds however many blocks follow each other (Zhang et al., "Fixup initialization", ICLR
+    2019).
+    """
 
     features: int
     norm: str = "none"
@@ -170,8 +190,8 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         change = images
-        for _ in range(2):
+        for kernel_init in (for_relu, nn.initializers.zeros):
             if self.norm == "group":
                 change = nn.GroupNorm(num_groups=math.gcd(self.features, 8))(change)
-            change = Conv(self.features)(relu(change))
+            change = Conv(self.features, kernel_init=kernel_init)(relu(change))
         return images + change

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from aecore.networks.base import Autoencoder, check_choice, check_numbers, register
 from aecore.networks.convolution import merge_phases, split_phases
-from aecore.networks.layers import Conv, relu
+from aecore.networks.layers import Conv, for_relu, relu
 
 
 @register
@@ -24,7 +24,8 @@ class SubpixelAutoencoder(Autoencoder):
     channels: int = 1
     """Channels of the images."""
     residual: bool = False
-    """True: the output is the image plus a correction by a linear layer. False: it is a sigmoid."""
+    """True: the output is the image plus a correction by a linear layer, which starts at zero.
+    False: it is a sigmoid."""
 
     def __post_init__(self):
         check_numbers(self, "features", "channels")
@@ -36,10 +37,15 @@ class SubpixelAutoencoder(Autoencoder):
         return 2
 
     def setup(self):
-        self.encoder = [Conv(f, activation=relu, batch_last=True) for f in self.features]
+        glorot = nn.initializers.glorot_uniform()
+        hidden, last = (for_relu, nn.initializers.zeros) if self.residual else (glorot, glorot)
+        self.encoder = [
+            Conv(f, activation=relu, kernel_init=hidden, batch_last=True) for f in self.features
+        ]
         self.output = Conv(
             4 * self.channels,
             activation=None if self.residual else nn.sigmoid,
+            kernel_init=last,
             batch_last=True,
         )
 

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 
 from aecore.networks.base import Autoencoder, check_choice, check_numbers, register
 from aecore.networks.convolution import merge_phases, split_phases
-from aecore.networks.layers import Conv, ConvTranspose, ResidualBlock, relu
+from aecore.networks.layers import (
+    Conv,
+    ConvTranspose,
+    ResidualBlock,
+    for_linear,
+    for_transposed,
+    relu,
+)
 
 
 @register
@@ -16,7 +23,8 @@ class UNet(Autoencoder):
     """An encoder and a decoder of residual blocks at several resolutions, with skips between them.
 
     Each level has half the resolution of the one before. On the way up, each level adds what it
-    had on the way down. The form is that of DRUNet (Zhang et al., "Plug-and-play image restoration
+    had on the way down. Untrained, a residual network gives back its input.
+    The form is that of DRUNet (Zhang et al., "Plug-and-play image restoration
     with deep denoiser prior", IEEE TPAMI 44, 2022), from U-Net (Ronneberger et al., MICCAI 2015)
     and residual networks.
     """
@@ -28,7 +36,8 @@ class UNet(Autoencoder):
     channels: int = 1
     """Channels of the images."""
     residual: bool = True
-    """True: the output is the image plus a correction by a linear layer. False: it is a sigmoid."""
+    """True: the output is the image plus a correction by a linear layer, which starts at zero.
+    False: it is a sigmoid."""
     norm: Literal["none", "group"] = "none"
     """none, or group: GroupNorm before each block's convolutions. It averages over the whole image,
     so that large images can't be restored in tiles."""
@@ -51,12 +60,17 @@ class UNet(Autoencoder):
             return [ResidualBlock(features, self.norm) for _ in range(self.blocks)]
 
         finest, *coarser = self.features
-        self.input = Conv(finest)
-        self.down = [Conv(features, stride=2) for features in coarser]
+        self.input = Conv(finest, kernel_init=for_linear)
+        self.down = [Conv(features, stride=2, kernel_init=for_linear) for features in coarser]
         self.encoder = [level(features) for features in self.features]
-        self.up = [ConvTranspose(features) for features in self.features[:-1]]
+        self.up = [ConvTranspose(f, kernel_init=for_transposed) for f in self.features[:-1]]
         self.decoder = [level(features) for features in self.features]
-        self.output = Conv(self.channels * self.patch**2)
+        self.output = Conv(
+            self.channels * self.patch**2,
+            kernel_init=nn.initializers.zeros
+            if self.residual
+            else nn.initializers.glorot_uniform(),
+        )
 
     def __call__(self, images):
         return self._up(*self._down(images))

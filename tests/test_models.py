@@ -8,18 +8,22 @@ import jax
 import numpy as np
 import pytest
 from conftest import random_params
+from PIL import Image
 
 from aecore.errors import ConfigError
 from aecore.models import (
+    Autoencoder,
     LinearAutoencoder,
     NoiseReducer,
     ResolutionEnhancer,
     SubpixelAutoencoder,
     UNet,
+    Upscaler,
 )
-from aecore.networks import layers, models, summary
+from aecore.networks import layers, summary
 from aecore.networks.base import check_memory, parameter_bytes
 from aecore.networks.network import LinenNetwork, fits_within
+from aecore.networks.receptive_field import ReceptiveField
 
 RANDOM = np.random.default_rng(0)
 
@@ -125,6 +129,9 @@ OTHERS = [
     UNet((6, 8), channels=3, residual=False, norm="group"),
     UNet((4, 6, 8), channels=3, patch=2),
     LinearAutoencoder(components=5, patch=4, channels=3),
+    Upscaler(5, 1, scale=1, channels=1, patch=2),
+    Upscaler(6, 2, scale=2, channels=1),
+    Upscaler(4, 1, scale=3, patch=2),
 ]
 
 
@@ -134,7 +141,8 @@ def test_encoding_and_decoding_is_the_network(model):
     images = RANDOM.random(shape, np.float32)
     params = random_params(model)
     outputs = apply(model, params, images)
-    assert outputs.shape == images.shape
+    height, width = (model.scale * side for side in images.shape[1:3])
+    assert outputs.shape == (2, height, width, model.channels)
     codes = apply(model, params, images, "encode")
     assert codes.shape[:3] == (2, 3, 2)
     np.testing.assert_allclose(apply(model, params, codes, "decode"), outputs, atol=1e-6)
@@ -157,13 +165,102 @@ def test_a_unet_comes_in_many_sizes():
     assert size(UNet((32, 64, 128, 256), blocks=2)) > 4_000_000
 
 
-@pytest.mark.parametrize("residual", [True, False])
-def test_without_parameters_a_residual_network_is_the_identity(residual):
-    for model in (UNet((4, 6), residual=residual), SubpixelAutoencoder((4,), residual=residual)):
-        images = RANDOM.random((1, 8, 8, 1), np.float32)
-        params = jax.tree.map(np.zeros_like, random_params(model))
-        outputs = apply(model, params, images)
-        np.testing.assert_allclose(outputs, images if residual else 0.5)
+def test_an_upscaler_comes_in_many_sizes():
+    assert 40_000 < parameter_bytes(Upscaler(16, 2, channels=1)) < 48_000
+    assert 2_300_000 < parameter_bytes(Upscaler()) < 2_500_000
+    assert 40_000_000 < parameter_bytes(Upscaler(192, 15, scale=4)) < 44_000_000
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        SubpixelAutoencoder((4,), residual=True),
+        UNet((4, 6), blocks=2),
+        UNet((4, 6), channels=3, norm="group", patch=2),
+        Upscaler(4, 1, scale=1),
+    ],
+    ids=repr,
+)
+def test_untrained_residual_networks_are_the_identity(model):
+    images = RANDOM.random((1, 8, 8, model.channels), np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    np.testing.assert_array_equal(apply(model, params, images), images)
+
+
+@pytest.mark.parametrize("model", [SubpixelAutoencoder((4,)), UNet((4, 6), residual=False)])
+def test_without_parameters_other_networks_are_gray(model):
+    params = jax.tree.map(np.zeros_like, random_params(model))
+    images = RANDOM.random((1, 8, 8, 1), np.float32)
+    np.testing.assert_array_equal(apply(model, params, images), 0.5)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("patch", [1, 2])
+def test_an_untrained_upscaler_is_bicubic_interpolation(scale, patch):
+    model = Upscaler(4, 1, scale=scale, patch=patch)
+    images = RANDOM.random((2, 6, 10, 3), np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    size = (10 * scale, 6 * scale)
+    pillows = [
+        [Image.fromarray(plane).resize(size, Image.Resampling.BICUBIC) for plane in planes]
+        for planes in images.transpose(0, 3, 1, 2)
+    ]
+    wanted = np.array(pillows).transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(apply(model, params, images), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "reach"),
+    [
+        (Upscaler(3, 1, scale=3), 4),
+        (Upscaler(3, 2, scale=2, channels=1), 6),
+        (Upscaler(3, 1, scale=2, channels=1, patch=2), 8),
+    ],
+    ids=repr,
+)
+def test_an_upscalers_receptive_field_is_in_pixels_of_the_small_image(model, reach):
+    field = LinenNetwork(model).receptive_field(random_params(model))
+    assert field == ReceptiveField(before=reach, after=reach)
+
+
+def test_an_upscalers_layers():
+    model = Upscaler(5, 1, scale=2, channels=3)
+    rows = summary.layers(model, random_params(model), (6, 8, 3))
+    assert [(row.name, row.shape, row.field) for row in rows] == [
+        ("input", (6, 8, 5), 3),
+        ("body_0/Conv_0", (6, 8, 5), 5),
+        ("body_0/Conv_1", (6, 8, 5), 7),
+        ("output", (6, 8, 12), 9),
+    ]
+    assert rows[-1].flops == 2 * 9 * 5 * 12 * 6 * 8
+
+
+class EnlargingFirst(Autoencoder):
+    """Looks at neighbours in the large image, too."""
+
+    channels: int = 1
+    stride: int = 1
+    scale: int = 3
+
+    def setup(self):
+        self.enlarge = layers.Enlarge(3)
+        self.output = nn.Conv(1, (3, 3))
+
+    def encode(self, images):
+        return images
+
+    def decode(self, codes):
+        return self.output(self.enlarge(codes))
+
+
+def test_layers_may_be_larger_than_the_image():
+    model = EnlargingFirst()
+    params = random_params(model)
+    assert fits_within(LinenNetwork(model), params)
+    assert LinenNetwork(model).scale == 3
+    # Of three large pixels, the outer ones depend on two small ones before and behind theirs.
+    (row,) = summary.layers(model, params, (4, 5, 1))
+    assert (row.shape, row.field, row.flops) == ((12, 15, 1), 5, 2 * 9 * 12 * 15)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +275,8 @@ def test_without_parameters_a_residual_network_is_the_identity(residual):
         (lambda: UNet(residual=1), "residual 1; use True or False"),
         (lambda: SubpixelAutoencoder(features=()), "one or more whole numbers of at least 1"),
         (lambda: SubpixelAutoencoder(residual="no"), "residual 'no'; use True or False"),
+        (lambda: Upscaler(scale=5), "scale 5; use 1 or 2 or 3 or 4"),
+        (lambda: Upscaler(width=0), "width 0; use a whole number of at least 1"),
         (lambda: LinearAutoencoder(components=0), "components 0; use a whole number of at least 1"),
     ],
 )
@@ -198,7 +297,7 @@ def test_the_relu_of_the_networks_is_flaxs():
     assert " gt " not in program
 
 
-class OwnNetwork(models.Autoencoder):
+class OwnNetwork(Autoencoder):
     """Flax's layers, and modules of one's own that are only named like one of them."""
 
     channels: int = 4
@@ -267,7 +366,7 @@ class Blur(layers.Layer):
         return padded[:, :-2] + padded[:, 2:] + bias
 
 
-class Blurring(models.Autoencoder):
+class Blurring(Autoencoder):
     layer: type[nn.Module]
     channels: int = 1
     stride: int = 1

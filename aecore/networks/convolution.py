@@ -140,14 +140,14 @@ def _max_pool_backward(images, cotangent):
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
-def split_phases(images: jax.Array) -> jax.Array:
-    """`(B, 2 H, 2 W, C)` to its phases, `(B, H, W, 4 C)`."""
-    return _split(images, 3)
+def split_phases(images: jax.Array, factor: int = 2) -> jax.Array:
+    """`(B, f H, f W, C)` to its phases, `(B, H, W, f² C)`."""
+    return _split(images, 3, factor)
 
 
-def merge_phases(phases: jax.Array) -> jax.Array:
-    """Phases `(B, H, W, 4 C)` to their image, `(B, 2 H, 2 W, C)`."""
-    return _merge(phases, 3)
+def merge_phases(phases: jax.Array, factor: int = 2) -> jax.Array:
+    """Phases `(B, H, W, f² C)` to their image, `(B, f H, f W, C)`."""
+    return _merge(phases, 3, factor)
 
 
 def _plain_conv(
@@ -310,24 +310,28 @@ def _dot_over_pixels(left: jax.Array, right: jax.Array, axis: int) -> jax.Array:
     return lax.dot_general(left, right, (((0, 1, 2), (0, 1, 2)), ((), ())))
 
 
-def _split(images: jax.Array, axis: int) -> jax.Array:
-    """`(2 H, 2 W)` pixels to four phases; `axis` is that of the channels."""
+def _split(images: jax.Array, axis: int, factor: int = 2) -> jax.Array:
+    """`(f H, f W)` pixels to f² phases; `axis` is that of the channels."""
     first, height, width, last = images.shape
-    split = images.reshape(first, height // 2, 2, width // 2, 2, last)
+    height, width, count = height // factor, width // factor, factor**2
+    split = images.reshape(first, height, factor, width, factor, last)
     if axis == 3:
-        split = split.transpose(0, 1, 3, 2, 4, 5)
-        return split.reshape(first, height // 2, width // 2, 4 * last)
-    return split.transpose(2, 4, 0, 1, 3, 5).reshape(4 * first, height // 2, width // 2, last)
+        return split.transpose(0, 1, 3, 2, 4, 5).reshape(first, height, width, count * last)
+    return split.transpose(2, 4, 0, 1, 3, 5).reshape(count * first, height, width, last)
 
 
-def _merge(phases: jax.Array, axis: int) -> jax.Array:
-    """Four phases to their `(2 H, 2 W)` pixels; `axis` is that of the channels."""
+def _merge(phases: jax.Array, axis: int, factor: int = 2) -> jax.Array:
+    """f² phases to their `(f H, f W)` pixels; `axis` is that of the channels."""
     first, height, width, last = phases.shape
     if axis == 3:
-        merged = phases.reshape(first, height, width, 2, 2, last // 4).transpose(0, 1, 3, 2, 4, 5)
-        return merged.reshape(first, 2 * height, 2 * width, last // 4)
-    merged = phases.reshape(2, 2, first // 4, height, width, last).transpose(2, 3, 0, 4, 1, 5)
-    return merged.reshape(first // 4, 2 * height, 2 * width, last)
+        last //= factor**2
+        parts = phases.reshape(first, height, width, factor, factor, last)
+        merged = parts.transpose(0, 1, 3, 2, 4, 5)
+    else:
+        first //= factor**2
+        parts = phases.reshape(factor, factor, first, height, width, last)
+        merged = parts.transpose(2, 3, 0, 4, 1, 5)
+    return merged.reshape(first, factor * height, factor * width, last)
 
 
 @jax.custom_vjp

@@ -6,12 +6,14 @@ methods of `Layer`. Flax's layers and those of other modules are known through t
 `looks_around` and `kernel_uses`.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.dtypes import promote_dtype
 
 from aecore.networks import convolution
@@ -163,6 +165,58 @@ class ConvOnPhases(_Convolution):
     def __call__(self, phases: jax.Array) -> jax.Array:
         phases, kernel, bias = self._weights(phases, phases.shape[-1] // 4)
         return self._finish(convolution.conv_on_phases(phases, kernel), jnp.tile(bias, 4), True)
+
+
+class Enlarge(nn.Module):
+    """Bicubic interpolation: `(B, H, W, C)` to `(B, scale H, scale W, C)`, without parameters.
+
+    Keys's kernel with a = -0.5 ("Cubic convolution interpolation for digital image processing",
+    IEEE TASSP 29, 1981). Where it reaches beyond the border, the weights of the other pixels are
+    made to add up to 1, as in Pillow and `jax.image.resize`.
+    """
+
+    scale: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        weighted_sum = _CubicSum(self.scale)
+        # Of ones, it is the sum of the weights: more than 0.4 in an image, but 0 far outside it.
+        total = weighted_sum(jnp.ones_like(images[:1, :, :, :1]))
+        return weighted_sum(images) / jnp.where(total > 0.25, total, 1)
+
+
+class _CubicSum(Layer):
+    """Sums of pixels weighted by Keys's kernel; see `Enlarge`."""
+
+    scale: int
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        weights = _cubic_weights(self.scale)
+        padding = [(2, 2) if axis in (1, 2) else (0, 0) for axis in range(4)]
+        padded = jnp.pad(images, padding)
+        height, width = images.shape[1:3]
+        # Not convolutions, which GPUs and TPUs would compute with fewer bits.
+        shifted = [padded[:, n:][:, :height] for n in range(5)]
+        phases = []
+        for row in weights:
+            rows = _weighted_sum(row, shifted)
+            columns = [rows[:, :, n:][:, :, :width] for n in range(5)]
+            phases += [_weighted_sum(column, columns) for column in weights]
+        return merge_phases(jnp.concatenate(phases, axis=3), self.scale)
+
+
+def _weighted_sum(weights: Sequence[float], arrays: Sequence[jax.Array]) -> jax.Array:
+    terms = [weight * array for weight, array in zip(weights, arrays, strict=True) if weight]
+    return functools.reduce(jnp.add, terms)
+
+
+def _cubic_weights(scale: int) -> list[list[float]]:
+    """For each phase of an enlarged axis, the weights of the five pixels around it."""
+    places = (np.arange(scale) + 0.5) / scale - 0.5
+    x = np.abs(np.subtract.outer(places, np.arange(-2, 3)))
+    near = 1.5 * x**3 - 2.5 * x**2 + 1
+    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return np.select([x <= 1, x < 2], [near, far]).tolist()
 
 
 @jax.custom_jvp

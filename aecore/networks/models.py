@@ -1,7 +1,7 @@
 """All networks that ship with aecore, and their registry.
 
-Each is a Flax Linen module that maps `(B, H, W, C)` float32 in [0, 1] to images of the same shape;
-see `base.Autoencoder` for what they have in common.
+Each is a Flax Linen module that maps `(B, H, W, C)` float32 in [0, 1] to `(B, s H, s W, C)`, where
+s is 1 unless the network enlarges; see `base.Autoencoder` for what they have in common.
 """
 
 from aecore.networks.base import REGISTRY, Autoencoder, hyperparameters, register
@@ -9,6 +9,7 @@ from aecore.networks.linear import LinearAutoencoder
 from aecore.networks.recipes import NoiseReducer, ResolutionEnhancer
 from aecore.networks.subpixel import SubpixelAutoencoder
 from aecore.networks.unet import UNet
+from aecore.networks.upscaler import Upscaler
 
 __all__ = [
     "REGISTRY",
@@ -18,6 +19,7 @@ __all__ = [
     "ResolutionEnhancer",
     "SubpixelAutoencoder",
     "UNet",
+    "Upscaler",
     "hyperparameters",
     "register",
 ]

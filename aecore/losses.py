@@ -1,4 +1,7 @@
-"""Losses: two `(B, H, W, C)` float arrays to `(B,)` float32, one value per image."""
+"""What training makes small: two `(B, H, W, C)` float arrays to `(B,)` float32, a value an image.
+
+All raise ImageError unless both arrays have the same shape.
+"""
 
 from collections.abc import Callable
 
@@ -11,11 +14,11 @@ _CHARBONNIER_EPSILON = 1e-3
 """Differences much smaller than this count by their squares."""
 
 _LOG_EPSILON = 2e-3
-"""With it, one denoiser for all σ from 0.1 to 0.5 loses about the same PSNR at each σ, against
-denoisers trained for that σ alone (`experiments/fashion_mnist_blind.py`)."""
+"""With it, one denoiser of Fashion-MNIST for all σ from 0.1 to 0.5 falls behind denoisers for a
+single σ by about as much at each σ (`experiments/fashion_mnist_blind.py`)."""
 
 _MS_SSIM_SHARE = 0.84
-"""Weight of MS-SSIM against the absolute error, from Zhao et al."""
+"""Weight of MS-SSIM in its mix with the absolute error, from Zhao et al."""
 
 
 def mse(outputs: jax.Array, targets: jax.Array) -> jax.Array:
@@ -39,11 +42,11 @@ def charbonnier(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def ms_ssim_l1(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """`0.84 (1 - MS-SSIM) + 0.16 MAE`, for images with sides of at least 11 pixels.
+    """`0.84 (1 - MS-SSIM) + 0.16 MAE`, for sides of at least 11 pixels.
 
     Zhao et al., "Loss functions for image restoration with neural networks", IEEE Transactions on
-    Computational Imaging 3 (2017), but without Gaussian weights on the absolute error, and with as
-    many scales as fit into the images (`metrics.ms_ssim`).
+    Computational Imaging 3 (2017), without their Gaussian weights on the absolute error, and with
+    as many scales as fit into the images (`metrics.ms_ssim`).
     """
     outputs, targets = outputs.astype(jnp.float32), targets.astype(jnp.float32)
     similarity = metrics.ms_ssim(outputs, targets)
@@ -53,9 +56,9 @@ def ms_ssim_l1(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 def log_mse(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     """`log(MSE + ε)`, ε = 0.002.
 
-    For training on weakly and strongly degraded images together: with plain MSE, the strong ones
-    would dominate, as their error is far larger. Here relative changes of the error count, as in
-    PSNR, down to errors of about ε.
+    For batches that mix weakly and strongly degraded images. With MSE, the strongly degraded ones
+    would count for nearly everything, as their errors are far larger. Here an image counts by how
+    much its error changes in proportion, as for PSNR, down to errors of about ε.
     """
     return jnp.log(mse(outputs, targets) + _LOG_EPSILON)
 

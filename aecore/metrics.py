@@ -1,4 +1,7 @@
-"""Metrics: two `(B, H, W, C)` float32 arrays in [0, 1] to `(B,)` float32, one value per image."""
+"""How alike images are: two `(B, H, W, C)` float32 arrays in [0, 1] to `(B,)`, a value an image.
+
+All raise ImageError unless both arrays have the same shape.
+"""
 
 from typing import Any
 
@@ -8,50 +11,58 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aecore.errors import ImageError
+
 SSIM_WINDOW = 11
-"""Side of SSIM's Gaussian window in pixels, and so the smallest side of an image."""
+"""Side of SSIM's Gaussian window in pixels; images must not be smaller."""
 
 
 def check_shapes(outputs: jax.Array, targets: jax.Array) -> None:
-    """Raises ValueError for arrays that would be compared by broadcasting."""
-    if outputs.shape != targets.shape or len(outputs.shape) != 4:
-        raise ValueError(
-            f"shapes {outputs.shape} and {targets.shape} can't be compared; "
-            "use two arrays (B, H, W, C) of the same shape"
+    """Raises ImageError unless two arrays have the same shape `(B, H, W, C)`.
+
+    Others might be broadcast against each other, and give a number that says nothing.
+    """
+    shapes = jnp.shape(outputs), jnp.shape(targets)
+    if shapes[0] != shapes[1] or len(shapes[0]) != 4:
+        raise ImageError(
+            f"outputs of shape {shapes[0]} can't be compared with targets of shape {shapes[1]}; "
+            "both must have the same shape (images, height, width, channels)"
         )
 
 
 def psnr(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     """Peak signal-to-noise ratio in dB, `-10 log10(MSE)` for a data range of 1, at most 100.
 
-    The bound keeps a single perfect image from making the mean over images infinite.
+    With this bound, the mean over images stays finite if one of them has no error at all.
     """
     check_shapes(outputs, targets)
     return jnp.minimum(dm_pix.psnr(outputs, targets), 100.0)
 
 
 def ssim(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Structural similarity, Gaussian window of σ = 1.5 and 11 pixels, data range 1.
+    """Structural similarity (SSIM), at most 1, with a Gaussian window of σ = 1.5 and 11 pixels.
 
     Wang et al., "Image quality assessment: from error visibility to structural similarity",
-    IEEE Transactions on Image Processing 13 (2004), with K1 = 0.01, K2 = 0.03, averaged over the
-    pixels whose window lies inside the image, and over channels.
+    IEEE Transactions on Image Processing 13 (2004), with K1 = 0.01, K2 = 0.03 and data range 1,
+    averaged over the pixels whose window lies inside the image, and over channels.
     """
     check_shapes(outputs, targets)
-    return jnp.asarray(dm_pix.ssim(outputs, targets, filter_fn=_gaussian_filter))
+    # dm_pix declares the filter on chex's arrays, a union that includes JAX's.
+    filter_fn: Any = _gaussian_filter
+    return jnp.asarray(dm_pix.ssim(outputs, targets, filter_fn=filter_fn))
 
 
-# Weights of the scales, finest first, from Wang, Simoncelli and Bovik.
 _SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+"""Weights of MS-SSIM's scales, finest first, from Wang, Simoncelli and Bovik."""
 
 
 def ms_ssim(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Structural similarity over several scales, in [0, 1]; differentiable.
+    """Structural similarity over several scales (MS-SSIM), in [0, 1]; differentiable.
 
     Wang, Simoncelli and Bovik, "Multi-scale structural similarity for image quality assessment",
-    Asilomar 2003: contrast and structure at each scale, luminance at the coarsest alone, each scale
-    half the size of the one before. Only scales with sides of at least 11 pixels are used; their
-    weights are divided by their sum.
+    Asilomar 2003: contrast and structure at each scale, luminance only at the coarsest, each scale
+    half the size of the one before. Of the five scales, those at which both sides have at least 11
+    pixels are used, with weights that add up to 1.
     """
     check_shapes(outputs, targets)
     count = 1
@@ -64,14 +75,14 @@ def ms_ssim(outputs: jax.Array, targets: jax.Array) -> jax.Array:
             outputs, targets = (nn.avg_pool(x, (2, 2), (2, 2)) for x in (outputs, targets))
         luminance, contrast = _ssim_terms(outputs, targets)
         values = contrast * luminance if scale == count - 1 else contrast
-        # Anticorrelated images give negative values, which have no real root; above 0, the
-        # root also has a finite slope.
+        # Anticorrelated images have negative values, of which there is no root. The bound isn't 0,
+        # where the root's slope is infinite.
         product *= jnp.maximum(jnp.mean(values, axis=(1, 2)), 1e-4) ** weight
     return jnp.mean(product, axis=1)  # Over channels.
 
 
 def _ssim_terms(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The two factors of SSIM at each pixel: luminance, and contrast times structure."""
+    """SSIM's two factors at each pixel: luminance, and contrast times structure."""
     c1, c2 = 0.01**2, 0.03**2
     mean_a, mean_b = _gaussian_filter(a), _gaussian_filter(b)
     variances = _gaussian_filter(a**2 + b**2) - mean_a**2 - mean_b**2
@@ -80,17 +91,20 @@ def _ssim_terms(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     return luminance, (2 * covariance + c2) / (variances + c2)
 
 
-def _gaussian_filter(a: Any) -> jax.Array:
-    """Means over SSIM's window as two matrix products, much faster than dm_pix's convolutions."""
+def _gaussian_filter(images: jax.Array) -> jax.Array:
+    """SSIM's window means, as two matrix products: much faster than dm_pix's convolutions."""
     for axis in (1, 2):
-        matrix = _window_matrix(a.shape[axis])
-        means = jnp.tensordot(matrix, a, axes=(1, axis), precision=jax.lax.Precision.HIGHEST)
-        a = jnp.moveaxis(means, 0, axis)
-    return a
+        matrix = _window_matrix(images.shape[axis])
+        images = jnp.moveaxis(
+            jnp.tensordot(matrix, images, axes=(1, axis), precision=jax.lax.Precision.HIGHEST),
+            0,
+            axis,
+        )
+    return images
 
 
 def _window_matrix(size: int) -> np.ndarray:
-    """`(size - 10, size)`: each row holds the window's weights, shifted by one place."""
+    """`(size - 10, size)`: each row holds the window's weights, one place further to the right."""
     window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     matrix = np.zeros((size - SSIM_WINDOW + 1, size), np.float32)
     for row, weights in enumerate(matrix):

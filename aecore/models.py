@@ -8,6 +8,7 @@ from aecore.networks.models import (
     ResolutionEnhancer,
     SubpixelAutoencoder,
     UNet,
+    Upscaler,
     register,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "ResolutionEnhancer",
     "SubpixelAutoencoder",
     "UNet",
+    "Upscaler",
     "register",
 ]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from aecore.networks import convolution
+from aecore.networks import convolution, layers
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -164,7 +164,7 @@ def test_between_layers_with_the_batch_last_nothing_is_turned_around(batch_last)
         @nn.compact
         def __call__(self, images):
             for _ in range(3):
-                layer = convolution.Conv(16, activation=nn.relu, batch_last=batch_last)
+                layer = layers.Conv(16, activation=nn.relu, batch_last=batch_last)
                 images = layer(images)
             return images
 
@@ -185,6 +185,6 @@ def test_activations_and_biases_of_both_layouts(channels, features):
     bias = np.linspace(-0.5, 0.5, features, dtype=np.float32)
     wanted = nn.relu(reference_conv(images, kernel) + bias)
     for batch_last in (False, True):
-        layer = convolution.Conv(features, activation=nn.relu, batch_last=batch_last)
+        layer = layers.Conv(features, activation=nn.relu, batch_last=batch_last)
         result = layer.apply({"params": {"kernel": kernel, "bias": bias}}, images)
         np.testing.assert_allclose(result, wanted, atol=1e-5)

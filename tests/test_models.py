@@ -1,22 +1,29 @@
 """The recipes' networks against Keras, and what the others promise."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from conftest import random_params
+from PIL import Image
 
 from aecore.errors import ConfigError
 from aecore.models import (
+    Autoencoder,
     LinearAutoencoder,
     NoiseReducer,
     ResolutionEnhancer,
     SubpixelAutoencoder,
     UNet,
+    Upscaler,
 )
-from aecore.networks import models
+from aecore.networks import layers, summary
+from aecore.networks.base import check_memory, parameter_bytes
+from aecore.networks.network import LinenNetwork, fits_within
+from aecore.networks.receptive_field import ReceptiveField
 
 RANDOM = np.random.default_rng(0)
 
@@ -91,10 +98,26 @@ def test_the_same_function_as_the_keras_network(model, layers_of, shape, paramet
     assert codes.shape[1] * model.stride == shape[1]
 
 
-@pytest.mark.parametrize("fields", [{"features": ()}, {"features": (4, 0)}, {"channels": -1}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"features": ()},
+        {"features": (4, 0)},
+        {"features": (16.0, 8)},
+        {"features": [16, 8]},
+        {"features": 16},
+        {"channels": -1},
+        {"channels": True},
+        {"channels": "1"},
+        {"channels": (1,)},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("model", [NoiseReducer, ResolutionEnhancer])
 def test_impossible_networks_are_refused(model, fields):
-    with pytest.raises(ConfigError, match="all numbers at least 1"):
+    ((name, value),) = fields.items()
+    message = re.escape(f"{model.__name__} can't have {name} {value!r}; use ")
+    with pytest.raises(ConfigError, match=message + ".* of at least 1"):
         model(**fields)
 
 
@@ -106,6 +129,9 @@ OTHERS = [
     UNet((6, 8), channels=3, residual=False, norm="group"),
     UNet((4, 6, 8), channels=3, patch=2),
     LinearAutoencoder(components=5, patch=4, channels=3),
+    Upscaler(5, 1, scale=1, channels=1, patch=2),
+    Upscaler(6, 2, scale=2, channels=1),
+    Upscaler(4, 1, scale=3, patch=2),
 ]
 
 
@@ -115,7 +141,8 @@ def test_encoding_and_decoding_is_the_network(model):
     images = RANDOM.random(shape, np.float32)
     params = random_params(model)
     outputs = apply(model, params, images)
-    assert outputs.shape == images.shape
+    height, width = (model.scale * side for side in images.shape[1:3])
+    assert outputs.shape == (2, height, width, model.channels)
     codes = apply(model, params, images, "encode")
     assert codes.shape[:3] == (2, 3, 2)
     np.testing.assert_allclose(apply(model, params, codes, "decode"), outputs, atol=1e-6)
@@ -138,13 +165,102 @@ def test_a_unet_comes_in_many_sizes():
     assert size(UNet((32, 64, 128, 256), blocks=2)) > 4_000_000
 
 
-@pytest.mark.parametrize("residual", [True, False])
-def test_without_parameters_a_residual_network_is_the_identity(residual):
-    for model in (UNet((4, 6), residual=residual), SubpixelAutoencoder((4,), residual=residual)):
-        images = RANDOM.random((1, 8, 8, 1), np.float32)
-        params = jax.tree.map(np.zeros_like, random_params(model))
-        outputs = apply(model, params, images)
-        np.testing.assert_allclose(outputs, images if residual else 0.5)
+def test_an_upscaler_comes_in_many_sizes():
+    assert 40_000 < parameter_bytes(Upscaler(16, 2, channels=1)) < 48_000
+    assert 2_300_000 < parameter_bytes(Upscaler()) < 2_500_000
+    assert 40_000_000 < parameter_bytes(Upscaler(192, 15, scale=4)) < 44_000_000
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        SubpixelAutoencoder((4,), residual=True),
+        UNet((4, 6), blocks=2),
+        UNet((4, 6), channels=3, norm="group", patch=2),
+        Upscaler(4, 1, scale=1),
+    ],
+    ids=repr,
+)
+def test_untrained_residual_networks_are_the_identity(model):
+    images = RANDOM.random((1, 8, 8, model.channels), np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    np.testing.assert_array_equal(apply(model, params, images), images)
+
+
+@pytest.mark.parametrize("model", [SubpixelAutoencoder((4,)), UNet((4, 6), residual=False)])
+def test_without_parameters_other_networks_are_gray(model):
+    params = jax.tree.map(np.zeros_like, random_params(model))
+    images = RANDOM.random((1, 8, 8, 1), np.float32)
+    np.testing.assert_array_equal(apply(model, params, images), 0.5)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("patch", [1, 2])
+def test_an_untrained_upscaler_is_bicubic_interpolation(scale, patch):
+    model = Upscaler(4, 1, scale=scale, patch=patch)
+    images = RANDOM.random((2, 6, 10, 3), np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    size = (10 * scale, 6 * scale)
+    pillows = [
+        [Image.fromarray(plane).resize(size, Image.Resampling.BICUBIC) for plane in planes]
+        for planes in images.transpose(0, 3, 1, 2)
+    ]
+    wanted = np.array(pillows).transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(apply(model, params, images), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "reach"),
+    [
+        (Upscaler(3, 1, scale=3), 4),
+        (Upscaler(3, 2, scale=2, channels=1), 6),
+        (Upscaler(3, 1, scale=2, channels=1, patch=2), 8),
+    ],
+    ids=repr,
+)
+def test_an_upscalers_receptive_field_is_in_pixels_of_the_small_image(model, reach):
+    field = LinenNetwork(model).receptive_field(random_params(model))
+    assert field == ReceptiveField(before=reach, after=reach)
+
+
+def test_an_upscalers_layers():
+    model = Upscaler(5, 1, scale=2, channels=3)
+    rows = summary.layers(model, random_params(model), (6, 8, 3))
+    assert [(row.name, row.shape, row.field) for row in rows] == [
+        ("input", (6, 8, 5), 3),
+        ("body_0/Conv_0", (6, 8, 5), 5),
+        ("body_0/Conv_1", (6, 8, 5), 7),
+        ("output", (6, 8, 12), 9),
+    ]
+    assert rows[-1].flops == 2 * 9 * 5 * 12 * 6 * 8
+
+
+class EnlargingFirst(Autoencoder):
+    """Looks at neighbours in the large image, too."""
+
+    channels: int = 1
+    stride: int = 1
+    scale: int = 3
+
+    def setup(self):
+        self.enlarge = layers.Enlarge(3)
+        self.output = nn.Conv(1, (3, 3))
+
+    def encode(self, images):
+        return images
+
+    def decode(self, codes):
+        return self.output(self.enlarge(codes))
+
+
+def test_layers_may_be_larger_than_the_image():
+    model = EnlargingFirst()
+    params = random_params(model)
+    assert fits_within(LinenNetwork(model), params)
+    assert LinenNetwork(model).scale == 3
+    # Of three large pixels, the outer ones depend on two small ones before and behind theirs.
+    (row,) = summary.layers(model, params, (4, 5, 1))
+    assert (row.shape, row.field, row.flops) == ((12, 15, 1), 5, 2 * 9 * 12 * 15)
 
 
 @pytest.mark.parametrize(
@@ -152,10 +268,16 @@ def test_without_parameters_a_residual_network_is_the_identity(residual):
     [
         (lambda: UNet(norm="batch"), "norm 'batch'; use none or group"),
         (lambda: UNet(patch=3), "patch 3; use 1 or 2"),
-        (lambda: UNet(blocks=0), "0 blocks; use 1 or more"),
-        (lambda: UNet(features=(8, 0)), "all numbers at least 1"),
-        (lambda: SubpixelAutoencoder(features=()), "all numbers at least 1"),
-        (lambda: LinearAutoencoder(components=0), "numbers of at least 1"),
+        (lambda: UNet(patch=2.0), "patch 2.0; use 1 or 2"),
+        (lambda: UNet(blocks=0), "blocks 0; use a whole number of at least 1"),
+        (lambda: UNet(blocks=1.5), "blocks 1.5; use a whole number of at least 1"),
+        (lambda: UNet(features=(8, 0)), "one or more whole numbers of at least 1"),
+        (lambda: UNet(residual=1), "residual 1; use True or False"),
+        (lambda: SubpixelAutoencoder(features=()), "one or more whole numbers of at least 1"),
+        (lambda: SubpixelAutoencoder(residual="no"), "residual 'no'; use True or False"),
+        (lambda: Upscaler(scale=5), "scale 5; use 1 or 2 or 3 or 4"),
+        (lambda: Upscaler(width=0), "width 0; use a whole number of at least 1"),
+        (lambda: LinearAutoencoder(components=0), "components 0; use a whole number of at least 1"),
     ],
 )
 def test_impossible_settings_are_refused(build, message):
@@ -166,10 +288,136 @@ def test_impossible_settings_are_refused(build, message):
 def test_the_relu_of_the_networks_is_flaxs():
     values = np.array([-np.inf, -1.0, -0.0, 0.0, 1e-30, 2.0, np.inf], np.float32)
     (result, gradient), (wanted, wanted_gradient) = (
-        jax.vjp(function, values) for function in (models._relu, nn.relu)
+        jax.vjp(function, values) for function in (layers.relu, nn.relu)
     )
     np.testing.assert_array_equal(result, wanted)
     np.testing.assert_array_equal(*gradient(values), *wanted_gradient(values))
-    program = str(jax.make_jaxpr(jax.grad(lambda values: models._relu(values).sum()))(values))
+    program = str(jax.make_jaxpr(jax.grad(lambda values: layers.relu(values).sum()))(values))
     assert " eq " in program
     assert " gt " not in program
+
+
+class OwnNetwork(Autoencoder):
+    """Flax's layers, and modules of one's own that are only named like one of them."""
+
+    channels: int = 4
+    stride: int = 2
+
+    def setup(self):
+        self.grouped = nn.Conv(8, (3, 3), feature_group_count=4)
+        self.strided = nn.Conv(6, (3, 3), strides=2)
+        self.dense = nn.Dense(5)
+        self.mixed = TransposedMix(7)
+        self.transposed = nn.ConvTranspose(3, (3, 3), strides=(2, 2))
+        self.output = layers.Conv(4)
+
+    def encode(self, images):
+        return self.dense(nn.relu(self.strided(nn.relu(self.grouped(images)))))
+
+    def decode(self, codes):
+        return self.output(nn.relu(self.transposed(self.mixed(codes))))
+
+
+class TransposedMix(nn.Module):
+    """Multiplies each pixel by two matrices."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, images):
+        shape = (images.shape[-1], self.features)
+        first, second = (self.param(n, nn.initializers.ones, shape) for n in ("a", "b"))
+        return (images @ first) * (images @ second)
+
+
+def test_multiplications_of_each_kind_of_layer():
+    own, h, w = OwnNetwork(), 6, 10
+    rows = summary.layers(own, random_params(own), (h, w, 4))
+    multiplications = {row.name: row.flops / 2 for row in rows}
+    assert multiplications == {
+        "grouped": 9 * (4 // 4) * 8 * h * w,
+        "strided": 9 * 8 * 6 * h * w / 4,
+        "dense": 6 * 5 * h * w / 4,
+        "mixed": 2 * 5 * 7 * h * w / 4,
+        "transposed": 9 * 7 * 3 * h * w / 4,
+        "output": 9 * 3 * 4 * h * w,
+    }
+    # A row of the coarse result is spread over two of the finer ones or over one.
+    assert [row.field for row in rows] == [3, 5, 5, 5, 7, 9]
+
+    model = NoiseReducer((6, 5), channels=3)
+    rows = summary.layers(model, random_params(model), (8, 12, 3))
+    assert {row.name: (*row.shape, row.flops / 2) for row in rows} == {
+        "encoder_0": (4, 6, 6, 9 * 3 * 6 * 4 * 6),
+        "encoder_1": (2, 3, 5, 9 * 6 * 5 * 2 * 3),
+        "decoder_0": (4, 6, 5, 9 * 5 * 5 * 2 * 3),
+        "decoder_1": (8, 12, 6, 9 * 5 * 6 * 4 * 6),
+        "output": (8, 12, 3, 9 * 6 * 3 * 8 * 12),
+    }
+
+
+class Blur(layers.Layer):
+    """A layer of one's own that looks at neighbours, and is no convolution to Flax."""
+
+    @nn.compact
+    def __call__(self, images):
+        padded = jax.numpy.pad(images, ((0, 0), (1, 1), (0, 0), (0, 0)))
+        bias = self.param("bias", nn.initializers.ones, (1,))
+        return padded[:, :-2] + padded[:, 2:] + bias
+
+
+class Blurring(Autoencoder):
+    layer: type[nn.Module]
+    channels: int = 1
+    stride: int = 1
+
+    def setup(self):
+        self.blurs = [self.layer(), self.layer()]
+
+    def encode(self, images):
+        return self.blurs[0](images)
+
+    def decode(self, codes):
+        return self.blurs[1](codes)
+
+
+class UnknownBlur(nn.Module):
+    """As `Blur`, but nothing says of it that it looks at neighbours."""
+
+    __call__ = Blur.__call__
+
+
+@pytest.mark.parametrize("model", [*OTHERS, NoiseReducer(), OwnNetwork(), Blurring(Blur)], ids=str)
+def test_masked_images_are_restored_as_if_alone(model):
+    is_normed = getattr(model, "norm", "none") == "group"
+    params = random_params(model)
+    assert fits_within(LinenNetwork(model), params) != is_normed
+
+
+def test_layers_that_dont_say_that_they_look_around_are_found_out():
+    model = Blurring(UnknownBlur)
+    assert not fits_within(LinenNetwork(model), random_params(model))
+
+
+def test_the_memory_of_parameters():
+    assert parameter_bytes(NoiseReducer()) == 4 * 3_217
+    assert parameter_bytes(UNet((10**6,))) == 4 * (4 * 9 * 10**12 + 5 * 10**6 + 2 * 9 * 10**6 + 1)
+    check_memory(NoiseReducer(), available=4 * 3_217)
+    with pytest.raises(ConfigError, match="NoiseReducer with features .16, 8. needs"):
+        check_memory(NoiseReducer(), available=4 * 3_217 - 1)
+    with pytest.raises(ConfigError, match="NoiseReducer with features .16, 8. needs"):
+        check_memory(NoiseReducer(), available=16 * 3_217 - 1, copies=4)
+
+
+@pytest.mark.parametrize(
+    ("model", "field"),
+    [
+        (NoiseReducer(features=(10**9,)), "features .1000000000,."),
+        (SubpixelAutoencoder((8, 10**12)), "features .8, 1000000000000."),
+        (UNet((4, 8), channels=10**9), "channels 1000000000"),
+        (LinearAutoencoder(components=10**30), "components 1000000000000000000000000000000"),
+    ],
+)
+def test_networks_too_large_for_memory_are_named(model, field):
+    with pytest.raises(ConfigError, match=f"{type(model).__name__} with {field} needs .* GB"):
+        check_memory(model, available=1e11)

@@ -1,41 +1,37 @@
-"""How a convolution is lowered on each platform, where the compiler's own way is slow.
+"""3×3 convolutions, computed in the way that is fast on each platform.
 
-Convolutions take `(B, H, W, C)` images and `(3, 3, C, K)` kernels of one float dtype, pad to keep
-the size ("same", as XLA and Keras do), and agree with `jax.lax`'s own but for rounding.
-XLA's CPU backend has slow code for the gradients of small convolutions; there, all are written as
-matrix products:
+Convolutions take `(B, H, W, C)` images and `(3, 3, C, K)` kernels of one float dtype, pad with
+zeros to keep the size ("same", as in XLA and Keras), and agree with `jax.lax`'s except for
+rounding. GPUs and TPUs use the compiler's own convolutions. On CPUs, the compiler's code for the
+gradients of small convolutions is slow. There, convolutions are written as matrix products:
 
-- a convolution is the sum over its taps of the image, shifted, times the tap's `(C, K)` matrix.
-  With fewer channels going in than coming out, the shifted images are put side by side and
-  multiplied at once; else the products with all taps are computed at once, shifted and added;
-- with few channels, this is faster with the *batch last*, on `(C, H, W, B)`: whole runs of B
-  numbers are shifted, and the pixels are the long side of every product. A function then turns its
-  arguments and its result around. Where one follows another, the two turns cancel and the compiler
-  drops them; therefore biases and activations are computed with the batch last too;
-- with many channels, 4×4 tiles are transformed so that 16 products per 4 outputs do the work of
+- A convolution is a sum over its nine taps: the image, shifted, times the tap's `(C, K)` matrix.
+  If fewer channels go in than come out, the shifted images are put side by side and multiplied at
+  once. Otherwise the products with all taps are computed at once, then shifted and added.
+- With few channels, this is faster with the *batch last*, on `(C, H, W, B)`: shifting moves runs of
+  B numbers, and the pixels are the long side of every product. Each function then transposes its
+  arguments and its result. Between two such functions the transpositions cancel, and the compiler
+  drops them; therefore biases and activations are computed with the batch last too.
+- With many channels, 4×4 tiles are transformed so that 16 products for 4 outputs do the work of
   36 (Winograd's F(2×2, 3×3); Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
-  2016);
-- an image of twice the size is handled as its four *phases*: `(B, H, W, 4 C)`, where channels
+  2016).
+- An image of twice the size is handled as its four *phases*: `(B, H, W, 4 C)`, where channels
   `(2 p + q) C` and following hold the pixels `(2 i + p, 2 j + q)`. Strided and transposed
   convolutions are convolutions without stride from and to phases.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-from aecore.networks.layers import Layer, Operation
-
 Taps = tuple[tuple[int, int], ...]
-"""Displacements `(di, dj)`: pixel `(i + di, j + dj)` goes into output `(i, j)`."""
+"""Displacements `(di, dj)`: output `(i, j)` depends on pixel `(i + di, j + dj)`."""
 
 _ALL = tuple((di, dj) for di in (-1, 0, 1) for dj in (-1, 0, 1))
 _BEFORE = tuple((di, dj) for di in (-1, 0) for dj in (-1, 0))
@@ -44,81 +40,9 @@ _AFTER = tuple((di, dj) for di in (0, 1) for dj in (0, 1))
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-def _suits_winograd(kernel: jax.Array, stride: int) -> bool:
-    """Whether channels, in and out, are so many that fewer products outweigh the transforms."""
+def suits_winograd(kernel: jax.Array, stride: int) -> bool:
+    """Whether there are so many channels that Winograd's fewer products outweigh its transforms."""
     return stride == 1 and min(kernel.shape[2:]) >= 32
-
-
-class Conv(Layer):
-    """A 3×3 convolution with bias, initialised as in Keras (Glorot uniform, zero bias)."""
-
-    operations = MappingProxyType(
-        {"__call__": Operation(pads=True), "on_phases": Operation(pads=True, gives_phases=True)}
-    )
-
-    features: int
-    stride: int = 1
-    activation: Callable[[jax.Array], jax.Array] | None = None
-    """What is done to each number that comes out, such as `nn.relu`."""
-    batch_last: bool = False
-    """Whether CPUs compute with the batch last: for layers that have few channels and follow one
-    another directly. Winograd's way doesn't, whatever this says; ways with phases always do."""
-
-    @nn.compact
-    def _weights(self, images: jax.Array, channels: int) -> Sequence[jax.Array]:
-        """The images, the kernel and the bias, in one dtype."""
-        kernel = self.param(
-            "kernel", nn.initializers.glorot_uniform(), (3, 3, channels, self.features)
-        )
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return promote_dtype(images, kernel, bias)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """`(B, H, W, C)` to `(B, H / stride, W / stride, features)`, rounded up."""
-        images, kernel, bias = self._weights(images, images.shape[-1])
-        batch_last = self.batch_last and not _suits_winograd(kernel, self.stride)
-        return self._finish(conv(images, kernel, self.stride, batch_last), bias, batch_last)
-
-    def on_phases(self, phases: jax.Array) -> jax.Array:
-        """`(B, H, W, 4 C)` to `(B, H, W, 4 features)`: both are the phases of a larger image."""
-        phases, kernel, bias = self._weights(phases, phases.shape[-1] // 4)
-        return self._finish(conv_on_phases(phases, kernel), jnp.tile(bias, 4), True)
-
-    def _finish(self, features: jax.Array, bias: jax.Array, batch_last: bool) -> jax.Array:
-        def finish(features, bias):
-            features += bias
-            return self.activation(features) if self.activation else features
-
-        def finish_batch_last(features, bias):
-            return finish(features, bias[:, None, None, None])
-
-        if batch_last:
-            return _by_platform(finish, _with_batch_last(finish_batch_last))(features, bias)
-        return finish(features, bias)
-
-
-class ConvTranspose(Conv):
-    """A transposed 3×3 convolution of stride 2 with bias, initialised likewise."""
-
-    operations = MappingProxyType(
-        {
-            "__call__": Operation(pads=True, multiplies_inputs=True),
-            "to_phases": Operation(pads=True, gives_phases=True, multiplies_inputs=True),
-        }
-    )
-
-    stride: int = 2
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """`(B, H, W, C)` to `(B, 2 H, 2 W, features)`."""
-        images, kernel, bias = self._weights(images, images.shape[-1])
-        features = conv_transpose(images, kernel, self.batch_last)
-        return self._finish(features, bias, self.batch_last)
-
-    def to_phases(self, images: jax.Array) -> jax.Array:
-        """`(B, H, W, C)` to `(B, H, W, 4 features)`: the phases of the result."""
-        images, kernel, bias = self._weights(images, images.shape[-1])
-        return self._finish(conv_transpose_to_phases(images, kernel), jnp.tile(bias, 4), True)
 
 
 def conv(
@@ -135,7 +59,7 @@ def conv(
     def strided(images, kernel, axis):
         return _product(_split(images, axis), _strided_kernel(kernel), _AFTER, axis)
 
-    if _suits_winograd(kernel, stride):
+    if suits_winograd(kernel, stride):
         on_cpu = _winograd
     elif stride == 1:
         on_cpu = _in_layout(product, batch_last)
@@ -143,7 +67,7 @@ def conv(
         on_cpu = _in_layout(strided, batch_last)
     else:
         return plain(images, kernel)
-    return _by_platform(plain, on_cpu)(images, kernel)
+    return by_platform(plain, on_cpu)(images, kernel)
 
 
 def conv_transpose(images: jax.Array, kernel: jax.Array, batch_last: bool = False) -> jax.Array:
@@ -152,7 +76,7 @@ def conv_transpose(images: jax.Array, kernel: jax.Array, batch_last: bool = Fals
     def on_cpu(images, kernel, axis):
         return _merge(_product(images, _transposed_kernel(kernel), _BEFORE, axis), axis)
 
-    return _by_platform(_plain_conv_transpose, _in_layout(on_cpu, batch_last))(images, kernel)
+    return by_platform(_plain_conv_transpose, _in_layout(on_cpu, batch_last))(images, kernel)
 
 
 def conv_transpose_to_phases(images: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -166,27 +90,27 @@ def conv_transpose_to_phases(images: jax.Array, kernel: jax.Array) -> jax.Array:
     def on_cpu(images, kernel):
         return _product(images, _transposed_kernel(kernel), _BEFORE, 0)
 
-    return _by_platform(plain, _with_batch_last(on_cpu))(images, kernel)
+    return by_platform(plain, with_batch_last(on_cpu))(images, kernel)
 
 
 def conv_on_phases(phases: jax.Array, kernel: jax.Array) -> jax.Array:
     """`(B, H, W, 4 C)` to `(B, H, W, 4 K)`: `conv` with stride 1, from phases to phases.
 
-    Meant for a small K: except on CPUs, it makes four times the products.
+    Meant for a small K: except on CPUs, it computes four times as many products as `conv`.
     """
 
     def plain(phases, kernel):
         kernel = _phases_kernel(kernel)
         return _plain_conv(phases, kernel.reshape(3, 3, *kernel.shape[1:]))
 
-    return _by_platform(plain, _with_batch_last(_product_on_phases))(phases, kernel)
+    return by_platform(plain, with_batch_last(_product_on_phases))(phases, kernel)
 
 
 @jax.custom_vjp
 def max_pool(images: jax.Array) -> jax.Array:
     """`(B, 2 H, 2 W, C)` to `(B, H, W, C)`: the largest value of each 2×2 block.
 
-    Equal largest values share the gradient, but on TPUs the first one gets all of it.
+    Equal largest values share the gradient; on TPUs, the first of them gets all of it.
     """
     return _max_pool_of_windows(images)
 
@@ -209,27 +133,27 @@ def _max_pool_backward(images, cotangent):
         (gradient,) = jax.vjp(lambda blocks: blocks.max((2, 4)), blocks)[1](cotangent)
         return (gradient.reshape(images.shape),)
 
-    # The gradient of windows is a scatter, which only TPUs have an operation for.
+    # The gradient of windows is a scatter, which is fast only on TPUs.
     return lax.platform_dependent(images, cotangent, tpu=of_windows, default=of_blocks)
 
 
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
-def split_phases(images: jax.Array) -> jax.Array:
-    """`(B, 2 H, 2 W, C)` to its phases, `(B, H, W, 4 C)`."""
-    return _split(images, 3)
+def split_phases(images: jax.Array, factor: int = 2) -> jax.Array:
+    """`(B, f H, f W, C)` to its phases, `(B, H, W, f² C)`."""
+    return _split(images, 3, factor)
 
 
-def merge_phases(phases: jax.Array) -> jax.Array:
-    """Phases `(B, H, W, 4 C)` to the image that they make up, `(B, 2 H, 2 W, C)`."""
-    return _merge(phases, 3)
+def merge_phases(phases: jax.Array, factor: int = 2) -> jax.Array:
+    """Phases `(B, H, W, f² C)` to their image, `(B, f H, f W, C)`."""
+    return _merge(phases, 3, factor)
 
 
 def _plain_conv(
     images: jax.Array,
     kernel: jax.Array,
-    padding: str | Sequence[tuple[int, int]] = "SAME",
+    padding: str | tuple[tuple[int, int], ...] = "SAME",
     stride: int = 1,
 ) -> jax.Array:
     """The compiler's own convolution."""
@@ -242,8 +166,8 @@ def _plain_conv(
 def _plain_conv_transpose(images: jax.Array, kernel: jax.Array) -> jax.Array:
     """The compiler's own transposed convolution of stride 2.
 
-    It is the gradient of a strided convolution, and its own gradients are written as that one's:
-    of a dilated convolution, GPUs would compute the kernel's gradient as one with a kernel as
+    It is the gradient of a strided convolution, and its own gradients are written as those of that
+    convolution: GPUs would compute the kernel's gradient of a dilated convolution with a kernel as
     large as the image.
     """
     return lax.conv_transpose(images, kernel, (2, 2), "SAME", dimension_numbers=_LAYOUT)
@@ -266,14 +190,14 @@ def _plain_conv_transpose_backward(saved, cotangent):
 _plain_conv_transpose.defvjp(_plain_conv_transpose_forward, _plain_conv_transpose_backward)
 
 
-def _by_platform(plain: Callable, on_cpu: Callable) -> Callable:
-    """`plain`, compiled as `on_cpu` for CPUs; the same for its gradient.
+def by_platform(plain: Callable, on_cpu: Callable) -> Callable:
+    """A function that is `on_cpu` on CPUs and `plain` elsewhere; so is its gradient.
 
-    The gradient keeps the arguments alone and computes from them what else it needs.
+    For the gradient only the arguments are kept; whatever else it needs is computed from them.
     """
 
     def in_float32(*args):
-        # What has fewer bits than float32 is slow on CPUs, and would be rounded between the steps.
+        # Fewer bits than float32 are slow on CPUs, and would be rounded between the steps.
         dtype = args[0].dtype
         wide = jnp.promote_types(dtype, jnp.float32)
         return on_cpu(*(arg.astype(wide) for arg in args)).astype(dtype)
@@ -297,8 +221,8 @@ def _by_platform(plain: Callable, on_cpu: Callable) -> Callable:
     return function
 
 
-def _with_batch_last(function: Callable) -> Callable:
-    """A function of `(C, H, W, B)` images, and others, as one of `(B, H, W, C)` images."""
+def with_batch_last(function: Callable) -> Callable:
+    """A function of `(C, H, W, B)` images and further arguments, for `(B, H, W, C)` images."""
 
     def turned(images, *args):
         return function(images.transpose(3, 1, 2, 0), *args).transpose(3, 1, 2, 0)
@@ -307,13 +231,13 @@ def _with_batch_last(function: Callable) -> Callable:
 
 
 def _in_layout(function: Callable, batch_last: bool) -> Callable:
-    """A `function(images, kernel, axis)` with the batch last, or with the channels last."""
+    """A `function(images, kernel, axis)` with its axis of channels set by the layout."""
     if batch_last:
-        return _with_batch_last(functools.partial(function, axis=0))
+        return with_batch_last(functools.partial(function, axis=0))
     return functools.partial(function, axis=3)
 
 
-# ---- Matrix products, of images whose channels are axis 0 or 3, and whose batch is the other one
+# ---- Matrix products. The images' channels are axis 0 or 3; the batch is the other one of the two.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -337,7 +261,7 @@ def _product_backward(taps, axis, saved, cotangent):
     count, channels, features = kernel.shape
     opposite = tuple((-di, -dj) for di, dj in taps)
     images_cotangent = _product(cotangent, kernel.transpose(0, 2, 1), opposite, axis)
-    # One product over all pixels of the batch.
+    # A single product over all pixels of the batch.
     if channels <= features:
         kernel_cotangent = _dot_over_pixels(_shifted(images, taps, axis), cotangent, axis)
         return images_cotangent, kernel_cotangent.reshape(kernel.shape)
@@ -350,14 +274,14 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def _shift(images: jax.Array, tap: tuple[int, int]) -> jax.Array:
-    """Pixel `(i + di, j + dj)` comes to `(i, j)`; zeros come from outside."""
+    """Moves pixel `(i + di, j + dj)` to `(i, j)`; zeros come in from outside."""
     di, dj = tap
     zero = jnp.zeros((), images.dtype)
     return lax.pad(images, zero, ((0, 0, 0), (-di, di, 0), (-dj, dj, 0), (0, 0, 0)))
 
 
 def _shifted(images: jax.Array, taps: Taps, axis: int) -> jax.Array:
-    """`(T C, H, W, B)` or `(B, H, W, T C)`: for each tap the images shifted, side by side."""
+    """`(T C, H, W, B)` or `(B, H, W, T C)`: the images shifted by each tap, side by side."""
     height, width = images.shape[1:3]
     top, left = (max(0, *(-tap[i] for tap in taps)) for i in (0, 1))
     bottom, right = (max(0, *(tap[i] for tap in taps)) for i in (0, 1))
@@ -378,39 +302,43 @@ def _multiply(images: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
 
 def _dot_over_pixels(left: jax.Array, right: jax.Array, axis: int) -> jax.Array:
     """Images of C and of K channels to the `(C, K)` sums over pixels of their products."""
-    if axis == 0:  # Along several axes, the compiler would first turn both around.
+    if axis == 0:  # To contract several axes, the compiler would first transpose both.
         left, right = (images.reshape(len(images), -1) for images in (left, right))
         return lax.dot_general(left, right, (((1,), (1,)), ((), ())))
-    if left.shape[3] > right.shape[3]:  # The left one is transposed first; better the smaller.
+    if left.shape[3] > right.shape[3]:  # The compiler transposes the left one: the smaller is best.
         return _dot_over_pixels(right, left, axis).T
     return lax.dot_general(left, right, (((0, 1, 2), (0, 1, 2)), ((), ())))
 
 
-def _split(images: jax.Array, axis: int) -> jax.Array:
-    """`(2 H, 2 W)` pixels to their four phases."""
+def _split(images: jax.Array, axis: int, factor: int = 2) -> jax.Array:
+    """`(f H, f W)` pixels to f² phases; `axis` is that of the channels."""
     first, height, width, last = images.shape
-    split = images.reshape(first, height // 2, 2, width // 2, 2, last)
+    height, width, count = height // factor, width // factor, factor**2
+    split = images.reshape(first, height, factor, width, factor, last)
     if axis == 3:
-        split = split.transpose(0, 1, 3, 2, 4, 5)
-        return split.reshape(first, height // 2, width // 2, 4 * last)
-    return split.transpose(2, 4, 0, 1, 3, 5).reshape(4 * first, height // 2, width // 2, last)
+        return split.transpose(0, 1, 3, 2, 4, 5).reshape(first, height, width, count * last)
+    return split.transpose(2, 4, 0, 1, 3, 5).reshape(count * first, height, width, last)
 
 
-def _merge(phases: jax.Array, axis: int) -> jax.Array:
-    """Four phases to the `(2 H, 2 W)` pixels that they make up."""
+def _merge(phases: jax.Array, axis: int, factor: int = 2) -> jax.Array:
+    """f² phases to their `(f H, f W)` pixels; `axis` is that of the channels."""
     first, height, width, last = phases.shape
     if axis == 3:
-        merged = phases.reshape(first, height, width, 2, 2, last // 4).transpose(0, 1, 3, 2, 4, 5)
-        return merged.reshape(first, 2 * height, 2 * width, last // 4)
-    merged = phases.reshape(2, 2, first // 4, height, width, last).transpose(2, 3, 0, 4, 1, 5)
-    return merged.reshape(first // 4, 2 * height, 2 * width, last)
+        last //= factor**2
+        parts = phases.reshape(first, height, width, factor, factor, last)
+        merged = parts.transpose(0, 1, 3, 2, 4, 5)
+    else:
+        first //= factor**2
+        parts = phases.reshape(factor, factor, first, height, width, last)
+        merged = parts.transpose(2, 3, 0, 4, 1, 5)
+    return merged.reshape(first, factor * height, factor * width, last)
 
 
 @jax.custom_vjp
 def _product_on_phases(phases: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`(4 C, H, W, B)` to `(4 K, H, W, B)`: a phase's products with all taps, shifted and added.
+    """`(4 C, H, W, B)` to `(4 K, H, W, B)`: each phase's products with all taps, shifted and added.
 
-    In each direction, output 2 i + q sees pixels 2 i + q + n - 1, n = 0, 1, 2.
+    Along each axis, output 2 i + q depends on pixels 2 i + q + n - 1, n = 0, 1, 2.
     """
     channels, features = kernel.shape[2:]
     matrix = kernel.transpose(0, 1, 3, 2).reshape(9 * features, channels)
@@ -477,27 +405,27 @@ def _multiply_phases(matrix: jax.Array, phases: jax.Array) -> jax.Array:
 # ---- Kernels between phases
 
 
-# The number, after those of a kernel's nine matrices, of one of zeros.
 _ZEROS = 9
+"""The number of a matrix of zeros, after those of a kernel's nine matrices."""
 
 
 def _place(selection: np.ndarray, kernel: jax.Array) -> jax.Array:
     """Puts the nine `(C, K)` matrices of a kernel where `(9, T, P, Q)` `selection` has ones.
 
-    The result is `(T, P C, Q K)`: T taps from P to Q phases. No place has two matrices, and each
-    matrix has as many places as any other.
+    The result is `(T, P C, Q K)`: T taps from P to Q phases. No place may have two matrices, and
+    all matrices must have equally many places.
     """
     taps, phases_in, phases_out = selection.shape[1:]
     channels, features = kernel.shape[2:]
     numbers = np.where(selection.any(0), selection.argmax(0), _ZEROS).flatten()
-    placed: Any = _take(kernel.reshape(9, channels, features), tuple(numbers.tolist()))
-    placed = placed.reshape(taps, phases_in, phases_out, channels, features)
+    taken: Any = _take(kernel.reshape(9, channels, features), tuple(numbers.tolist()))
+    placed = taken.reshape(taps, phases_in, phases_out, channels, features)
     return placed.transpose(0, 1, 3, 2, 4).reshape(taps, phases_in * channels, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _take(matrices: jax.Array, numbers: tuple[int, ...]) -> jax.Array:
-    """Of nine matrices those of some numbers, each of which is there equally often, and zeros."""
+    """Picks matrices by number, and zeros for `_ZEROS`; each of the nine equally often."""
     return jnp.concatenate([matrices, jnp.zeros_like(matrices[:1])])[np.array(numbers)]
 
 
@@ -506,7 +434,7 @@ def _take_forward(matrices, numbers):
 
 
 def _take_backward(numbers, _, cotangent):
-    # Taken again, rather than scattered, which is slow and on GPUs adds in any order.
+    # Picked and summed rather than scattered: that is slow, and adds in any order on GPUs.
     places = np.stack([np.flatnonzero(np.equal(numbers, n)) for n in range(_ZEROS)])
     return (cotangent[places].sum(1),)
 
@@ -515,15 +443,15 @@ _take.defvjp(_take_forward, _take_backward)
 
 
 def _outer(rows: np.ndarray) -> np.ndarray:
-    """A selection for both axes from the one for one axis, `(3, taps, phases, phases)`."""
+    """The selection for both axes, from that for one axis, `(3, taps, phases, phases)`."""
     n, t, p, q = rows.shape
     return np.einsum("ntpq,NTPQ->nNtTpPqQ", rows, rows).reshape(n * n, t * t, p * p, q * q)
 
 
 def _strided_kernel(kernel: jax.Array) -> jax.Array:
-    """From the phases of an image, by `_AFTER`, to every second pixel's convolution.
+    """The kernel, with taps `_AFTER`, that gives a strided convolution from an image's phases.
 
-    Output i sees pixels 2 i + n, n = 0, 1, 2.
+    Output i depends on pixels 2 i + n, n = 0, 1, 2.
     """
     rows = np.zeros((3, 2, 2, 1), np.float32)
     for n in range(3):
@@ -532,9 +460,9 @@ def _strided_kernel(kernel: jax.Array) -> jax.Array:
 
 
 def _transposed_kernel(kernel: jax.Array) -> jax.Array:
-    """From an image, by `_BEFORE`, to the phases of its transposed convolution.
+    """The kernel, with taps `_BEFORE`, that gives a transposed convolution's phases from an image.
 
-    Output 2 i sees pixels i - 1 (n = 0) and i (n = 2); output 2 i + 1 sees pixel i (n = 1).
+    Output 2 i depends on pixels i - 1 (n = 0) and i (n = 2), output 2 i + 1 on pixel i (n = 1).
     """
     rows = np.zeros((3, 2, 1, 2), np.float32)
     rows[0, 0, 0, 0] = rows[2, 1, 0, 0] = rows[1, 1, 0, 1] = 1
@@ -542,9 +470,9 @@ def _transposed_kernel(kernel: jax.Array) -> jax.Array:
 
 
 def _phases_kernel(kernel: jax.Array) -> jax.Array:
-    """From phases, by `_ALL`, to the phases of the convolution.
+    """The kernel, with taps `_ALL`, that gives a convolution's phases from an image's phases.
 
-    Output 2 i + q sees pixels 2 i + q + n - 1, n = 0, 1, 2.
+    Output 2 i + q depends on pixels 2 i + q + n - 1, n = 0, 1, 2.
     """
     rows = np.zeros((3, 3, 2, 2), np.float32)
     for n in range(3):
@@ -565,7 +493,7 @@ def _winograd(images: jax.Array, kernel: jax.Array) -> jax.Array:
     batch, height, width, channels = images.shape
     features = kernel.shape[3]
     rows, columns = -(-height // 2), -(-width // 2)
-    # A margin of one pixel, and one more where the last tile reaches beyond the image.
+    # A margin of one pixel, and of two where the last tile reaches beyond the image.
     padded = jnp.pad(
         images, ((0, 0), (1, 2 * rows - height + 1), (1, 2 * columns - width + 1), (0, 0))
     )
@@ -582,9 +510,11 @@ def _winograd(images: jax.Array, kernel: jax.Array) -> jax.Array:
     tiles = jnp.stack(
         [tile for part in transform(padded, 1, rows) for tile in transform(part, 2, columns)]
     )
+    transform_kernel = _WINOGRAD_KERNEL.astype(kernel.dtype)
     transformed_kernel = jnp.einsum(
         "is,jt,stck->ijck",
-        *[_WINOGRAD_KERNEL.astype(kernel.dtype)] * 2,
+        transform_kernel,
+        transform_kernel,
         kernel,
         precision=lax.Precision.HIGHEST,
     )

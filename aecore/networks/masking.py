@@ -1,4 +1,4 @@
-"""Images of several sizes in arrays of one size, restored as if each array ended with its image."""
+"""Networks on images that are smaller than the arrays that hold them."""
 
 from typing import Any
 
@@ -6,15 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from aecore.networks import layers
+from aecore.networks.layers import looks_around
 
 
-def apply_within(model: nn.Module, params: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Applies a network to images that fill only the first rows and columns of their arrays.
+def apply_within(model: Any, params: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
+    """A network on images that fill only the first rows and columns of their arrays.
 
-    The input of each layer that pads is set to zero outside the image, as its padding would be if
-    the array ended there. This is exact for networks that look at neighbours only in convolutions
-    padded with zeros and in pooling over blocks.
+    What goes into each layer that looks at neighbouring pixels (`layers.looks_around`) is set to
+    zero outside the image, as if the array ended there and were padded. This is exact for networks
+    whose only such layers are convolutions that pad with zeros, aecore's (`layers.Layer`) or
+    Flax's, and that pool over blocks. `network.fits_within` tries whether it is for a network.
 
     Args:
       model: a network.
@@ -23,25 +24,26 @@ def apply_within(model: nn.Module, params: Any, images: jax.Array, sizes: jax.Ar
       sizes: `(B, 2)` int32, the images' heights and widths, multiples of the model's stride.
 
     Returns:
-      `(B, s H, s W, C)`; undefined outside the images.
+      `(B, s H, s W, C)`, s being the model's scale; undefined outside the images.
     """
 
     def inside(array):
-        within = True
+        within = jnp.array(True)
         for axis in (1, 2):
-            # An array, since the shape may be symbolic where the network is exported.
-            scale = jnp.asarray(images.shape[axis] // array.shape[axis])
             shape = [-1 if i == axis else 1 for i in range(4)]
-            place = scale * jnp.arange(array.shape[axis]).reshape(shape)
-            within &= place < sizes[:, axis - 1].reshape(-1, 1, 1, 1)
+            place = jnp.arange(array.shape[axis]).reshape(shape)
+            size = sizes[:, axis - 1].reshape(-1, 1, 1, 1)
+            # Not Python numbers, since they may be symbolic where the network is exported.
+            side, whole = jnp.asarray(array.shape[axis]), jnp.asarray(images.shape[axis])
+            coarser, finer = jnp.maximum(whole // side, 1), jnp.maximum(side // whole, 1)
+            within &= coarser * place < finer * size
         return jnp.where(within, array, 0)
 
     def intercept(function, args, kwargs, context):
-        operation = layers.operation(context.module, context.method_name)
-        if operation is not None and operation.pads:
-            args = (inside(args[0]), *args[1:])
+        if context.method_name == "__call__" and looks_around(context.module):
+            first, *others = args
+            args = (inside(first), *others)
         return function(*args, **kwargs)
 
     with nn.intercept_methods(intercept):
-        restored: Any = model.apply({"params": params}, images)
-    return restored
+        return model.apply({"params": params}, images)

@@ -1,7 +1,12 @@
-"""A trained network as pure functions of its parameters, on `(B, H, W, C)` float32 in [0, 1]."""
+"""A trained network as pure functions of its parameters.
+
+Images are float32 in [0, 1], `(B, H, W, C)` where they go in and `(B, s H, s W, C)` where they come
+out, s being the network's scale: 1 unless the network enlarges images.
+"""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -16,10 +21,7 @@ _CHECKED_BLOCKS = (3, 2)
 
 
 class Network(Protocol):
-    """A trained network without its parameters, whether a Linen module or from a file.
-
-    It maps `(B, H, W, C)` images to `(B, s H, s W, C)`, float32.
-    """
+    """What a `Restorer` needs, whether the network is a Linen module or comes from a file."""
 
     @property
     def name(self) -> str:
@@ -38,38 +40,41 @@ class Network(Protocol):
 
     @property
     def scale(self) -> int:
-        """s: how many times larger the images come out."""
+        """s, how many times larger the results are than the images."""
         ...
 
     def apply(self, params: Any, images: jax.Array) -> jax.Array:
-        """The restored images."""
+        """The restored images, `(B, s H, s W, C)`."""
         ...
 
     def encode(self, params: Any, images: jax.Array) -> jax.Array:
-        """Codes of images."""
+        """The codes of images."""
         ...
 
     def decode(self, params: Any, codes: jax.Array) -> jax.Array:
-        """Images of codes."""
+        """The restored images of codes."""
         ...
 
     def apply_within(self, params: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Restores images of several sizes in arrays of one size.
+        """As `apply`, where image i fills only the first `sizes[i]` rows and columns of its array.
 
-        Image i fills the first `sizes[i]` rows and columns of its array; `sizes` is `(B, 2)` int32,
-        multiples of the stride. Each is restored as if its array ended there; the rest of the
-        result is undefined.
+        Each is restored as if it had been alone in an array of its own size, to the first
+        `s sizes[i]` rows and columns of the result; the rest is undefined. `sizes` is `(B, 2)`
+        int32, multiples of the stride.
         """
         ...
 
     def receptive_field(self, params: Any) -> ReceptiveField | None:
-        """How far an output pixel sees; None: over the whole image."""
+        """How far an output sees; None if over the whole image."""
         ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LinenNetwork:
-    """A Linen module with `encode`, `decode`, `channels` and `stride`, as a `Network`."""
+    """A Linen module as a `Network`.
+
+    It needs `encode`, `decode`, `channels` and `stride`, as `base.Autoencoder` describes them.
+    """
 
     model: Any
 
@@ -87,7 +92,8 @@ class LinenNetwork:
 
     @property
     def scale(self) -> int:
-        return getattr(self.model, "scale", 1)  # A module of one's own may leave it out.
+        # A module that doesn't inherit from Autoencoder may do without.
+        return getattr(self.model, "scale", 1)
 
     def apply(self, params: Any, images: jax.Array) -> jax.Array:
         return self.model.apply({"params": params}, images)
@@ -107,10 +113,10 @@ class LinenNetwork:
         )
 
 
-def in_precision(apply, dtype: Any):
+def in_precision(apply: Callable[..., jax.Array], dtype: Any) -> Callable[..., jax.Array]:
     """A function `(params, images) -> images` computed in `dtype`, from and to float32.
 
-    The parameters that go in stay as they are.
+    The parameters that are passed in stay as they are.
     """
 
     def cast(tree, dtype):
@@ -124,16 +130,17 @@ def in_precision(apply, dtype: Any):
 
 
 def fits_within(network: Network, params: Any) -> bool:
-    """Whether `apply_within` does what it says for this network, tried with a random image."""
-    size = tuple(count * network.stride for count in _CHECKED_BLOCKS)
-    images = np.random.default_rng(0).random((1, *size, network.channels), np.float32)
+    """Whether `apply_within` keeps its promise for this network, tried with a random image."""
+    height, width = (count * network.stride for count in _CHECKED_BLOCKS)
+    images = np.random.default_rng(0).random((1, height, width, network.channels), np.float32)
     larger = np.pad(images, [(0, 0), *[(0, network.stride)] * 2, (0, 0)])
 
     @jax.jit
     def difference(params, images, larger):
         alone = network.apply(params, images)
-        within = network.apply_within(params, larger, jnp.array([size], jnp.int32))
-        return jnp.abs(within[:, : size[0], : size[1]] - alone).max(), jnp.abs(alone).max()
+        within = network.apply_within(params, larger, jnp.array([[height, width]], jnp.int32))
+        within = within[:, : alone.shape[1], : alone.shape[2]]
+        return jnp.abs(within - alone).max(), jnp.abs(alone).max()
 
     with jax.default_matmul_precision("highest"):
         apart, largest = jax.device_get(difference(params, images, larger))

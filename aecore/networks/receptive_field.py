@@ -1,7 +1,8 @@
 """How far a network sees: which input pixels a pixel of its output depends on.
 
-It is measured, not read off the layers: with positive weights, nothing that goes into an output
-cancels or is cut off by a ReLU, so that what changes with an input pixel is what depends on it.
+This is measured rather than read off the layers: one input pixel is changed, and the outputs that
+change with it are those that depend on it. All weights are positive then, so that nothing that goes
+into an output cancels or is cut off by a ReLU.
 """
 
 import dataclasses
@@ -12,16 +13,17 @@ import jax
 import numpy as np
 
 _LARGEST = 1024
-"""Pixels on a side; a network that sees farther is taken to see everything."""
+"""Pixels on a side. A network that sees farther is taken to see the whole image."""
 
 Apply = Callable[[Any, jax.Array], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class ReceptiveField:
-    """Of a block of `stride` × `stride` output pixels: how far its input reaches beyond it.
+    """How far a network sees beyond a block of `stride` × `stride` pixels.
 
-    In whole blocks; the larger of both axes.
+    The output of such a block, which is `scale` times as large, depends on the block itself and on
+    this many input pixels around it: whole blocks, and the larger number of both axes.
     """
 
     before: int
@@ -34,10 +36,10 @@ def measure(apply: Apply, params: Any, *, channels: int, stride: int) -> Recepti
     """Measures a network's receptive field.
 
     Args:
-      apply: `(params, images) -> images`, on `(B, H, W, C)` images.
-      params: of these, the shapes alone matter.
+      apply: `(params, images) -> images`, `(B, H, W, C)` to `(B, s H, s W, C)`.
+      params: only their shapes matter.
       channels: C.
-      stride: of which H and W must be multiples.
+      stride: H and W must be multiples of it.
 
     Returns:
       None if an output depends on the whole image, however large.
@@ -51,7 +53,7 @@ def measure(apply: Apply, params: Any, *, channels: int, stride: int) -> Recepti
             # A view, whose first axis is the one along which the strip is long.
             np.moveaxis(images[1], axis, 0)[middle : middle + stride] += _CHANGE
             base, other = np.asarray(apply(weights, images))
-            changed = _changed(base, other, axis) // stride * stride
+            changed = _changed(base, other, axis) * size // base.shape[axis] // stride * stride
             if _at_border(changed, stride, size):
                 return None
             # What the block reaches behind it is what an output sees before it, and conversely.
@@ -63,18 +65,18 @@ def measure(apply: Apply, params: Any, *, channels: int, stride: int) -> Recepti
 
 
 def sizes(apply: Apply, params: Any, *, channels: int, stride: int, count: int) -> list[int | None]:
-    """Measures how high the part of an image is that one output of each layer depends on.
+    """Measures how many rows of an image one output of each layer depends on.
 
     Args:
-      apply: `(params, images) -> layers`, a list of `(B, h, w, K)`, whose heights are the images'
-        divided by divisors of the stride.
-      params: of these, the shapes alone matter.
+      apply: `(params, images) -> layers`, a list of `(B, h, w, K)`. Each h is a multiple of the
+        number of blocks of `stride` rows in the images.
+      params: only their shapes matter.
       channels: of the images.
       stride: of the network.
-      count: of the layers.
+      count: how many layers there are.
 
     Returns:
-      For each layer rows of the image, or None if it is all of them.
+      For each layer the rows, or None if it is all of them.
     """
 
     def heights(apply, weights, size):
@@ -85,15 +87,17 @@ def sizes(apply: Apply, params: Any, *, channels: int, stride: int, count: int) 
         found = []
         for layer in apply(weights, images):
             base, *others = np.asarray(layer)
-            scale = size // base.shape[0]
-            # Rows of the image that an output depends on, counted from where it is itself.
+            per_block = len(base) * stride // size
+            # Rows that an output depends on, counted from the first row of the output's block.
+            # Outputs at the same place in their blocks see the same.
             seen = {}
             for row, other in enumerate(others, start=middle):
                 changed = _changed(base, other, axis=0)
                 if _at_border(changed, 1, len(base)):
                     return None
                 for output in changed:
-                    seen.setdefault(output * scale % stride, []).append(row - output * scale)
+                    block, place = divmod(output, per_block)
+                    seen.setdefault(place, []).append(row - block * stride)
             found.append(int(max((max(rows) - min(rows) + 1 for rows in seen.values()), default=0)))
         return found
 
@@ -101,15 +105,15 @@ def sizes(apply: Apply, params: Any, *, channels: int, stride: int, count: int) 
 
 
 _CHANGE = 1e3
-"""Large enough that a pixel becomes the largest of those that are pooled."""
+"""Large enough that the changed pixel is the largest of those that are pooled."""
 
 
 def _in_growing_images(apply: Apply, params: Any, stride: int, look: Callable) -> Any:
-    """What `look` finds in images large enough; it returns None where they are too small."""
-    # Where there is a CPU, as 64 bits are slow elsewhere, or not to be had.
+    """What `look` finds in images that are large enough; in too small ones, it returns None."""
+    # On a CPU if there is one: other devices are slow with 64 bits, or don't have them.
     with jax.enable_x64(True), jax.default_device(_cpu()):
         weights, apply = _positive(params), jax.jit(apply)
-        # Each size is compiled anew, which takes longer than computing strips.
+        # Few sizes, as compiling for each takes longer than computing.
         for size in (256, _LARGEST):
             found = look(apply, weights, -(-max(size, 8 * stride) // stride) * stride)
             if found is not None:
@@ -118,6 +122,7 @@ def _in_growing_images(apply: Apply, params: Any, stride: int, look: Callable) -
 
 
 def _cpu() -> Any:
+    """The first local CPU device, or None."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -125,9 +130,9 @@ def _cpu() -> Any:
 
 
 def _strip(size: int, stride: int, channels: int, axis: int) -> np.ndarray:
-    """A random image `(1, H, W, channels)`, of which one side has `size` pixels.
+    """A random image `(1, H, W, channels)` with `size` pixels along one axis.
 
-    The other side is short: along it, nothing is looked for.
+    The other axis is short, since nothing is measured along it.
     """
     short = -(-min(size, max(16, 2 * stride)) // stride) * stride
     sides = (size, short) if axis == 0 else (short, size)
@@ -146,7 +151,7 @@ def _at_border(changed: np.ndarray, margin: int, size: int) -> bool:
 
 
 def _positive(params: Any) -> Any:
-    """Weights of these shapes, all positive, with which activations keep their magnitude."""
+    """Positive weights of these shapes that keep the magnitude of activations."""
     random = np.random.default_rng(1)
 
     def weights(leaf):

@@ -1,64 +1,60 @@
-"""What a network is, layer by layer, and what it was trained on, as text."""
+"""A network as text: its layers, and what it was trained on."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
-from aecore.networks import layers, receptive_field
-from aecore.networks.layers import Operation
+from aecore.networks import receptive_field
+from aecore.networks.layers import Layer, kernel_uses
 from aecore.networks.network import LinenNetwork, Network
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
-    """A module of a network that has parameters of its own."""
+class Row:
+    """What the table says of one module that has parameters of its own."""
 
     name: str
     shape: tuple[int, int, int]
-    """Height, width and channels of what it gives."""
+    """Height, width and channels of its result."""
     parameters: int
     flops: float
-    """Of an image: twice the multiplications with the kernel."""
+    """For one image: two for each multiplication with the kernel (a multiply and an add)."""
     field: int | None
-    """Height of the part of the image that one of its outputs depends on; None: all of it."""
+    """Rows of the image that one of its outputs depends on; None: all of them."""
 
 
-def describe(model: Any, params: Any, image_shape: tuple[int, int, int]) -> list[Layer]:
-    """The layers of a Linen module, in the order in which they are applied.
+def layers(model: Any, params: Any, image_shape: tuple[int, int, int]) -> list[Row]:
+    """The modules with parameters in a network, in the order in which they are applied.
 
     Args:
-      model: a network of `aecore.models`, or of one's own.
+      model: a network of `aecore.models`, or your own.
       params: its parameters.
       image_shape: height, width and channels, multiples of the stride.
     """
-    import flax.linen as nn
-
-    from aecore.networks.convolution import merge_phases
-
     calls = []
 
     def apply(params, images):
         calls.clear()
+        outputs = []
 
         def intercept(function, args, kwargs, context):
             output = function(*args, **kwargs)
-            own = context.module.variables.get("params", {})
-            has_own = any(not isinstance(leaf, Mapping) for leaf in own.values())
-            operation = layers.operation(context.module, context.method_name)
-            if has_own and operation is None and context.method_name == "__call__":
-                operation = Operation()
-            if has_own and operation is not None:
-                whole = merge_phases(output) if operation.gives_phases else output
-                positions = args[0] if operation.multiplies_inputs else whole
-                calls.append((context.module.path, own, whole.shape, positions.shape))
+            module = context.module
+            own = [
+                leaf
+                for leaf in module.variables.get("params", {}).values()
+                if not isinstance(leaf, Mapping)
+            ]
+            if own and context.method_name == "__call__":
+                whole = module.merged(output) if isinstance(module, Layer) else output
+                calls.append((module, own, args[0].shape, whole.shape))
                 outputs.append(whole)
             return output
 
-        outputs = []
         with nn.intercept_methods(intercept):
             model.apply({"params": params}, images)
         return outputs
@@ -70,15 +66,15 @@ def describe(model: Any, params: Any, image_shape: tuple[int, int, int]) -> list
         apply, params, channels=image_shape[2], stride=model.stride, count=len(described)
     )
     found = []
-    for (path, own, shape, positions), field in zip(described, fields, strict=True):
+    for (module, own, given, result), field in zip(described, fields, strict=True):
         leaves = jax.tree.leaves(own)
-        kernel = max((leaf.size for leaf in leaves if leaf.ndim > 1), default=0)
+        kernels = sum(leaf.size for leaf in leaves if leaf.ndim > 1)
         found.append(
-            Layer(
-                name="/".join(path),
-                shape=shape[1:],
+            Row(
+                name="/".join(module.path),
+                shape=result[1:4],
                 parameters=sum(leaf.size for leaf in leaves),
-                flops=2.0 * kernel * math.prod(positions[1:3]),
+                flops=2.0 * kernels * kernel_uses(module, given, result),
                 field=field,
             )
         )
@@ -86,18 +82,18 @@ def describe(model: Any, params: Any, image_shape: tuple[int, int, int]) -> list
 
 
 def summarize(network: Network, params: Any, description: Mapping[str, Any]) -> str:
-    """What there is to say about a trained network.
+    """A trained network as text: its layers, its training and its scores.
 
     Args:
       network: the network.
       params: its parameters.
-      description: of its checkpoint; what it lacks is left out.
+      description: its checkpoint's description as JSON values; parts that it lacks are left out.
     """
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     channels = network.channels
     head = (
         f"{network.name}: {count:,} parameters, for images of {channels} "
-        f"channel{'s' * (channels != 1)} and of sides that are multiples of {network.stride} "
+        f"channel{'s' * (channels != 1)} with sides that are multiples of {network.stride} "
         "(others are extended)"
     )
     parts = [head]
@@ -123,9 +119,8 @@ def summarize(network: Network, params: Any, description: Mapping[str, Any]) -> 
 
 
 def _table(network: LinenNetwork, params: Any, description: Mapping[str, Any]) -> str:
-    size = description.get("image_size") or [16 * network.stride] * 2
-    height, width = size
-    rows = describe(network.model, params, (height, width, network.channels))
+    height, width = description.get("image_size") or [16 * network.stride] * 2
+    rows = layers(network.model, params, (height, width, network.channels))
     lines = [f"{'layer':16} {'gives':>14} {'parameters':>12} {'FLOP':>14} {'sees':>10}"]
     for layer in rows:
         shape = "x".join(map(str, layer.shape))

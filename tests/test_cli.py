@@ -113,6 +113,7 @@ def test_wrong_usage_gets_one_line_and_status_2(trained, pictures, tmp_path, cap
     [
         (["--degradation.sigma=-1"], "sigma -1.0 is out of bounds; use sigma >= 0"),
         (["--training.epochs", "0"], "training.epochs 0 is out of bounds"),
+        (["--model.features", "1000000000"], "NoiseReducer with features (1000000000,) needs"),
         (["--training.batch-size", "30"], "30 is not divisible by 8 devices; use 24 or 32"),
         (["--data.dataset", "nonsense"], "unknown dataset 'nonsense'"),
         (["--model.channels", "3"], "1 channel, the model NoiseReducer takes 3"),

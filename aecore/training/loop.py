@@ -16,12 +16,14 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import aecore
+from aecore import memory
 from aecore.config import Experiment
 from aecore.data import sources
 from aecore.data.crops import Crops
 from aecore.data.sources import Dataset
 from aecore.errors import ConfigError, Interrupted, NonFiniteLossError
 from aecore.media import images
+from aecore.networks.base import check_memory
 from aecore.restoring import expectations
 from aecore.restoring.restorer import Restorer
 from aecore.saved.checkpoints import Checkpoints
@@ -73,6 +75,9 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
     directory = epath.Path(experiment.directory).expanduser()
     resuming.check_directory(experiment, directory)
     devices = assembly.devices(experiment.training)
+    available = memory.limit(devices.mesh.local_devices[0]) or memory.physical()
+    # Adam keeps two more arrays of each parameter's size, and its gradient is another.
+    check_memory(experiment.model, available, copies=4)
     dataset = sources.load(experiment.data)
     experiment.check_images(*dataset.image_shape)
     examples = dataset.examples(experiment.degradation.grid)

@@ -566,7 +566,8 @@ def _prepare_jax() -> None:
     from aecore.measuring import hardware
 
     hardware.quiet_libtpu()
-    if jax.config.values["jax_compilation_cache_dir"] is None:
+    known = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if known is None:
         home = os.environ.get("XDG_CACHE_HOME") or epath.Path("~/.cache").expanduser()
         cache = epath.Path(home) / "aecore" / "jax"
         try:

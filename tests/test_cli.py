@@ -111,7 +111,7 @@ def test_wrong_usage_gets_one_line_and_status_2(trained, pictures, tmp_path, cap
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--degradation.sigma=-1"], "sigma -1.0 is out of bounds; use sigma >= 0"),
+        (["--degradation.sigma=-1"], "sigma -1.0 is out of bounds; use 0 <= sigma"),
         (["--training.epochs", "0"], "training.epochs 0 is out of bounds"),
         (["--model.features", "1000000000"], "NoiseReducer with features (1000000000,) needs"),
         (["--training.batch-size", "30"], "30 is not divisible by 8 devices; use 24 or 32"),

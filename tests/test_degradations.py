@@ -14,7 +14,7 @@ import scipy.special
 import scipy.stats
 from PIL import Image
 
-from aecore import Experiment, config
+from aecore import Experiment
 from aecore.data.batches import training_batches
 from aecore.data.ops import TensorFlowOps
 from aecore.degradations import (
@@ -41,6 +41,7 @@ from aecore.degradations import (
 )
 from aecore.errors import ConfigError
 from aecore.models import NoiseReducer
+from aecore.saved.descriptions import describe, experiment_from_json
 
 RANDOM = np.random.default_rng(0)
 
@@ -715,8 +716,8 @@ def test_images_are_turned_in_all_eight_ways(run):
 @pytest.mark.parametrize("degradation", RANDOM_ONES, ids=lambda value: type(value).__name__)
 def test_degradations_survive_json(degradation):
     experiment = Experiment("a", NoiseReducer(), degradation)
-    text = json.dumps(config.to_json(experiment))
-    assert config.from_json(json.loads(text)).degradation == degradation
+    text = json.dumps(describe(experiment))
+    assert experiment_from_json(json.loads(text)).degradation == degradation
 
 
 @pytest.mark.parametrize("name", ["photo_real_esrgan", "photo_bsrgan"])
@@ -730,5 +731,5 @@ def test_pipelines_for_photographs_degrade(name):
     assert worse.min() >= 0
     assert worse.max() <= 1
     assert (np.abs(worse - images).mean(axis=(1, 2, 3)) > 0.005).all()
-    description = json.loads(json.dumps(config.to_json(experiment)))
-    assert config.from_json(description) == experiment
+    description = json.loads(json.dumps(describe(experiment)))
+    assert experiment_from_json(description) == experiment

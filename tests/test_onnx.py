@@ -97,9 +97,9 @@ def test_models(model):
     ids=lambda model: type(model).__name__,
 )
 def test_images_of_any_size_come_out_as_from_a_restorer(model, tmp_path):
-    restorer = aecore.Restorer(model, random_params(model), {})
+    restorer = aecore.Restorer.of(model, random_params(model))
     path = epath.Path(tmp_path / "net.onnx")
-    exported.export_onnx(path, restorer.network, restorer.params, restorer.description)
+    exported.export_onnx(path, restorer.trained)
     session = session_of(onnx.load(path))
     for batch, height, width in ((1, 1, 1), (2, 1, 5), (1, 3, 2), (2, 29, 31), (1, 28, 36)):
         shape = (batch, height, width, model.channels)
@@ -355,20 +355,20 @@ def test_refused(function, message):
 
 
 def test_compiled_functions_are_refused(tmp_path):
-    restorer = aecore.Restorer(LinearAutoencoder(2, 4), random_params(LinearAutoencoder(2, 4)), {})
+    restorer = aecore.Restorer.of(LinearAutoencoder(2, 4), random_params(LinearAutoencoder(2, 4)))
     path = epath.Path(tmp_path / "net.aecore")
-    exported.save(path, restorer.network, restorer.params, {})
+    exported.save(path, restorer.trained)
     compiled = aecore.Restorer.load(path)
     with pytest.raises(
         ConfigError, match="compiled functions can't be written as ONNX; export the"
     ):
-        exported.export_onnx(path, compiled.network, compiled.params, {})
+        exported.export_onnx(path, compiled.trained)
 
 
 def test_without_onnx(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.delitem(sys.modules, "aecore.saved.onnx")
     monkeypatch.delattr(aecore.saved, "onnx")
-    restorer = aecore.Restorer(NoiseReducer(), {}, {})
+    restorer = aecore.Restorer.of(NoiseReducer(), {})
     with pytest.raises(ConfigError, match=r'pip install "aecore\[onnx\]"'):
-        exported.export_onnx(epath.Path(tmp_path / "net.onnx"), restorer.network, {}, {})
+        exported.export_onnx(epath.Path(tmp_path / "net.onnx"), restorer.trained)

@@ -364,7 +364,8 @@ def test_parameters_alone_of_ones_own_network_are_loaded_with_model(tmp_path):
     path = epath.Path(save(restorer, tmp_path / "own.aecore", with_functions=False))
     with pytest.raises(CheckpointError, match="is not known; pass it as model=, or export"):
         exported.load(path)
-    model, params, _ = exported.load(path, model=Own())
+    trained = exported.load(path, model=Own())
+    model, params = trained.network.model, trained.params
     assert model == Own()
     jax.tree.map(np.testing.assert_array_equal, params, restorer.params)
     with pytest.raises(

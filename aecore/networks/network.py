@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aecore.networks import masking, receptive_field
+from aecore.networks import receptive_field
 from aecore.networks.receptive_field import ReceptiveField
 
 _CHECKED_BLOCKS = (3, 2)
@@ -105,6 +105,8 @@ class LinenNetwork:
         return self.model.apply({"params": params}, codes, method="decode")
 
     def apply_within(self, params: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
+        from aecore.networks import masking  # Flax; exported files do without.
+
         return masking.apply_within(self.model, params, images, sizes)
 
     def receptive_field(self, params: Any) -> ReceptiveField | None:

@@ -17,7 +17,6 @@ from aecore import degradations, settings
 from aecore.config import Data, Experiment, Optimizer, Training
 from aecore.degradations import Degradation
 from aecore.errors import ConfigError
-from aecore.networks import models
 from aecore.settings import OnResume
 from aecore.storage import absolute
 
@@ -127,6 +126,8 @@ class Description:
         Raises:
           ConfigError: it is not registered, or a field is unknown or invalid.
         """
+        from aecore.networks import models
+
         with _described():
             return _build(self.model or {}, models.REGISTRY, "model", "aecore.models")
 
@@ -139,6 +140,8 @@ def describe(experiment: Experiment) -> Json:
     Raises:
       ConfigError: a field of the model or the degradation has no form in JSON.
     """
+    from aecore.networks import models  # Flax; exported files do without.
+
     model = models.hyperparameters(experiment.model)
     data = _encode_fields(experiment.data)
     if data["data_dir"] is not None:
@@ -178,6 +181,8 @@ def experiment_from_json(
     Raises:
       ConfigError: a model or degradation is not registered, or a field is unknown or invalid.
     """
+    from aecore.networks import models
+
     with _described():
         if model is None:
             own = {} if like is None else {type(like).__name__: type(like)}

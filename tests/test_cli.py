@@ -118,7 +118,7 @@ def test_wrong_usage_gets_one_line_and_status_2(trained, pictures, tmp_path, cap
         (["--data.dataset", "nonsense"], "unknown dataset 'nonsense'"),
         (["--model.channels", "3"], "1 channel, the model NoiseReducer takes 3"),
         (["--data.data-dir", "{tmp}/none"], "is not a folder"),
-        (["--model.features", "0"], "all numbers at least 1"),
+        (["--model.features", "0"], "whole numbers of at least 1"),
         (["--run-dir", __file__], "can't be made"),
     ],
 )

@@ -91,7 +91,7 @@ def test_a_run_is_exported_whole_and_needs_neither_flax_nor_orbax(trained, tmp_p
     np.testing.assert_allclose(np.load(tmp_path / "restored.npy"), expected, atol=1e-5)
     assert "3,217 parameters" in output
     alone = aecore.Restorer.load(tmp_path / "b.aecore")
-    assert isinstance(alone.model, NoiseReducer)
+    assert isinstance(alone.network.model, NoiseReducer)
     assert alone.description.model == restorer.description.model
     assert alone.description.metrics == restorer.description.metrics
     for path in (tmp_path / "a.aecore", tmp_path / "b.aecore"):

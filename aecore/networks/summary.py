@@ -4,12 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
 from aecore.networks import receptive_field
-from aecore.networks.layers import Layer, kernel_uses
 from aecore.networks.network import LinenNetwork, Network
 
 
@@ -35,6 +33,10 @@ def layers(model: Any, params: Any, image_shape: tuple[int, int, int]) -> list[R
       params: its parameters.
       image_shape: height, width and channels, multiples of the stride.
     """
+    import flax.linen as nn  # Exported files do without Flax.
+
+    from aecore.networks.layers import Layer, kernel_uses
+
     calls = []
 
     def apply(params, images):

@@ -251,9 +251,10 @@ class Export:
 
     def run(self) -> int:
         from aecore.saved import exported, weights
+        from aecore.storage import to_path
 
         trained = weights.load(self.model)
-        path = epath.Path(self.output).expanduser()
+        path = to_path(self.output)
         if path.is_dir():
             raise ConfigError(f"{path} is a folder; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,9 @@ pipeline. Medians of 5 repeats on 2 CPU cores: NoiseReducer 10,264 images/s, Sub
 import tyro
 
 import aecore
+from aecore import models
 from aecore.degradations import GaussianNoise
 from aecore.measuring import benchmarking
-from aecore.networks import models
 from aecore.steps import state
 from aecore.training import assembly
 

@@ -55,7 +55,7 @@ class Probed(assembly.Assembly):
 
 def run(crops, steps=12, start=0, **training):
     """What `probe` tells of some steps, of which an epoch has 4."""
-    settings = dict(batch_size=16, seed=4, degrade_on="device") | training
+    settings = dict(batch_size=16, seed=8, degrade_on="device") | training
     experiment = aecore.Experiment(
         "feeds",
         NoiseReducer(features=(4,), channels=crops.shapes[0][2]),
@@ -104,7 +104,7 @@ def test_the_probe_tells_crops_apart():
     """What the other tests of this file rely on."""
     for options in (dict(turn=False), dict(turn=True, grid=2)):
         other = run(some_crops(**options), devices=1)
-        assert np.abs(other - streamed()).min() > 0.1
+        assert np.abs(other - streamed()).min() > 1
 
 
 @pytest.mark.parametrize("scale", [1, 2])
@@ -129,7 +129,7 @@ def test_resident_pairs_are_those_of_the_stream(tmp_path, scale):
 def test_flipped_crops_are_mirrored_by_every_feed():
     flipped = [run(some_crops(), flip=True, devices=1, feed=f) for f in ("stream", "resident")]
     assert_agree(*flipped)
-    assert np.abs(flipped[0] - run(some_crops(), devices=1)).min() > 0.1
+    assert np.abs(flipped[0] - run(some_crops(), devices=1)).min() > 1
 
 
 def test_pictures_that_do_not_fit_on_the_devices(monkeypatch):

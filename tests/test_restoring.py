@@ -19,10 +19,10 @@ from etils import epath
 from PIL import Image
 
 import aecore
+from aecore import models
 from aecore.degradations import GaussianNoise, Pixelate
 from aecore.errors import CheckpointError, ConfigError, ImageError
 from aecore.models import NoiseReducer, ResolutionEnhancer, SubpixelAutoencoder, UNet
-from aecore.networks import models
 from aecore.networks.network import LinenNetwork
 from aecore.networks.receptive_field import ReceptiveField
 from aecore.restoring import engine, expectations

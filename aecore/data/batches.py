@@ -45,6 +45,19 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
+def group_size(examples: np.ndarray | Crops, share: int) -> int:
+    """How many batches are made, and sent to the devices, together.
+
+    Small batches are, as each costs the pipeline and the loop a fixed time: enough for 256 images,
+    at most 8. Crops may have to be decoded, and the first batch should not wait for those after it.
+
+    Args:
+      examples: what batches are made of.
+      share: images of each batch that this process makes.
+    """
+    return 1 if isinstance(examples, Crops) else min(max(1, 256 // share), 8)
+
+
 def training_batches(
     examples: np.ndarray | Crops,
     degradation: Degradation | None,
@@ -81,9 +94,7 @@ def training_batches(
     steps_per_epoch = len(examples) // batch_size
     first, last, _ = share.indices(batch_size)
 
-    # Small batches are made several at once, as each element costs the pipeline a fixed time.
-    # Crops may have to be decoded, and the first batch should not wait for those after it.
-    group = 1 if is_crops else min(max(1, 256 // (last - first)), 8)
+    group = group_size(examples, last - first)
     count = group * (last - first)
 
     @functools.lru_cache(maxsize=4)  # Groups that are made at once may lie in two epochs.

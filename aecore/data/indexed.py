@@ -3,6 +3,8 @@
 An image is `(H, W, C)` uint8. Those of one source may differ in height and width, not in channels.
 """
 
+import dataclasses
+import io
 import threading
 import zlib
 from collections.abc import Callable, Sequence
@@ -137,6 +139,24 @@ class Cache:
         return image
 
 
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A picture file of which only the bytes are at hand, such as part of something larger."""
+
+    name: str
+    read: Callable[[], bytes]
+
+    def open(self, mode: str = "rb") -> io.BytesIO:
+        del mode
+        return io.BytesIO(self.read())
+
+    def __fspath__(self) -> str:
+        return self.name
+
+    def __str__(self):
+        return self.name
+
+
 class FileSource:
     """Pictures in files, each decoded when it is needed and kept while there is room.
 
@@ -171,11 +191,13 @@ class FileSource:
         return image
 
     def _decode(self, index: int) -> np.ndarray:
-        if (image := jpeg.decode(self._content(index), self._channels)) is not None:
+        content = self._content(index)
+        if (image := jpeg.decode(content, self._channels)) is not None:
             return image
         file = self._files[index]
         try:
-            picture = images.read(file)
+            read: Any = Encoded(str(file), lambda: content)
+            picture = images.read(read)
             size = picture.height, picture.width
             return images.at_working_size(picture, size, self._channels, "antialiased")
         except ImageError as error:

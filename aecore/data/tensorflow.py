@@ -3,9 +3,10 @@
 import contextlib
 import functools
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 from aecore.errors import DataError
-from aecore.terminal import silent_stderr
 
 
 @functools.cache
@@ -13,7 +14,7 @@ def import_tensorflow():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         # Before it has set up its log, TensorFlow ignores that level.
-        with silent_stderr():
+        with _silent_stderr():
             import tensorflow as tf
 
             # JAX owns the accelerators: TensorFlow would reserve their memory. A program that
@@ -27,3 +28,16 @@ def import_tensorflow():
             "install tensorflow-cpu"
         ) from error
     return tf
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drops what native code writes to the standard error stream."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as sink:
+        os.dup2(sink.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

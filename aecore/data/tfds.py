@@ -1,18 +1,17 @@
 """Images of datasets that TensorFlow Datasets (TFDS) has prepared, or can download."""
 
-import dataclasses
 import functools
-import io
 import itertools
 import socket
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from aecore.config import Data
 from aecore.data import whole
+from aecore.data.indexed import Encoded
 from aecore.data.tensorflow import import_tensorflow
 from aecore.errors import DataError
 
@@ -25,24 +24,6 @@ def runs(pictures: Iterable[Any]) -> Iterator[Sequence[Any]]:
     pictures = iter(pictures)
     while run := list(itertools.islice(pictures, RUN)):
         yield run
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """A picture as the bytes of a file that is part of something larger."""
-
-    name: str
-    read: Callable[[], bytes]
-
-    def open(self, mode: str = "rb") -> io.BytesIO:
-        del mode
-        return io.BytesIO(self.read())
-
-    def __fspath__(self) -> str:
-        return self.name
-
-    def __str__(self):
-        return self.name
 
 
 class Prepared:

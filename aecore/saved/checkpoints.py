@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from aecore.errors import CheckpointError, SavingError
 from aecore.saved.descriptions import Description
 from aecore.steps.state import TrainState
-from aecore.storage import absolute
+from aecore.storage import absolute, to_path
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def best_step(steps: Iterable[int], description: Description) -> int | None:
 
 def exists(run: epath.PathLike) -> bool:
     """Whether a run directory holds a checkpoint, whole or not."""
-    folder = epath.Path(run).expanduser() / "checkpoints"
+    folder = to_path(run) / "checkpoints"
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 

@@ -126,7 +126,7 @@ class Description:
         Raises:
           ConfigError: it is not registered, or a field is unknown or invalid.
         """
-        from aecore.networks import models
+        from aecore import models
 
         with _described():
             return _build(self.model or {}, models.REGISTRY, "model", "aecore.models")
@@ -140,9 +140,9 @@ def describe(experiment: Experiment) -> Json:
     Raises:
       ConfigError: a field of the model or the degradation has no form in JSON.
     """
-    from aecore.networks import models  # Flax; exported files do without.
+    from aecore.networks.base import hyperparameters  # Flax; exported files do without.
 
-    model = models.hyperparameters(experiment.model)
+    model = hyperparameters(experiment.model)
     data = _encode_fields(experiment.data)
     if data["data_dir"] is not None:
         data["data_dir"] = os.fspath(absolute(data["data_dir"]))
@@ -181,7 +181,7 @@ def experiment_from_json(
     Raises:
       ConfigError: a model or degradation is not registered, or a field is unknown or invalid.
     """
-    from aecore.networks import models
+    from aecore import models
 
     with _described():
         if model is None:

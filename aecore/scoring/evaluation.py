@@ -23,7 +23,7 @@ from aecore.scoring import reports
 from aecore.steps import step
 from aecore.steps.devices import Devices
 from aecore.steps.step import Apply, degrading, score
-from aecore.storage import write_json
+from aecore.storage import to_path, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -287,7 +287,7 @@ def evaluate(
     methods = {}
     if names:
         methods = classical_methods.methods(degradation, None if names is True else names)
-    directory = epath.Path(run).expanduser()
+    directory = to_path(run)
     summary = _read_summary(directory) if save else {}
     settings = experiment.data
     if data_dir is not None:

@@ -18,7 +18,7 @@ from jax import lax
 
 from aecore import memory
 from aecore.config import Training
-from aecore.data.batches import epoch_order, training_batches
+from aecore.data.batches import epoch_order, group_size, training_batches
 from aecore.data.crops import Crops
 from aecore.degradations import Degradation
 from aecore.errors import ConfigError
@@ -28,9 +28,6 @@ from aecore.training.assembly import Assembly, Kind
 
 _AHEAD = 2
 """Groups of batches sent to the devices ahead of time, while a call runs."""
-
-_GROUP_IMAGES, _MOST_BATCHES = 256, 8
-"""A stream's group has enough batches for this many images, but at most this many batches."""
 
 _MOST_STEPS = 128
 """Most steps per call; with this many, the cost of a call no longer matters."""
@@ -125,10 +122,7 @@ class Stream:
     ):
         devices = assembled.devices
         share = devices.share(training.batch_size)
-        # Crops may have to be decoded, and the first batch should not wait for those after it.
-        self._group = 1
-        if not isinstance(examples, Crops):
-            self._group = min(max(1, _GROUP_IMAGES // (share.stop - share.start)), _MOST_BATCHES)
+        self._group = group_size(examples, share.stop - share.start)
         self._steps = devices.compile_train_steps(assembled.train_step, self._group)
         self._devices = devices
         self._batches = functools.partial(

@@ -36,7 +36,7 @@ from aecore.saved.descriptions import (
 from aecore.scoring import evaluation, reports
 from aecore.steps import state
 from aecore.steps.devices import Devices, join_processes
-from aecore.storage import write_json
+from aecore.storage import to_path, write_json
 from aecore.training import assembly, feeds, resuming
 from aecore.training.clock import Clock
 from aecore.training.interruption import Interruption
@@ -72,7 +72,7 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
     # Otherwise an experiment that a checkpoint can't describe would come to light after training.
     described = describe(experiment)
     experiment_from_json(described, model=experiment.model)
-    directory = epath.Path(experiment.directory).expanduser()
+    directory = to_path(experiment.directory)
     resuming.check_directory(experiment, directory)
     devices = assembly.devices(experiment.training)
     available = memory.limit(devices.mesh.local_devices[0]) or memory.physical()

@@ -13,6 +13,7 @@ import aecore
 from aecore import models
 from aecore.degradations import GaussianNoise
 from aecore.measuring import benchmarking
+from aecore.networks.base import abstract_params
 from aecore.steps import state
 from aecore.training import assembly
 
@@ -52,7 +53,7 @@ def main(batch_size: int = 32, seconds: float = 2.0, repeats: int = 7) -> None:
     )
     first = rates["NoiseReducer"]["median"]
     for name, rate in rates.items():
-        parameters = state.count_parameters(state.abstract_params(NETWORKS[name], SHAPE))
+        parameters = state.count_parameters(abstract_params(NETWORKS[name], SHAPE))
         print(
             f"{name:24}{parameters:9,} parameters{rate['median']:10,.0f} images/s "
             f"({rate['lowest']:,.0f} to {rate['highest']:,.0f}){rate['median'] / first:7.2f} x"

@@ -24,7 +24,7 @@ import jax
 import aecore
 from aecore.degradations import GaussianNoise
 from aecore.models import NoiseReducer
-from aecore.steps import state
+from aecore.networks.base import abstract_params
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -71,7 +71,7 @@ def random_params(model, seed=0):
         return random.normal(0, scale, leaf.shape).astype(np.float32)
 
     side = 2 * model.stride
-    return jax.tree.map(values, state.abstract_params(model, (side, side, model.channels)))
+    return jax.tree.map(values, abstract_params(model, (side, side, model.channels)))
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,9 @@ OTHERS = [
 
 
 def test_all_registered_networks_are_trained_here():
-    assert {type(model) for model, _ in RESIDUAL + OTHERS} == set(REGISTRY.values())
+    assert {type(model) for model, _ in RESIDUAL + OTHERS} == {
+        cls for cls in REGISTRY.values() if cls.__module__.startswith("aecore.")
+    }
 
 
 @pytest.mark.parametrize(("model", "loss"), RESIDUAL, ids=repr)
@@ -111,4 +113,4 @@ def test_residual_networks_improve_on_what_they_are_given(model, loss):
 def test_the_loss_of_other_networks_falls(model, loss):
     trained, _ = curves(model, loss, photographs(BATCH, SIDE, model.channels))
     ratios = trained[..., -10:].mean(-1) / trained[..., :10].mean(-1)
-    assert (ratios < [1, 0.8]).all()
+    assert (ratios < jnp.array([1, 0.8])).all()

@@ -80,4 +80,4 @@ def test_two_processes_stop_together_and_one_goes_on(alone, tmp_path):
     _, description = newest(run)
     assert 10 <= description.step < 150
     finish(start(run, "--training.steps", "150"))
-    assert newest(run)[1]["step"] == 150
+    assert newest(run)[1].step == 150

@@ -84,14 +84,19 @@ def check_choice(model: nn.Module, name: str, *choices: Any) -> None:
         raise ConfigError(f"{type(model).__name__} can't have {name} {value!r}; use {known}")
 
 
+def abstract_params(model: Any, image_shape: tuple[int, int, int]) -> Any:
+    """The shapes and dtypes of a model's parameters."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images)["params"]
+
+
 def parameter_bytes(model: Any) -> int:
     """How many bytes a network's parameters take, found without allocating them.
 
     Args:
       model: a network.
     """
-    images = jax.ShapeDtypeStruct((1, model.stride, model.stride, model.channels), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    shapes = abstract_params(model, (model.stride, model.stride, model.channels))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 

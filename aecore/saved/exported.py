@@ -355,10 +355,10 @@ def _registered(description: Description) -> Any:
 
 def _fitting(model: Any, params: Any) -> Any:
     """The model, if it takes such parameters."""
-    from aecore.steps import state
+    from aecore.networks.base import abstract_params
 
     size = (8 * model.stride, 8 * model.stride, model.channels)
-    expected = _flatten(state.abstract_params(model, size))
+    expected = _flatten(abstract_params(model, size))
     given = _flatten(params)
     for name in sorted(expected.keys() | given.keys()):
         shapes = [tree[name].shape if name in tree else None for tree in (expected, given)]

@@ -84,8 +84,8 @@ def _stamp(path: epath.Path) -> tuple[str, int, int]:
 
 def _of_run(run: epath.Path, model: Any) -> TrainedNetwork:
     from aecore.errors import ConfigError
+    from aecore.networks.base import abstract_params
     from aecore.saved import checkpoints
-    from aecore.steps import state
 
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -99,7 +99,7 @@ def _of_run(run: epath.Path, model: Any) -> TrainedNetwork:
         shape = (*description.image_size, description.channels)
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-            state.abstract_params(build_model(description), shape),
+            abstract_params(build_model(description), shape),
         )
 
     params, description = checkpoints.load(run, abstract)

@@ -50,12 +50,6 @@ def create(
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
 
-def abstract_params(model: Any, image_shape: tuple[int, int, int]) -> Any:
-    """The shapes and dtypes of a model's parameters."""
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images)["params"]
-
-
 def count_parameters(params: Any) -> int:
     """How many numbers a tree of arrays, or of their shapes, holds."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -11,6 +11,7 @@ import optax
 from aecore import losses
 from aecore.config import Experiment, Optimizer, Training
 from aecore.errors import ConfigError
+from aecore.networks.base import abstract_params
 from aecore.networks.network import in_precision
 from aecore.steps import state, step
 from aecore.steps.devices import COMPILED_BY, Devices
@@ -220,7 +221,7 @@ def _parts(
 
 def activation_bytes(model: Any, image_shape: tuple[int, int, int]) -> int:
     """What a float32 training step keeps of each image for the backward pass."""
-    params = state.abstract_params(model, image_shape)
+    params = abstract_params(model, image_shape)
     apply = step.of_model(model)
 
     def kept(count):

@@ -476,8 +476,9 @@ def _experiment(file: str, flags: Sequence[str]) -> Experiment:
 
 def _image_shape(experiment: Experiment) -> tuple[int, int, int]:
     """Shape of an experiment's images; loads them only if the settings don't say."""
-    if experiment.data.image_size is not None:
-        return (*experiment.data.image_size, experiment.model.channels)
+    size = experiment.data.image_size or experiment.data.crop_size
+    if size is not None:
+        return (*size, experiment.model.channels)
     from aecore.data import sources
 
     return sources.load(experiment.data).image_shape

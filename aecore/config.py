@@ -203,32 +203,57 @@ class Experiment:
             isinstance(self.degradation, Degradation),
             f"degradation {self.degradation!r} is not a Degradation; see aecore.degradations",
         )
-        if self.data.image_size is not None:
-            self.check_images(*self.data.image_size, self.data.channels or self.model.channels)
+        size = self.data.image_size or self.data.crop_size
+        if size is not None:
+            # How much smaller the degraded ones of pairs are shows when they are loaded.
+            is_pairs = self.data.dataset == "pairs"
+            scale = self.model_scale // self.degradation.reduction if is_pairs else 1
+            self.check_images(*size, self.data.channels or self.model.channels, scale)
 
     @property
     def directory(self) -> str:
         """The run directory."""
         return self.run_dir or f"runs/{self.name}"
 
-    def check_images(self, height: int, width: int, channels: int) -> None:
-        """Raises ConfigError unless the model takes images of this size and these channels."""
-        stride = self.model.stride
+    @property
+    def model_scale(self) -> int:
+        """How many times larger the model makes images."""
+        return getattr(self.model, "scale", 1)
+
+    def check_images(self, height: int, width: int, channels: int, pairs_scale: int = 1) -> None:
+        """Raises ConfigError unless the model can learn from images of this size.
+
+        Args:
+          height: of the originals, or of the crops of them.
+          width: the same.
+          channels: 1 or 3.
+          pairs_scale: how many times larger than their degraded partners the originals are.
+        """
+        smaller = self.degradation.reduction * pairs_scale
+        _require(
+            smaller == self.model_scale,
+            f"the degraded images are {smaller} times smaller than the originals, the model "
+            f"{type(self.model).__name__} makes them {self.model_scale} times larger; "
+            "use a model and a degradation of the same scale, such as Upscaler and Downscale",
+        )
+        stride = self.model.stride * self.model_scale
         least = math.ceil(SSIM_WINDOW / stride) * stride
+        what, flag = ("crop", "crop") if self.data.crop else ("image size", "image-size")
         _require(
             min(height, width) >= SSIM_WINDOW,
-            f"image size {height}x{width} is too small for SSIM; "
-            f"use --data.image-size with at least {least} {least}",
+            f"{what} {height}x{width} is too small for SSIM; "
+            f"use --data.{flag} with at least {least} {least}",
         )
         sizes = {
             tuple(max(least, rounded(side / stride) * stride) for side in (height, width))
             for rounded in (math.floor, math.ceil)
         }
         choices = " or ".join(f"{size[0]} {size[1]}" for size in sorted(sizes))
+        of_model = "the model's stride" + (" times its scale" if self.model_scale > 1 else "")
         _require(
             height % stride == 0 and width % stride == 0,
-            f"image size {height}x{width} is not a multiple of {stride}, the model's stride; "
-            f"use --data.image-size {choices}",
+            f"{what} {height}x{width} is not a multiple of {stride}, {of_model}; "
+            f"use --data.{flag} {choices}",
         )
         _require(
             channels == self.model.channels,

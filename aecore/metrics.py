@@ -51,6 +51,37 @@ def ssim(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.asarray(dm_pix.ssim(outputs, targets, filter_fn=filter_fn))
 
 
+def mse_within(outputs: jax.Array, targets: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Mean squared error over each image's first `sizes[i]` rows and columns, `(B, 2)` integers.
+
+    An image of size 0 has an error of 0.
+    """
+    check_shapes(outputs, targets)
+    return _mean_within((outputs - targets) ** 2, sizes)
+
+
+def psnr_within(outputs: jax.Array, targets: jax.Array, sizes: jax.Array) -> jax.Array:
+    """`psnr` of each image's first `sizes[i]` rows and columns."""
+    return jnp.minimum(-10 * jnp.log10(mse_within(outputs, targets, sizes)), 100.0)
+
+
+def ssim_within(outputs: jax.Array, targets: jax.Array, sizes: jax.Array) -> jax.Array:
+    """`ssim` of each image's first `sizes[i]` rows and columns."""
+    check_shapes(outputs, targets)
+    filter_fn: Any = _gaussian_filter
+    values = jnp.asarray(dm_pix.ssim(outputs, targets, filter_fn=filter_fn, return_map=True))
+    return _mean_within(values, sizes - (SSIM_WINDOW - 1))
+
+
+def _mean_within(values: jax.Array, sizes: jax.Array) -> jax.Array:
+    """The mean over channels and each image's first `sizes[i]` rows and columns."""
+    rows, columns = (jnp.arange(side) for side in values.shape[1:3])
+    counts = (rows[:, None] < sizes[:, :1, None]) & (columns < sizes[:, 1:, None])
+    # Row by row: a sum over millions of values at once would lose digits.
+    total = jnp.where(counts[..., None], values, 0).mean(axis=3).sum(axis=2).sum(axis=1)
+    return total / jnp.maximum(counts.sum(axis=(1, 2)), 1)
+
+
 _SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Weights of MS-SSIM's scales, finest first, from Wang, Simoncelli and Bovik."""
 

@@ -27,7 +27,7 @@ from aecore.models import UNet
 
 experiment = Experiment(
     name="fashion_mnist_blind",
-    model=UNet(features=(16, 32), patch=2, residual=False),
+    model=UNet(features=(16, 32), patch=2, residual=False, last_relu=True),
     degradation=GaussianNoise((0.0, 0.6)),
     data=Data(dataset="fashion_mnist"),
     optimizer=Optimizer(learning_rate=4e-3, schedule="cosine", warmup_steps=200),

@@ -15,7 +15,7 @@ from aecore.models import UNet
 
 experiment = Experiment(
     name="fashion_mnist_unet",
-    model=UNet(features=(32, 64), patch=2, residual=False),
+    model=UNet(features=(32, 64), patch=2, residual=False, last_relu=True),
     degradation=GaussianNoise(0.4),
     data=Data(dataset="fashion_mnist"),
     optimizer=Optimizer(learning_rate=2e-3, schedule="cosine", warmup_steps=200, ema=0.999),

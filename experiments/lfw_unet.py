@@ -17,7 +17,7 @@ from aecore.models import UNet
 
 experiment = Experiment(
     name="lfw_unet",
-    model=UNet(features=(32, 64, 96), channels=3, patch=2),
+    model=UNet(features=(32, 64, 96), channels=3, patch=2, last_relu=True),
     degradation=Pixelate(0.4),
     # Resized as in the recipe, so that both networks are scored on the same images.
     data=Data(dataset="lfw", image_size=(80, 80), resize="bilinear"),

@@ -607,7 +607,8 @@ def test_jpeg_draws_its_subsampling_for_each_image(run):
         np.abs(JPEG(80, subsampling)(image) - results).mean(axis=(1, 2, 3))
         for subsampling in ("4:2:0", "4:4:4")
     ]
-    assert np.min(distances, axis=0).max() < 1e-3
+    # Coefficients that lie between two multiples may be rounded either way.
+    assert np.min(distances, axis=0).max() < np.max(distances, axis=0).min() / 4
     assert np.argmin(distances, axis=0).mean() == pytest.approx(0.5, abs=0.3)
     only = JPEG(80, ("4:4:4",))
     assert not only.is_random

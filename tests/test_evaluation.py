@@ -7,10 +7,11 @@ import pytest
 from conftest import save_pictures
 
 import aecore
-from aecore.degradations import GaussianNoise, Pixelate
-from aecore.errors import CheckpointError, ConfigError
+from aecore.degradations import GaussianNoise, Pixelate, PlacedJaxOps
+from aecore.errors import CheckpointError, ConfigError, ImageError
 from aecore.scoring import evaluation
 from aecore.steps.devices import Devices
+from aecore.steps.step import score
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (21, 16, 16, 1), np.uint8)
 
@@ -46,7 +47,7 @@ def test_batches_are_as_large_as_devices_like_and_alike(monkeypatch):
         evaluator = evaluation.Evaluator(
             identity, GaussianNoise(0.3), Devices(jax.devices()[:devices])
         )
-        assert evaluator._size_of_batches(IMAGES) == size
+        assert evaluator._size_of_batches(len(IMAGES), IMAGES.shape[1:]) == size
 
 
 def test_what_is_compiled_ahead_is_not_compiled_again():
@@ -64,6 +65,55 @@ def test_what_is_compiled_ahead_is_not_compiled_again():
     expected = evaluation.Evaluator(network, GaussianNoise(0.3), Devices())
     assert scores == expected(params, IMAGES)
     assert evaluator(params, IMAGES[:3]) == expected(params, IMAGES[:3])
+
+
+class Pictures:
+    """Noise of several sizes, of which some are broken."""
+
+    channels = 3
+
+    def __init__(self, sizes, broken=()):
+        random = np.random.default_rng(1)
+        self.images = [random.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+        self.broken = broken
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise ImageError(f"picture {index} is broken")
+        return self.images[index]
+
+    def shape(self, index):
+        return self.images[index].shape
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_pictures_of_many_sizes_count_once_and_as_if_alone(devices, multiple, caplog):
+    sizes = [(20 + 3 * n % 17, 20 + 5 * n % 31) for n in range(12)] + [(8, 40)]
+    source = Pictures(sizes, broken={4})
+    chosen = Devices(jax.devices()[:devices])
+    degradation = GaussianNoise((0.1, 0.3), clip=False)
+    evaluator = evaluation.Evaluator(identity, degradation, chosen, multiple=multiple)
+    evaluator.compile_ahead({}, source)
+    values = evaluator.per_image({}, source)
+    kept = [index for index in range(12) if index != 4]
+    assert len(values["mse"]) == len(kept)
+    for place, index in enumerate(kept):
+        original = source[index][None] / np.float32(255)
+        key = evaluation.keys(np.array([index]))
+        degraded = np.asarray(degradation.apply(original, PlacedJaxOps(key)))
+        assert values["mse"][place] == pytest.approx(((degraded - original) ** 2).mean(), rel=1e-5)
+        alone = {name: float(v[0]) for name, v in score(degraded, original).items()}
+        assert values["psnr"][place] == pytest.approx(alone["psnr"], abs=1e-4)
+        assert values["ssim"][place] == pytest.approx(alone["ssim"], abs=1e-5)
+    evaluator.per_image({}, source)
+    assert [record.message for record in caplog.records] == [
+        "skipped: 1 pictures with sides of less than 11 pixels",
+        "skipped: picture 4 is broken",
+    ]
 
 
 def test_mse_is_of_the_output_as_it_is_and_psnr_of_the_clipped_one():

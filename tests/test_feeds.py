@@ -60,12 +60,11 @@ def run(crops, steps=12, start=0, **training):
         "feeds",
         NoiseReducer(features=(4,), channels=crops.shapes[0][2]),
         DEGRADATION,
+        aecore.Data("pairs" if len(crops.shapes) == 2 else "folder", crop=crops.shapes[-1][:2]),
         training=aecore.Training(**settings),
     )
     devices = assembly.devices(experiment.training)
-    assembled = assembly.assemble(
-        experiment, crops.shapes[-1], devices, last_step=1, kind=feeds.kind_of(crops)
-    )
+    assembled = assembly.assemble(experiment, crops.shapes[-1], devices, last_step=1)
     feed = feeds.create(crops, DEGRADATION, experiment.training, Probed(**vars(assembled)))
     state = devices.replicate(TrainState(jnp.int32(start), {}, {}))
     values, step = [], start

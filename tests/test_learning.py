@@ -21,7 +21,7 @@ from aecore.models import (
 
 STEPS, BATCH, SIDE = 80, 6, 16
 SEEDS = 3
-RATES = np.array([3e-4, 1e-3], np.float32)
+RATES = (3e-4, 1e-3)
 
 
 def photographs(count, side, channels):
@@ -40,14 +40,15 @@ def photographs(count, side, channels):
     return images
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def curves(model, loss, originals):
+@functools.partial(jax.jit, static_argnums=(0, 1, 3, 4, 5))
+def curves(model, loss, originals, seeds=SEEDS, rates=RATES, steps=STEPS):
     """The loss of each step, and that of its batch as it was given, enlarged by interpolation.
 
     Both are `(seeds, rates, steps)`. Each step sees the same images with other noise.
     """
     optimizer = optax.inject_hyperparams(optax.adam)(1e-3)
     scale = model.scale
+    batch, side = originals.shape[:2]
 
     def train(seed, rate):
         key = jax.random.key(seed)
@@ -58,8 +59,10 @@ def curves(model, loss, originals):
         def step(carry, number):
             params, state = carry
             level, noise = jax.random.split(jax.random.fold_in(key, number))
-            small = originals.reshape(BATCH, SIDE, scale, SIDE, scale, -1).mean((2, 4))
-            level = jax.random.uniform(level, (BATCH, 1, 1, 1), minval=0.05, maxval=0.2)
+            small = originals.reshape(batch, side // scale, scale, side // scale, scale, -1).mean(
+                (2, 4)
+            )
+            level = jax.random.uniform(level, (batch, 1, 1, 1), minval=0.05, maxval=0.2)
             given = jnp.clip(small + level * jax.random.normal(noise, small.shape), 0, 1)
 
             def mean_loss(params):
@@ -71,10 +74,10 @@ def curves(model, loss, originals):
             start = losses.LOSSES[loss](plain, originals).mean()
             return (optax.apply_updates(params, change), state), (value, start)
 
-        return jax.lax.scan(step, (params, state), jnp.arange(STEPS))[1]
+        return jax.lax.scan(step, (params, state), jnp.arange(steps))[1]
 
     over_rates = jax.vmap(train, (None, 0))
-    return jax.vmap(over_rates, (0, None))(jnp.arange(SEEDS), jnp.asarray(RATES))
+    return jax.vmap(over_rates, (0, None))(jnp.arange(seeds), jnp.asarray(rates, jnp.float32))
 
 
 RESIDUAL = [
@@ -107,6 +110,13 @@ def test_residual_networks_improve_on_what_they_are_given(model, loss):
     ratios = trained[..., -10:].mean(-1) / start[..., -10:].mean(-1)
     assert (ratios[:, 0] < 0.95).all()
     assert (ratios[:, 1] < 0.85).all()
+
+
+def test_a_unet_for_photographs_learns():
+    """With a ReLU before its last layer it does not: that layer's inputs are soon all negative."""
+    model = UNet((32, 48, 64), blocks=2, channels=3, patch=2)
+    trained, start = curves(model, "mae", photographs(4, 32, 3), 1, (1e-3,), 100)
+    assert trained[..., -10:].mean() < 0.85 * start[..., -10:].mean()
 
 
 @pytest.mark.parametrize(("model", "loss"), OTHERS, ids=repr)

@@ -311,6 +311,44 @@ class Crops:
         list(self._pool.map(work, parts))
 
 
+def central(source: Source, size: tuple[int, int], count: int) -> tuple[np.ndarray, ...]:
+    """The middle of each of the first pictures that aren't broken.
+
+    Args:
+      source: the pictures. Small ones are padded.
+      size: height and width; of pairs, the original's.
+      count: of pictures at most.
+
+    Returns:
+      `(n, h, w, C)` uint8 crops; of pairs, the degraded ones and the originals.
+
+    Raises:
+      DataError: all pictures are broken.
+    """
+    scale = source.scale if isinstance(source, Pairs) else 1
+    parts = [(source, 1)]
+    if isinstance(source, Pairs):
+        parts = [(source.degraded, scale), (source.original, 1)]
+    found = []
+    for index in range(len(source)):
+        if len(found) == count:
+            break
+        try:
+            sides = zip(source.shape(index), size, strict=False)
+            top, left = (max(0, own - side) // 2 // scale * scale for own, side in sides)
+            cut = []
+            for part, factor in parts:
+                height, width = (side // factor for side in size)
+                pixels = part.window(index, top // factor, left // factor, height, width)
+                cut.append(pad(pixels, height, width))
+            found.append(cut)
+        except ImageError as error:
+            _log.warning("skipped: %s", error)
+    if not found:
+        raise DataError(f"none of the {len(source)} pictures for validation can be read")
+    return tuple(map(np.stack, zip(*found, strict=True)))
+
+
 def turned(image: np.ndarray, code: int) -> np.ndarray:
     """One of the eight ways to mirror and turn an image.
 

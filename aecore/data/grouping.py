@@ -2,8 +2,10 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -19,95 +21,134 @@ _MOST_TO_MERGE = 64
 
 @dataclasses.dataclass(frozen=True)
 class PictureBatch:
-    """Pictures, each mirrored at its lower and right edge to the batch's shape.
-
-    Each batch of a shape has the same number of pictures. Copies that are not counted fill up the
-    last one.
-    """
+    """Pictures, each mirrored at its lower and right edge to the batch's shape."""
 
     original: np.ndarray
     """`(B, H, W, C)` uint8."""
     degraded: np.ndarray | None
     """Of pairs, `(B, H / scale, W / scale, C)` uint8; else None."""
     sizes: np.ndarray
-    """`(B, 2)` int32: the originals' own heights and widths."""
+    """`(B, 2)` int32: the originals' own heights and widths. 0: there is no picture."""
     indices: np.ndarray
     """`(B,)` int32 positions in the source, on which noise should depend."""
-    count: int
-    """How many of them, from the first, are counted."""
 
 
-def picture_batches(
-    source: Source,
-    batch_size: Callable[[Shape], int],
-    *,
-    most_shapes: int = 6,
-    multiple: int = 1,
-) -> Iterator[PictureBatch]:
-    """Every picture once, in batches of at most `most_shapes` shapes.
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Pictures that share a shape."""
 
-    Pictures of one shape are in order of their indices. Broken ones are skipped with a warning.
+    shape: Shape
+    """Height, width and channels of the arrays that they are put into."""
+    members: list[int]
+    """Their indices, in order."""
+
+
+class GroupedPictures:
+    """Pictures of several sizes, divided into groups of few shapes.
+
+    Broken ones are left out, with a warning for each.
 
     Args:
       source: the pictures.
-      batch_size: how many pictures of a shape make a batch; fewer if there aren't as many.
       most_shapes: for as many shapes a network will be compiled.
       multiple: what heights and widths of the shapes are multiples of, such as a network's stride.
+      least: pictures with a side below it are left out, with one warning.
+
+    Attributes:
+      groups: the groups.
     """
-    sizes = {}
-    for index in range(len(source)):
-        try:
-            sizes[index] = source.shape(index)[:2]
-        except ImageError as error:
-            _log.warning("skipped: %s", error)
-    if not sizes:
-        return
-    scale = source.scale if isinstance(source, Pairs) else 1
-    step = int(np.lcm(multiple, scale))
-    shapes = shared_shapes(np.array(list(sizes.values())), most_shapes, step)
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, shape in zip(sizes, shapes.tolist(), strict=True):
-        groups.setdefault(tuple(shape), []).append(index)
-    plan = []
-    for (height, width), members in sorted(groups.items()):
-        size = min(batch_size((height, width, source.channels)), len(members))
-        parts = (members[start : start + size] for start in range(0, len(members), size))
-        plan += [((height, width), part, size) for part in parts]
 
-    def read(shape: tuple[int, int], members: list[int], size: int) -> PictureBatch | None:
-        good, images = [], []
-        for index in members:
+    def __init__(self, source: Source, *, most_shapes: int = 6, multiple: int = 1, least: int = 1):
+        self._source = source
+        self._scale = source.scale if isinstance(source, Pairs) else 1
+        self._broken: set[int] = set()
+        self.groups: list[Group] = []
+        sizes = {}
+        too_small = 0
+        for index in range(len(source)):
             try:
-                image = pad(source[index], *shape)
-                degraded = None
-                if isinstance(source, Pairs):
-                    degraded = pad(source.degraded[index], *(side // scale for side in shape))
+                size = source.shape(index)[:2]
             except ImageError as error:
-                _log.warning("skipped: %s", error)
+                self._leave_out(index, error)
                 continue
-            good.append(index)
-            images.append((image, degraded))
-        if not good:
-            return None
-        count = len(good)
-        good += good[:1] * (size - count)
-        images += images[:1] * (size - count)
-        originals, degraded = zip(*images, strict=True)
-        return PictureBatch(
-            np.stack(originals),
-            np.stack(degraded) if isinstance(source, Pairs) else None,
-            np.array([sizes[index] for index in good], np.int32),
-            np.array(good, np.int32),
-            count,
-        )
+            if min(size) < least:
+                too_small += 1
+            else:
+                sizes[index] = size
+        if too_small:
+            _log.warning("skipped: %d pictures with sides of less than %d pixels", too_small, least)
+        if not sizes:
+            return
+        step = math.lcm(multiple, self._scale)
+        shapes = shared_shapes(np.array(list(sizes.values())), most_shapes, step)
+        found: dict[tuple[int, int], list[int]] = {}
+        for index, shape in zip(sizes, shapes.tolist(), strict=True):
+            found.setdefault(tuple(shape), []).append(index)
+        self.groups = [
+            Group((height, width, source.channels), members)
+            for (height, width), members in sorted(found.items())
+        ]
 
-    # The next batch is read while one is used.
-    with ThreadPoolExecutor(1) as pool:
-        ahead: Future | None = None
-        for arguments in [*plan, None]:
-            ready, ahead = ahead, pool.submit(read, *arguments) if arguments else None
-            if ready is not None and (batch := ready.result()) is not None:
-                yield batch
+    def batch_shapes(self, group: Group, size: int) -> tuple[Any, Any]:
+        """Shapes of `original` and `degraded` in batches of a group, the latter maybe None."""
+        height, width, channels = group.shape
+        smaller = (size, height // self._scale, width // self._scale, channels)
+        return (size, *group.shape), smaller if isinstance(self._source, Pairs) else None
+
+    def batches(
+        self,
+        batch_size: Callable[[Group], int],
+        share: Callable[[int], slice] = lambda size: slice(0, size),
+    ) -> Iterator[PictureBatch]:
+        """Every picture once; those of one shape are in order of their indices.
+
+        Args:
+          batch_size: how many pictures make a batch of a group.
+          share: which rows of a batch of a size to make, without reading the others.
+        """
+        plan = []
+        for group in self.groups:
+            size = batch_size(group)
+            rows = share(size)
+            for start in range(0, len(group.members), size):
+                members = group.members[start : start + size]
+                plan.append((group, members[rows], rows.stop - rows.start))
+        # The next batch is read while one is used.
+        with ThreadPoolExecutor(1) as pool:
+            ahead: Future | None = None
+            for arguments in [*plan, None]:
+                ready, ahead = ahead, pool.submit(self._read, *arguments) if arguments else None
+                if ready is not None:
+                    yield ready.result()
+
+    def _read(self, group: Group, members: list[int], count: int) -> PictureBatch:
+        original_shape, degraded_shape = self.batch_shapes(group, count)
+        batch = PictureBatch(
+            original=np.zeros(original_shape, np.uint8),
+            degraded=None if degraded_shape is None else np.zeros(degraded_shape, np.uint8),
+            sizes=np.zeros((count, 2), np.int32),
+            indices=np.zeros(count, np.int32),
+        )
+        for row, index in enumerate(members):
+            if index in self._broken:
+                continue
+            try:
+                original = self._source[index]
+                batch.original[row] = pad(original, *original_shape[1:3])
+                if isinstance(self._source, Pairs):
+                    assert batch.degraded is not None
+                    degraded = self._source.degraded[index]
+                    batch.degraded[row] = pad(degraded, *batch.degraded.shape[1:3])
+            except ImageError as error:
+                self._leave_out(index, error)
+                continue
+            batch.sizes[row] = original.shape[:2]
+            batch.indices[row] = index
+        return batch
+
+    def _leave_out(self, index: int, error: ImageError) -> None:
+        self._broken.add(index)
+        _log.warning("skipped: %s", error)
 
 
 def shared_shapes(sizes: np.ndarray, most: int, multiple: int) -> np.ndarray:

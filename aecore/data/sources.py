@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from aecore.config import Data
 from aecore.data import tfds, whole
-from aecore.data.crops import Crop, Crops
+from aecore.data.crops import Crop, Crops, central
 from aecore.data.indexed import ArraySource, Cache, FileSource, Pairs, Shape, Source
 from aecore.errors import DataError, ImageError
 from aecore.media import images
@@ -59,6 +59,25 @@ class Dataset:
         if self.crop is None:
             return whole_array(self.train)
         return Crops(self.train, self.crop, grid)
+
+    def to_validate(self) -> np.ndarray | Source:
+        """What training is validated on: whole images, `(N, H, W, C)` uint8, or pictures."""
+        return whole_array(self.validation) if self.crop is None else self.validation
+
+    def samples(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Some images for validation, of the size that training sees.
+
+        Args:
+          count: how many at most.
+
+        Returns:
+          `(n, ., ., C)` uint8: what is to be degraded, and the originals. They differ for pairs.
+        """
+        if self.crop is None:
+            images = whole_array(self.validation)[:count]
+            return images, images
+        cut = central(self.validation, self.crop.size, count)
+        return cut[0], cut[-1]
 
     def fingerprint(self) -> str:
         """Tells whether two datasets hold the same images in the same order."""

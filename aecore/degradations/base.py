@@ -98,7 +98,7 @@ class JaxOps:
         self._path = path
 
     def within(self, name):
-        return JaxOps(self._keys, f"{self._path}{name}/")
+        return type(self)(self._keys, f"{self._path}{name}/")
 
     def _keys_of(self, name: str) -> jax.Array:
         number = stream(self._path + name)
@@ -121,15 +121,21 @@ class JaxOps:
 
         return jax.lax.scan(add_row, jnp.zeros_like(images), jnp.arange(side))[0]
 
+    def _each(
+        self, name: str, function: Callable[[jax.Array, jax.Array], jax.Array], images: jax.Array
+    ) -> jax.Array:
+        """`function(key, image)` for each image."""
+        return jax.vmap(function)(self._keys_of(name), images)
+
     def normal(self, name, images):
-        return jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(self._keys_of(name))
+        return self._each(name, lambda key, image: jax.random.normal(key, image.shape), images)
 
     def uniform(self, name, images, low, high):
         draw = jax.vmap(lambda key: jax.random.uniform(key, minval=low, maxval=high))
         return draw(self._keys_of(name))[:, None, None, None]
 
     def uniform_values(self, name, images):
-        return jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(self._keys_of(name))
+        return self._each(name, lambda key, image: jax.random.uniform(key, image.shape), images)
 
     def poisson(self, name, means):
         def draw(key, means):
@@ -137,7 +143,23 @@ class JaxOps:
             data = jax.random.bits(key, (2,), jnp.uint32)
             return jax.random.poisson(jax.random.wrap_key_data(data, impl="threefry2x32"), means)
 
-        return jax.vmap(draw)(self._keys_of(name), means).astype(jnp.float32)
+        return self._each(name, draw, means).astype(jnp.float32)
+
+
+class PlacedJaxOps(JaxOps):
+    """`JaxOps` where what is drawn for a pixel depends on its row and column, not on the size.
+
+    A picture has the same noise however far its array reaches beyond it.
+    """
+
+    def _each(self, name, function, images):
+        rows = images.reshape(*images.shape[:2], -1)
+        number = jnp.arange(rows.shape[1])
+
+        def of_image(key, rows):
+            return jax.vmap(function)(jax.vmap(jax.random.fold_in, (None, 0))(key, number), rows)
+
+        return jax.vmap(of_image)(self._keys_of(name), rows).reshape(images.shape)
 
 
 _VALUES = "aecore.degradations.values"

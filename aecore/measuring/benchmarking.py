@@ -19,6 +19,7 @@ from aecore import memory
 from aecore.config import Experiment
 from aecore.data import sources
 from aecore.data.batches import training_batches
+from aecore.data.crops import Crops
 from aecore.errors import ConfigError
 from aecore.measuring import hardware, planning
 from aecore.restoring.restorer import Restorer
@@ -31,6 +32,10 @@ _FEEDS = {
     "stream, degraded on device": dict(feed="stream", degrade_on="device"),
     "resident": dict(feed="resident"),
 }
+
+
+_PICTURES = 64
+"""Images that are restored."""
 
 
 def take_turns(works: Mapping[str, Callable[[float], int]], seconds: float, repeats: int):
@@ -84,8 +89,9 @@ def bench(experiment: Experiment, *, seconds: float = 2.0, repeats: int = 5) -> 
         raise ConfigError(f"seconds {seconds} is not possible; use a number above 0")
     devices = assembly.devices(experiment.training)
     dataset = sources.load(experiment.data)
-    experiment.check_images(*dataset.image_shape)
-    train, validation = map(sources.whole_array, (dataset.train, dataset.validation))
+    experiment.check_images(*dataset.image_shape, dataset.scale)
+    examples = dataset.examples(experiment.degradation.grid)
+    pictures, _ = dataset.samples(_PICTURES)
     device = devices.mesh.devices.flat[0]
     limits = {
         precision: hardware.limits(device, precision) for precision in ("float32", "bfloat16")
@@ -97,14 +103,16 @@ def bench(experiment: Experiment, *, seconds: float = 2.0, repeats: int = 5) -> 
         "batch_size": experiment.training.batch_size,
         "jax": jax.__version__,
         "limits": {precision: dataclasses.asdict(limit) for precision, limit in limits.items()},
-        "pipeline": take_turns(_pipelines(experiment, train), seconds, repeats),
+        "pipeline": take_turns(_pipelines(experiment, examples), seconds, repeats),
         "step": _steps(experiment, dataset.image_shape, limits, seconds, repeats),
-        "loop": _loops(experiment, train, seconds, repeats),
-        "restore": take_turns(_restoring(experiment, validation), seconds, repeats),
+        "loop": _loops(experiment, dataset.image_shape, examples, seconds, repeats),
+        "restore": take_turns(_restoring(experiment, pictures), seconds, repeats),
     }
 
 
-def _pipelines(experiment: Experiment, array: np.ndarray) -> dict[str, Callable[[float], int]]:
+def _pipelines(
+    experiment: Experiment, examples: np.ndarray | Crops
+) -> dict[str, Callable[[float], int]]:
     """The input pipeline alone."""
     training = experiment.training
 
@@ -119,7 +127,7 @@ def _pipelines(experiment: Experiment, array: np.ndarray) -> dict[str, Callable[
         name: functools.partial(
             work,
             training_batches(
-                array,
+                examples,
                 degradation,
                 batch_size=training.batch_size,
                 seed=training.seed,
@@ -175,9 +183,10 @@ def one_batch(assembled: Assembly) -> Callable[[float], int]:
     step = devices.compile_train_step(assembled.train_step)
     random = np.random.default_rng(0)
     share = devices.share(assembled.batch_size)
-    shape = (share.stop - share.start, *assembled.image_shape)
+    count = share.stop - share.start
+    shapes = assembled.input_shape, assembled.image_shape
     batch = devices.shard_batch(
-        (random.random(shape, np.float32), random.random(shape, np.float32))
+        tuple(random.random((count, *shape), np.float32) for shape in shapes)
     )
     state = jax.block_until_ready(devices.compile_create(assembled.create)())
 
@@ -208,7 +217,11 @@ def _peak_memory(devices: Devices) -> int | None:
 
 
 def _loops(
-    experiment: Experiment, array: np.ndarray, seconds: float, repeats: int
+    experiment: Experiment,
+    image_shape: tuple[int, int, int],
+    examples: np.ndarray | Crops,
+    seconds: float,
+    repeats: int,
 ) -> dict[str, Any]:
     """Training as it is, with each feed, without evaluation and saving; and on one batch."""
     works, waiting = {}, {}
@@ -216,10 +229,10 @@ def _loops(
         waiting[name] = []
         training = dataclasses.replace(experiment.training, **settings)
         chosen = dataclasses.replace(experiment, training=training)
-        works[name] = _loop(chosen, array, waiting[name])
+        works[name] = _loop(chosen, image_shape, examples, waiting[name])
     devices = assembly.devices(experiment.training)
     works["one batch"] = one_batch(
-        assembly.assemble(experiment, array.shape[1:], devices, 1, degrades_on_device=False)
+        assembly.assemble(experiment, image_shape, devices, 1, degrades_on_device=False)
     )
     rates = take_turns(works, seconds, repeats)
     reports = {}
@@ -234,14 +247,17 @@ def _loops(
 
 
 def _loop(
-    experiment: Experiment, array: np.ndarray, waiting: list[float]
+    experiment: Experiment,
+    image_shape: tuple[int, int, int],
+    examples: np.ndarray | Crops,
+    waiting: list[float],
 ) -> Callable[[float], int]:
     training = experiment.training
     devices = assembly.devices(training)
     assembled = assembly.assemble(
-        experiment, array.shape[1:], devices, training.last_step(len(array))
+        experiment, image_shape, devices, training.last_step(len(examples))
     )
-    feed = feeds.create(array, experiment.degradation, training, assembled)
+    feed = feeds.create(examples, experiment.degradation, training, assembled)
     state = devices.compile_create(assembled.create)()
     step = 0
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -39,7 +40,10 @@ class Autoencoder(nn.Module):
       otherwise.
     """
 
-    scale = 1  # Without an annotation, which would make it a field of every network.
+    # Without annotations, which would make them fields of every network.
+    scale = 1
+    unsaid = types.MappingProxyType({})
+    """Values of fields that came later, for descriptions from before them."""
 
     def encode(self, images: jax.Array) -> jax.Array:
         """`(B, H, W, C)` images to `(B, H / stride, W / stride, K)` codes."""

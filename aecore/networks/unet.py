@@ -1,5 +1,6 @@
 """A U-Net of residual blocks."""
 
+import types
 from typing import Literal
 
 import flax.linen as nn
@@ -43,12 +44,20 @@ class UNet(Autoencoder):
     so that large images can't be restored in tiles."""
     patch: Literal[1, 2] = 1
     """2: the finest level has half the image's resolution, and its four phases as channels."""
+    last_relu: bool = False
+    """True: a ReLU comes before the last layer. It stops a residual network of some size from
+    learning: its correction starts at zero, and the first steps push all that the last layer
+    sees below zero, where a ReLU has no gradient."""
+
+    # UNets had it before it was a field.
+    unsaid = types.MappingProxyType({"last_relu": True})
 
     def __post_init__(self):
         check_numbers(self, "features", "blocks", "channels")
         check_choice(self, "residual", True, False)
         check_choice(self, "norm", "none", "group")
         check_choice(self, "patch", 1, 2)
+        check_choice(self, "last_relu", True, False)
         super().__post_init__()
 
     @property
@@ -120,7 +129,7 @@ class UNet(Autoencoder):
                 level = self.up[index](level) + finer[index]
             for block in self.decoder[index]:
                 level = block(level)
-        output = self.output(relu(level))
+        output = self.output(relu(level) if self.last_relu else level)
         output = images + output if self.residual else nn.sigmoid(output)
         return merge_phases(output) if self.patch == 2 else output
 

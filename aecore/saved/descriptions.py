@@ -261,7 +261,9 @@ def _build(fields: Mapping[str, Any], registry: Mapping[str, type], kind: str, h
             f"register its class with {home}.register"
             + (", or pass model=" if kind == "model" else "")
         )
-    return registry[name](**_decode({key: v for key, v in fields.items() if key != "type"}))
+    cls = registry[name]
+    said = _decode({key: v for key, v in fields.items() if key != "type"})
+    return cls(**{**getattr(cls, "unsaid", {}), **said})
 
 
 # ---- What a description may hold

@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,15 +14,19 @@ import jax
 import numpy as np
 from etils import epath
 
+from aecore import metrics
 from aecore.data import sources
 from aecore.data.batches import evaluation_batches
-from aecore.degradations import Degradation
-from aecore.errors import ConfigError
+from aecore.data.grouping import Group, GroupedPictures
+from aecore.data.indexed import Pairs, Source
+from aecore.degradations import Degradation, PlacedJaxOps
+from aecore.errors import ConfigError, DataError
+from aecore.networks import layers
 from aecore.restoring.restorer import Restorer
 from aecore.scoring import reports
 from aecore.steps import step
 from aecore.steps.devices import Devices
-from aecore.steps.step import Apply, degrading, score
+from aecore.steps.step import Apply, degrading, degrading_pairs, score
 from aecore.storage import to_path, write_json
 
 _log = logging.getLogger(__name__)
@@ -48,13 +52,18 @@ class Stopped(Exception):  # noqa: N818 as it is no error.
 
 
 class Evaluator:
-    """Scores a network on images. Compiles once; call it as often as needed.
+    """Scores a network on images. Compiles once for each shape; call it as often as needed.
+
+    Images are an array `(N, H, W, C)` uint8, N at least 1, or a source of pictures of several
+    sizes. Those are put into arrays of a few shapes, mirrored beyond their edges; pixels beyond
+    don't count, and the noise doesn't depend on the arrays' shapes.
 
     Args:
       apply: `(params, images) -> images`, on `(B, H, W, C)` float32.
       degradation: applied to the images, with noise that depends on their index.
       devices: the devices to use.
       batch_size: images per call, rounded up to a multiple of the devices; None: a fast number.
+      multiple: what the originals' sides must be multiples of.
     """
 
     def __init__(
@@ -63,57 +72,106 @@ class Evaluator:
         degradation: Degradation,
         devices: Devices,
         batch_size: int | None = None,
+        multiple: int = 1,
     ):
-        prepare = degrading(degradation)
+        whole = degrading(degradation)
+        placed = degrading(degradation, ops_of=PlacedJaxOps)
+        pairs = degrading_pairs(degradation, PlacedJaxOps)
 
-        def eval_step(params, images, indices):
-            return step.eval_step(params, images, keys(indices), apply=apply, prepare=prepare)
+        def of_images(params, images, indices):
+            return step.eval_step(params, images, keys(indices), apply=apply, prepare=whole)
+
+        def of_pictures(params, batch, indices):
+            original, degraded, sizes = batch
+            scores = step.eval_step(
+                params,
+                original if degraded is None else (degraded, original),
+                keys(indices),
+                apply=apply,
+                prepare=placed if degraded is None else pairs,
+                sizes=sizes,
+            )
+            return {**scores, "index": indices, "is_counted": sizes[:, 0] > 0}
 
         self._devices = devices
         self._batch_size = batch_size
-        self._eval_step = devices.compile_eval_step(eval_step)
+        self._multiple = multiple
+        self._of_images = devices.compile_eval_step(of_images)
+        self._of_pictures = devices.compile_eval_step(of_pictures)
         self._compiled = None
+        self._last_grouped: tuple[Source, GroupedPictures] | None = None
 
-    def compile_ahead(self, params: Any, array: np.ndarray) -> None:
-        """Starts to compile, in the background, the program for a call with these arguments.
+    def compile_ahead(self, params: Any, images: np.ndarray | Source) -> None:
+        """Starts to compile, in the background, the programs for a call with these arguments.
 
         Args:
           params: the network's parameters, or their shapes, dtypes and shardings.
-          array: `(N, H, W, C)` uint8; only its shape matters.
+          images: what will be scored; only shapes matter.
         """
-        size = self._size_of_batches(array)
         sharding = self._devices.sharded
-        arguments = (
-            params,
-            jax.ShapeDtypeStruct((size, *array.shape[1:]), np.uint8, sharding=sharding),
-            jax.ShapeDtypeStruct((size,), np.int32, sharding=sharding),
-        )
+
+        def abstract(shape, dtype):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        def compile_all():
+            if isinstance(images, np.ndarray):
+                size = self._size_of_batches(len(images), images.shape[1:])
+                batch = abstract((size, *images.shape[1:]), np.uint8)
+                self._of_images.lower(params, batch, abstract((size,), np.int32)).compile()
+                return
+            pictures = self._grouped(images)
+            for group in pictures.groups:
+                size = self._size_of_group(group)
+                original, degraded = pictures.batch_shapes(group, size)
+                batch = (
+                    abstract(original, np.uint8),
+                    None if degraded is None else abstract(degraded, np.uint8),
+                    abstract((size, 2), np.int32),
+                )
+                self._of_pictures.lower(params, batch, abstract((size,), np.int32)).compile()
+
         executor = ThreadPoolExecutor(1)
-        self._compiled = executor.submit(lambda: self._eval_step.lower(*arguments).compile())
+        self._compiled = executor.submit(compile_all)
         executor.shutdown(wait=False)
 
-    def _size_of_batches(self, array: np.ndarray) -> int:
+    def _grouped(self, source: Source) -> GroupedPictures:
+        """The same source is looked at once."""
+        if self._last_grouped is None or self._last_grouped[0] is not source:
+            pictures = GroupedPictures(source, multiple=self._multiple, least=metrics.SSIM_WINDOW)
+            self._last_grouped = source, pictures
+        return self._last_grouped[1]
+
+    def _size_of_batches(self, count: int, shape: Sequence[int]) -> int:
         if self._batch_size is not None:
             return self._devices.round_up(self._batch_size)
         values = _VALUES_ON_CPU if self._devices.platform == "cpu" else _VALUES
-        most = max(1, values // math.prod(array.shape[1:])) * self._devices.device_count
-        count = -(-len(array) // most)
-        return self._devices.round_up(-(-len(array) // count))
+        most = max(1, values // math.prod(shape)) * self._devices.device_count
+        batches = -(-count // most)
+        return self._devices.round_up(-(-count // batches))
+
+    def _size_of_group(self, group: Group) -> int:
+        return self._size_of_batches(len(group.members), group.shape)
 
     def __call__(
-        self, params: Any, array: np.ndarray, stop: Callable[[], bool] = lambda: False
+        self,
+        params: Any,
+        images: np.ndarray | Source,
+        stop: Callable[[], bool] = lambda: False,
     ) -> Scores:
         """Mean scores over all images; arguments and errors as for `per_image`."""
-        return summarize(self.per_image(params, array, stop))
+        return summarize(self.per_image(params, images, stop))
 
     def per_image(
-        self, params: Any, array: np.ndarray, stop: Callable[[], bool] = lambda: False
+        self,
+        params: Any,
+        images: np.ndarray | Source,
+        stop: Callable[[], bool] = lambda: False,
     ) -> PerImage:
-        """Scores of each image.
+        """Scores of each image, or of each picture that isn't broken.
 
         Args:
           params: the network's parameters.
-          array: `(N, H, W, C)` uint8 originals, N at least 1.
+          images: the originals.
           stop: called before each batch; returns whether to stop the evaluation.
 
         Returns:
@@ -121,29 +179,53 @@ class Evaluator:
 
         Raises:
           Stopped: `stop` said so.
+          DataError: no picture can be scored.
         """
-        size = self._size_of_batches(array)
         if self._compiled:
             self._compiled.result()  # JAX keeps the compiled program.
         values = []
         running = collections.deque()
 
         def collect():
-            results, count = running.popleft()
-            values.append({name: v[:count] for name, v in jax.device_get(results).items()})
+            results = jax.device_get(running.popleft())
+            is_counted = results.pop("is_counted")
+            values.append({name: v[is_counted] for name, v in results.items()})
 
-        share = self._devices.share(size)
-        for batch in evaluation_batches(array, size):
-            if stop():
-                raise Stopped
-            placed = self._devices.shard((batch.images[share], batch.indices[share]))
-            running.append((self._eval_step(params, *placed), batch.count))
+        launched = self._launch(params, images)
+        while not stop():
+            if (results := next(launched, None)) is None:
+                break
+            running.append(results)
             # Starts the next batch before waiting for this one.
             if len(running) > 1:
                 collect()
+        else:
+            raise Stopped
         while running:
             collect()
-        return concatenate(values)
+        if not sum(len(part["mse"]) for part in values):
+            raise DataError("none of the pictures for validation can be scored; use others")
+        joined = concatenate(values)
+        order = np.argsort(joined.pop("index"))
+        return {name: value[order] for name, value in joined.items()}
+
+    def _launch(
+        self, params: Any, images: np.ndarray | Source
+    ) -> Iterator[dict[str, jax.Array | np.ndarray]]:
+        """Scores batch after batch, without waiting for results."""
+        shard, share = self._devices.shard, self._devices.share
+        if isinstance(images, np.ndarray):
+            size = self._size_of_batches(len(images), images.shape[1:])
+            for batch in evaluation_batches(images, size):
+                rows = share(size)
+                placed = shard((batch.images[rows], batch.indices[rows]))
+                is_counted = np.arange(size) < batch.count
+                scores = self._of_images(params, *placed)
+                yield {**scores, "index": batch.indices, "is_counted": is_counted}
+            return
+        for batch in self._grouped(images).batches(self._size_of_group, share):
+            arrays = batch.original, batch.degraded, batch.sizes
+            yield self._of_pictures(params, *shard((arrays, batch.indices)))
 
 
 def concatenate(parts: Sequence[PerImage]) -> PerImage:
@@ -210,11 +292,18 @@ def _degrade(degradation: Degradation) -> Callable[[jax.Array, jax.Array], jax.A
 def baseline(
     degradation: Degradation,
     devices: Devices,
-    array: np.ndarray,
+    images: np.ndarray | Source,
     batch_size: int | None = None,
 ) -> Scores:
-    """Scores of the degraded images themselves."""
-    return Evaluator(lambda _, images: images, degradation, devices, batch_size)({}, array)
+    """Scores of the degraded images themselves, enlarged by bicubic interpolation if smaller."""
+    scale = degradation.reduction * (images.scale if isinstance(images, Pairs) else 1)
+    return Evaluator(
+        lambda _, degraded: layers.enlarged(degraded, scale),
+        degradation,
+        devices,
+        batch_size,
+        multiple=scale,
+    )({}, images)
 
 
 def table(
@@ -293,7 +382,7 @@ def evaluate(
     if data_dir is not None:
         settings = dataclasses.replace(settings, data_dir=data_dir)
     dataset = sources.load(settings)
-    experiment.check_images(*dataset.image_shape)
+    experiment.check_images(*dataset.image_shape, dataset.scale)
     if dataset.fingerprint() != restorer.description.fingerprint:
         own = False
         _log.warning("these are not the images that %s was trained on", run)
@@ -302,14 +391,10 @@ def evaluate(
             "a run's summary holds scores on the run's own images and degradation only; "
             "leave out save"
         )
-    validation = sources.whole_array(dataset.validation)
+    validation = dataset.to_validate()
     devices = Devices()
-    evaluator = Evaluator(
-        restorer.network.apply,
-        degradation,
-        devices,
-        batch_size,
-    )
+    multiple = restorer.network.stride * restorer.network.scale
+    evaluator = Evaluator(restorer.network.apply, degradation, devices, batch_size, multiple)
     values = evaluator.per_image(devices.replicate(restorer.params), validation)
     scores = {
         "evaluation": {"step": restorer.description.step, **summarize(values)},

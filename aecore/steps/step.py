@@ -110,12 +110,14 @@ def pairs(batch: tuple[jax.Array, jax.Array], keys: jax.Array) -> tuple[jax.Arra
     return degraded, original
 
 
-def degrading(degradation: Degradation, flip: bool = False) -> Prepare:
+def degrading(
+    degradation: Degradation, flip: bool = False, ops_of: type[JaxOps] = JaxOps
+) -> Prepare:
     """`Prepare` for batches of `(B, H, W, C)` uint8 originals; `flip` mirrors them at random."""
 
     def prepare(images, keys):
         original = images.astype(jnp.float32) / 255.0
-        ops = JaxOps(keys)
+        ops = ops_of(keys)
         if flip:
             original = augmentations.flip(original, ops)
         return degradation.apply(original, ops), original
@@ -123,7 +125,7 @@ def degrading(degradation: Degradation, flip: bool = False) -> Prepare:
     return prepare
 
 
-def degrading_pairs(degradation: Degradation) -> Prepare:
+def degrading_pairs(degradation: Degradation, ops_of: type[JaxOps] = JaxOps) -> Prepare:
     """`Prepare` for pairs of `(B, ., ., C)` uint8 degraded and original images.
 
     The degradation is applied to images that are degraded already.
@@ -131,36 +133,57 @@ def degrading_pairs(degradation: Degradation) -> Prepare:
 
     def prepare(batch, keys):
         degraded, original = (images.astype(jnp.float32) / 255.0 for images in batch)
-        return degradation.apply(degraded, JaxOps(keys)), original
+        return degradation.apply(degraded, ops_of(keys)), original
 
     return prepare
 
 
 def eval_step(
-    params: Any, images: jax.Array, keys: jax.Array, *, apply: Apply, prepare: Prepare
+    params: Any,
+    batch: Any,
+    keys: jax.Array,
+    *,
+    apply: Apply,
+    prepare: Prepare,
+    sizes: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Degrades, restores and scores images.
 
     Args:
       params: the network's parameters.
-      images: `(B, H, W, C)` uint8 originals.
+      batch: what `prepare` takes, such as `(B, H, W, C)` uint8 originals.
       keys: `(B,)` PRNG keys, one per image.
       apply: the network.
       prepare: degrades them.
+      sizes: as for `score`.
 
     Returns:
       `mse` of the unclipped output, `psnr` and `ssim` of the output clipped to [0, 1]; each `(B,)`
       float32.
     """
-    degraded, original = prepare(images, keys)
-    return score(apply(params, degraded), original)
+    degraded, original = prepare(batch, keys)
+    return score(apply(params, degraded), original, sizes)
 
 
-def score(restored: jax.Array, original: jax.Array) -> dict[str, jax.Array]:
-    """Scores as `eval_step` returns them, from `(B, H, W, C)` restored and original images."""
+def score(
+    restored: jax.Array, original: jax.Array, sizes: jax.Array | None = None
+) -> dict[str, jax.Array]:
+    """Scores as `eval_step` returns them, from `(B, H, W, C)` restored and original images.
+
+    Args:
+      restored: by the network.
+      original: what they should be.
+      sizes: `(B, 2)`: of each image, only so many rows and columns count; None: all.
+    """
     clipped = jnp.clip(restored.astype(jnp.float32), 0.0, 1.0)
+    if sizes is None:
+        return {
+            "mse": losses.mse(restored, original),
+            "psnr": metrics.psnr(clipped, original),
+            "ssim": metrics.ssim(clipped, original),
+        }
     return {
-        "mse": losses.mse(restored, original),
-        "psnr": metrics.psnr(clipped, original),
-        "ssim": metrics.ssim(clipped, original),
+        "mse": metrics.mse_within(restored, original, sizes),
+        "psnr": metrics.psnr_within(clipped, original, sizes),
+        "ssim": metrics.ssim_within(clipped, original, sizes),
     }

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from aecore import losses
-from aecore.config import Experiment, Optimizer, Training
+from aecore.config import Data, Experiment, Optimizer, Training
 from aecore.errors import ConfigError
 from aecore.networks.base import abstract_params
 from aecore.networks.network import in_precision
@@ -32,7 +32,8 @@ class Assembly:
 
     model: Any
     image_shape: tuple[int, int, int]
-    """Height, width and channels."""
+    """Height, width and channels of the originals."""
+    kind: Kind
     devices: Devices
     batch_size: int
     apply: Apply
@@ -50,10 +51,15 @@ class Assembly:
     """Parts in which a device's share of a batch is computed."""
     seed: int
 
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of what the network takes."""
+        return _input_shape(self.model, self.image_shape)
+
     def create(self) -> TrainState:
         """The state at step 0; pure, to be compiled or evaluated for its shapes."""
         return state.create(
-            self.model, self.optimizer, self.image_shape, self.seed, ema=self.ema is not None
+            self.model, self.optimizer, self.input_shape, self.seed, ema=self.ema is not None
         )
 
     def train_step(
@@ -75,12 +81,20 @@ class Assembly:
 
     def abstract_batch(self) -> Any:
         """Shapes, dtypes and shardings of what `train_step` takes on all devices."""
-        shape = (*self.devices.batch_shape(self.batch_size), *self.image_shape)
-        sharding = self.devices.sharded
-        if self.degrades_on_device:
-            return jax.ShapeDtypeStruct(shape, np.uint8, sharding=sharding)
-        image = jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
-        return image, image
+        count, sharding = self.devices.batch_shape(self.batch_size), self.devices.sharded
+        dtype = np.uint8 if self.degrades_on_device else np.float32
+        degraded, original = (
+            jax.ShapeDtypeStruct((*count, *shape), dtype, sharding=sharding)
+            for shape in (self.input_shape, self.image_shape)
+        )
+        only_originals = self.degrades_on_device and self.kind != "pairs"
+        return original if only_originals else (degraded, original)
+
+
+def _input_shape(model: Any, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    height, width, channels = image_shape
+    scale = getattr(model, "scale", 1)
+    return height // scale, width // scale, channels
 
 
 def devices(training: Training, parallel: str | None = None) -> Devices:
@@ -114,20 +128,18 @@ def assemble(
     precision: str | None = None,
     parts: int | None = None,
     degrades_on_device: bool | None = None,
-    kind: Kind = "images",
 ) -> Assembly:
     """Puts an experiment together.
 
     Args:
       experiment: what to train.
-      image_shape: height, width and channels.
+      image_shape: height, width and channels of the originals.
       devices: to train on.
       last_step: at which training ends, for a learning rate that falls until then.
       batch_size: in place of the experiment's, as are those that follow.
       precision: `float32` or `bfloat16`.
       parts: into how many parts a device's share of a batch is divided.
       degrades_on_device: whether the step degrades the images.
-      kind: of the training examples.
 
     Raises:
       ConfigError: a device's share of a batch can't be divided as `accumulation` says.
@@ -136,6 +148,7 @@ def assemble(
     batch_size = batch_size or training.batch_size
     if degrades_on_device is None:
         degrades_on_device = training.feed == "resident" or training.degrade_on == "device"
+    kind = _kind(experiment.data)
     apply = step.of_model(experiment.model)
     dtype = jnp.dtype(precision or training.precision)
     if parts is None:
@@ -144,6 +157,7 @@ def assemble(
     return Assembly(
         model=experiment.model,
         image_shape=image_shape,
+        kind=kind,
         devices=devices,
         batch_size=batch_size,
         apply=apply,
@@ -156,6 +170,12 @@ def assemble(
         parts=parts,
         seed=training.seed,
     )
+
+
+def _kind(data: Data) -> Kind:
+    if data.crop is None:
+        return "images"
+    return "pairs" if data.dataset == "pairs" else "crops"
 
 
 def _prepare(experiment: Experiment, kind: Kind) -> Prepare:
@@ -221,11 +241,12 @@ def _parts(
 
 def activation_bytes(model: Any, image_shape: tuple[int, int, int]) -> int:
     """What a float32 training step keeps of each image for the backward pass."""
-    params = abstract_params(model, image_shape)
+    shape = _input_shape(model, image_shape)
+    params = abstract_params(model, shape)
     apply = step.of_model(model)
 
     def kept(count):
-        images = jax.ShapeDtypeStruct((count, *image_shape), np.float32)
+        images = jax.ShapeDtypeStruct((count, *shape), np.float32)
         saved = jax.eval_shape(
             lambda params, images: jax.vjp(lambda params: apply(params, images), params)[1],
             params,

@@ -24,7 +24,7 @@ from aecore.degradations import Degradation
 from aecore.errors import ConfigError
 from aecore.steps.devices import Devices
 from aecore.steps.state import TrainState
-from aecore.training.assembly import Assembly, Kind
+from aecore.training.assembly import Assembly
 
 _AHEAD = 2
 """Groups of batches sent to the devices ahead of time, while a call runs."""
@@ -84,13 +84,6 @@ def create(
     if isinstance(examples, Crops):
         return ResidentCrops(examples, training, assembled)
     return Resident(examples, training, assembled)
-
-
-def kind_of(examples: np.ndarray | Crops) -> Kind:
-    """What `assembly.assemble` must know of the training examples."""
-    if not isinstance(examples, Crops):
-        return "images"
-    return "crops" if len(examples.shapes) == 1 else "pairs"
 
 
 class _Calls:

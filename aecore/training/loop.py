@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
+import functools
 import json
+import logging
 import math
 import sys
 from collections.abc import Mapping
@@ -42,6 +44,8 @@ from aecore.training.clock import Clock
 from aecore.training.interruption import Interruption
 from aecore.training.metrics_log import MetricsLog
 
+_log = logging.getLogger(__name__)
+
 _SAMPLES = 10
 """Images in samples.png."""
 
@@ -79,7 +83,7 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
     # Adam keeps two more arrays of each parameter's size, and its gradient is another.
     check_memory(experiment.model, available, copies=4)
     dataset = sources.load(experiment.data)
-    experiment.check_images(*dataset.image_shape)
+    experiment.check_images(*dataset.image_shape, dataset.scale)
     examples = dataset.examples(experiment.degradation.grid)
     if experiment.training.batch_size > len(examples):
         raise ConfigError(
@@ -125,20 +129,25 @@ class _Run:
         self.directory = directory
         self.checkpoints = checkpoints
         self.interruption = interruption
-        self.validation = sources.whole_array(dataset.validation)
+        self.validation = dataset.to_validate()
         self.steps_per_epoch = len(examples) // training.batch_size
         self.last_step = training.last_step(len(examples))
 
         # With several processes, only the first writes anything but checkpoints.
         self.is_first = jax.process_index() == 0
 
-        assembled = assembly.assemble(
-            experiment, dataset.image_shape, devices, self.last_step, kind=feeds.kind_of(examples)
-        )
+        assembled = assembly.assemble(experiment, dataset.image_shape, devices, self.last_step)
         self.feed = feeds.create(examples, experiment.degradation, training, assembled)
-        self.evaluator = evaluation.Evaluator(assembled.apply, experiment.degradation, devices)
-        degraded = evaluation.degraded(experiment.degradation, self.validation[:_LOOKED_AT])
+        self.evaluator = evaluation.Evaluator(
+            assembled.apply,
+            experiment.degradation,
+            devices,
+            multiple=experiment.model.stride * experiment.model_scale,
+        )
+        to_degrade, originals = dataset.samples(_LOOKED_AT)
+        degraded = evaluation.degraded(experiment.degradation, to_degrade)
         self.degraded_samples = degraded[:_SAMPLES].copy()
+        self.original_samples = originals[:_SAMPLES].astype(np.float32) / 255
         self.description = dataclasses.replace(
             Description.from_json(describe(experiment)),
             aecore=aecore.__version__,
@@ -232,9 +241,7 @@ class _Run:
             "epochs": self.step / self.steps_per_epoch,
             **self.clock.to_json(),
             "evaluation": scores,
-            "baseline": evaluation.baseline(
-                self.experiment.degradation, self.devices, self.validation
-            ),
+            "baseline": self.baseline,
             "parameters": state.count_parameters(self.state.params),
             "device": jax.devices()[0].device_kind,
             "devices": self.devices.device_count,
@@ -243,10 +250,13 @@ class _Run:
         if not self.is_first:
             return summary
         summary |= self._classical_scores()
-        degraded = self.degraded_samples
-        original = self.validation[: len(degraded)].astype(np.float32) / 255
+        degraded = self.degraded_samples.clip(0, 1)
         reports.save_samples(
-            {"degraded": degraded, "restored": restorer(degraded), "original": original},
+            {
+                "degraded": degraded,
+                "restored": restorer(degraded),
+                "original": self.original_samples,
+            },
             self.directory / "samples.png",
         )
         reports.save_curves(
@@ -259,6 +269,11 @@ class _Run:
         images.save(images.from_float(degraded[0]), self.directory / "example.png")
         write_json(self.directory / "summary.json", summary)
         return summary
+
+    @functools.cached_property
+    def baseline(self) -> evaluation.Scores:
+        """Scores of the degraded images themselves."""
+        return evaluation.baseline(self.experiment.degradation, self.devices, self.validation)
 
     def _classical_scores(self) -> dict[str, Any]:
         """Scores of classical methods that an evaluation added to an earlier summary."""
@@ -316,6 +331,15 @@ class _Run:
         except evaluation.Stopped:
             self._stop()
         self._check_finite("validation loss", scores["mse"], self.step)
+        if not self.history and scores["mse"] >= self.baseline["mse"] and self.is_first:
+            _log.warning(
+                "after %d steps the network is no better than its input (MSE %.5f, that of the "
+                "input %.5f); if this goes on, try a lower --optimizer.learning-rate, or "
+                "--optimizer.warmup-steps",
+                self.step,
+                scores["mse"],
+                self.baseline["mse"],
+            )
         self.history.append({"step": self.step, **scores})
         self.log.add_scores(self.step, scores)
         self._save()

@@ -1,10 +1,14 @@
-"""Speed of the recipes' networks in aecore, Keras and PyTorch, on one machine and the same batch.
+"""Speed of networks in aecore, Keras and PyTorch, on one machine and the same batch.
 
     python experiments/compare_peers.py --task denoise --batch-size 256
     python experiments/compare_peers.py --task denoise --measure restore
+    python experiments/compare_peers.py --task photo --batch-size 16 --side 64
 
 The first measures training steps. The second measures restoring many images: `Restorer` on uint8
 and on float images, and Keras's `predict` on float images.
+
+The networks are those of the two recipes, and of task photo a UNet for photographs, which is not
+compared with Keras.
 
 The images are made in memory beforehand, so no input pipeline is measured except the one of Keras's
 `fit`. The libraries run in turns, several times for some seconds each. The median, lowest and
@@ -31,44 +35,51 @@ import tyro
 Step = Callable[[], object]
 """Does a step; `float` waits for its result."""
 
-SHAPES = {"denoise": (28, 28, 1), "enhance": (80, 80, 3)}
+SHAPES = {"denoise": (28, 28, 1), "enhance": (80, 80, 3), "photo": (64, 64, 3)}
+FEATURES = (32, 64, 96)
+"""Of the UNet of task photo, whose finest level has half the image's resolution."""
 SIGMA = 0.4
 STEPS = 8
 """Steps per call, where there are several."""
 
 
+def aecore_network(task: str, features: tuple[int, ...] = FEATURES):
+    """The network in aecore."""
+    from aecore import models
+
+    if task == "photo":
+        return models.UNet(features, channels=3, patch=2)
+    return models.NoiseReducer() if task == "denoise" else models.ResolutionEnhancer()
+
+
 def aecore_step(task: str, images: np.ndarray, precision: str, *, several: bool = False) -> Step:
     """aecore's training step compiled by `jit`, or several steps as one program."""
-    import functools
-
     import jax
 
     import aecore
     from aecore.degradations import GaussianNoise
-    from aecore.models import NoiseReducer, ResolutionEnhancer
-    from aecore.steps.step import degrading, pairs
     from aecore.training import assembly
 
     denoise = task == "denoise"
     experiment = aecore.Experiment(
         name=task,
-        model=NoiseReducer() if denoise else ResolutionEnhancer(),
+        model=aecore_network(task),
         degradation=GaussianNoise(SIGMA),
         training=aecore.Training(batch_size=len(images), precision=precision),
     )
     devices = assembly.devices(experiment.training)
-    parts = assembly.assemble(experiment, images.shape[1:], devices, last_step=1)
-    prepare = degrading(experiment.degradation) if denoise else pairs
-    train_step = functools.partial(parts.train_step, prepare=prepare)
+    parts = assembly.assemble(
+        experiment, images.shape[1:], devices, last_step=1, degrades_on_device=denoise
+    )
     floats = images.astype(np.float32) / 255
     batch = images if denoise else (floats, floats)
     state = devices.compile_create(parts.create)()
     if several:
-        step = devices.compile_train_steps(train_step, STEPS)
+        step = devices.compile_train_steps(parts.train_step, STEPS)
         batches = jax.tree.map(lambda array: array[None], batch)
         arguments = devices.shard_batch(batches, axis=1), devices.replicate(np.int32(STEPS))
     else:
-        step = devices.compile_train_step(train_step)
+        step = devices.compile_train_step(parts.train_step)
         arguments = (devices.shard_batch(batch),)
 
     def take():
@@ -147,6 +158,46 @@ def keras_step(task: str, images: np.ndarray, precision: str, *, fit: bool) -> S
     return step
 
 
+def torch_unet(features: tuple[int, ...]):
+    """aecore's `UNet` with one block a level and patches of 2, in PyTorch."""
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.first, self.second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+        def forward(self, images):
+            return images + self.second(torch.relu(self.first(torch.relu(images))))
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            steps = list(itertools.pairwise(features))
+            self.input = nn.Conv2d(12, features[0], 3, padding=1)
+            self.encoder = nn.ModuleList(Block(width) for width in features)
+            self.decoder = nn.ModuleList(Block(width) for width in features)
+            self.down = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in steps)
+            double = dict(stride=2, padding=1, output_padding=1)
+            self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 3, **double) for a, b in steps)
+            self.output = nn.Conv2d(features[0], 12, 3, padding=1)
+
+        def forward(self, images):
+            phases = nn.functional.pixel_unshuffle(images, 2)
+            level, levels = self.input(phases), []
+            for index, block in enumerate(self.encoder):
+                level = block(self.down[index - 1](level) if index else level)
+                levels.append(level)
+            for index in reversed(range(len(features))):
+                if index < len(features) - 1:
+                    level = self.up[index](level) + levels[index]
+                level = self.decoder[index](level)
+            return nn.functional.pixel_shuffle(phases + self.output(level), 2)
+
+    return Network()
+
+
 def torch_step(task: str, images: np.ndarray, precision: str, *, channels_last: bool) -> Step:
     """PyTorch: eager on a CPU, compiled on a GPU."""
     import torch
@@ -165,6 +216,8 @@ def torch_step(task: str, images: np.ndarray, precision: str, *, channels_last: 
             nn.Sequential(nn.ConvTranspose2d(8, 16, **double), nn.ReLU()),
             nn.Sequential(nn.Conv2d(16, 1, 3, padding=1), nn.Sigmoid()),
         )
+    elif task == "photo":
+        network = torch_unet(FEATURES)
     else:
         widths = [3, 256, 128, 64, 64, 128, 256, 3]
         convs = [nn.Conv2d(i, o, 3, padding=1) for i, o in itertools.pairwise(widths)]
@@ -204,9 +257,8 @@ def aecore_restore(task: str, images: np.ndarray, dtype: str) -> Step:
     import jax
 
     import aecore
-    from aecore.models import NoiseReducer, ResolutionEnhancer
 
-    model = NoiseReducer() if task == "denoise" else ResolutionEnhancer()
+    model = aecore_network(task)
     params = model.init(jax.random.key(0), np.zeros((1, *SHAPES[task]), np.float32))["params"]
     restorer = aecore.Restorer.of(model, params)
     if dtype == "float32":
@@ -222,7 +274,7 @@ def keras_restore(task: str, images: np.ndarray, batch_size: int) -> Step:
 
 
 def main(
-    task: Literal["denoise", "enhance"] = "denoise",
+    task: Literal["denoise", "enhance", "photo"] = "denoise",
     measure: Literal["train", "restore"] = "train",
     batch_size: int = 256,
     side: int | None = None,
@@ -234,7 +286,7 @@ def main(
     """Prints images per second and their ratios.
 
     Args:
-        task: The recipe whose network is measured.
+        task: The recipe whose network is measured, or photo for a network for photographs.
         measure: Training steps, or restoring many images.
         batch_size: Images per step; in restoring, Keras's batch size.
         side: Height and width of the images in pixels; by default the recipe's.
@@ -267,7 +319,8 @@ def main(
         }
     steps = {}
     for name, make in makers.items():
-        if name.split(",")[0].lower().replace("py", "") in without:
+        library = name.split(",")[0].lower().replace("py", "")
+        if library in without or (library == "keras" and task == "photo"):
             continue
         try:
             steps[name] = make()

@@ -60,7 +60,7 @@ def arrays(height, width, channels, features):
     return images, kernel.astype(np.float32)
 
 
-CHANNELS = [(1, 16), (16, 8), (16, 1), (32, 40)]
+CHANNELS = [(1, 16), (16, 8), (16, 1), (32, 40), (128, 128)]
 SIZES = [(8, 8), (7, 10), (1, 1)]
 
 
@@ -96,7 +96,7 @@ def test_convolutions_from_phases_to_phases(height, width, channels, features):
     check(on_phases, reference_conv, *arrays(height, width, channels, features))
 
 
-@pytest.mark.parametrize(("channels", "features"), [(1, 16), (16, 1), (64, 32)])
+@pytest.mark.parametrize(("channels", "features"), [(1, 16), (16, 1), (64, 32), (128, 128)])
 def test_bfloat16(channels, features):
     images, kernel = arrays(8, 8, channels, features)
     for ours, reference in [
@@ -108,7 +108,7 @@ def test_bfloat16(channels, features):
 
 
 def test_other_platforms_get_the_compilers_own_convolution():
-    images, kernel = arrays(8, 8, 64, 64)
+    images, kernel = arrays(8, 8, 128, 128)
     lowered = jax.jit(convolution.conv).trace(images, kernel).lower(lowering_platforms=("tpu",))
     assert "stablehlo.convolution" in lowered.as_text()
     lowered = jax.jit(convolution.conv).trace(images, kernel).lower(lowering_platforms=("cpu",))

@@ -2,16 +2,19 @@
 
 Convolutions take `(B, H, W, C)` images and `(3, 3, C, K)` kernels of one float dtype, pad with
 zeros to keep the size ("same", as in XLA and Keras), and agree with `jax.lax`'s except for
-rounding. GPUs and TPUs use the compiler's own convolutions. On CPUs, the compiler's code for the
-gradients of small convolutions is slow. There, convolutions are written as matrix products:
+rounding. GPUs and TPUs use the compiler's own convolutions. On CPUs:
 
-- A convolution is a sum over its nine taps: the image, shifted, times the tap's `(C, K)` matrix.
-  If fewer channels go in than come out, the shifted images are put side by side and multiplied at
-  once. Otherwise the products with all taps are computed at once, then shifted and added.
-- With few channels, this is faster with the *batch last*, on `(C, H, W, B)`: shifting moves runs of
-  B numbers, and the pixels are the long side of every product. Each function then transposes its
-  arguments and its result. Between two such functions the transpositions cancel, and the compiler
-  drops them; therefore biases and activations are computed with the batch last too.
+- The compiler's convolutions are fast, but not its gradients of them: within a loop, as training
+  steps are, the kernel's is a hundred times slower. It is written as a matrix product over all
+  pixels, and the image's as a convolution again. `experiments/conv_cost.py` compares them.
+- With few channels, matrix products with the *batch last*, on `(C, H, W, B)`, are faster. A
+  convolution is a sum over its nine taps: the image, shifted, times the tap's `(C, K)` matrix. If
+  fewer channels go in than come out, the shifted images are put side by side and multiplied at
+  once; otherwise the products with all taps are computed at once, then shifted and added. Shifting
+  moves runs of B numbers, and the pixels are the long side of every product. Each function
+  transposes its arguments and its result. Between two such functions the transpositions cancel,
+  and the compiler drops them; therefore biases and activations are computed with the batch last
+  too.
 - With many channels, 4×4 tiles are transformed so that 16 products for 4 outputs do the work of
   36 (Winograd's F(2×2, 3×3); Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
   2016).
@@ -21,6 +24,7 @@ gradients of small convolutions is slow. There, convolutions are written as matr
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -41,8 +45,13 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 def suits_winograd(kernel: jax.Array, stride: int) -> bool:
-    """Whether there are so many channels that Winograd's fewer products outweigh its transforms."""
-    return stride == 1 and min(kernel.shape[2:]) >= 32
+    """Whether there are so many channels that Winograd's fewer products outweigh its transforms.
+
+    On 2 cores with AVX-512, a training step of the enhance recipe's network (64 to 256 channels)
+    does 1.17 times as many images/s with it, a UNet of 32, 64 and 96 features 0.83 times as many
+    from 64 channels on.
+    """
+    return stride == 1 and min(kernel.shape[2:]) >= 128
 
 
 def conv(
@@ -53,30 +62,40 @@ def conv(
     def plain(images, kernel):
         return _plain_conv(images, kernel, stride=stride)
 
-    def product(images, kernel, axis):
-        return _product(images, kernel.reshape(9, *kernel.shape[2:]), _ALL, axis)
+    def product(images, kernel):
+        return _product(images, kernel.reshape(9, *kernel.shape[2:]), _ALL)
 
-    def strided(images, kernel, axis):
-        return _product(_split(images, axis), _strided_kernel(kernel), _AFTER, axis)
+    def strided_product(images, kernel):
+        return _product(_split(images, 0), _strided_kernel(kernel), _AFTER)
 
+    def direct(images, kernel):
+        return _direct(images, kernel, 1)
+
+    def strided(images, kernel):
+        return _direct(_split(images, 3), _as_square(_strided_kernel(kernel)), 0)
+
+    if stride == 2 and (images.shape[1] % 2 or images.shape[2] % 2):
+        return plain(images, kernel)
     if suits_winograd(kernel, stride):
         on_cpu = _winograd
-    elif stride == 1:
-        on_cpu = _in_layout(product, batch_last)
-    elif stride == 2 and images.shape[1] % 2 == 0 and images.shape[2] % 2 == 0:
-        on_cpu = _in_layout(strided, batch_last)
+    elif batch_last:
+        on_cpu = with_batch_last(product if stride == 1 else strided_product)
     else:
-        return plain(images, kernel)
+        on_cpu = direct if stride == 1 else strided
     return by_platform(plain, on_cpu)(images, kernel)
 
 
 def conv_transpose(images: jax.Array, kernel: jax.Array, batch_last: bool = False) -> jax.Array:
     """`(B, H, W, C)` to `(B, 2 H, 2 W, K)`: `lax.conv_transpose` with stride 2."""
 
-    def on_cpu(images, kernel, axis):
-        return _merge(_product(images, _transposed_kernel(kernel), _BEFORE, axis), axis)
+    def product(images, kernel):
+        return _merge(_product(images, _transposed_kernel(kernel), _BEFORE), 0)
 
-    return by_platform(_plain_conv_transpose, _in_layout(on_cpu, batch_last))(images, kernel)
+    def direct(images, kernel):
+        return _merge(_direct(images, _as_square(_transposed_kernel(kernel)), 1), 3)
+
+    on_cpu = with_batch_last(product) if batch_last else direct
+    return by_platform(_plain_conv_transpose, on_cpu)(images, kernel)
 
 
 def conv_transpose_to_phases(images: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -84,11 +103,10 @@ def conv_transpose_to_phases(images: jax.Array, kernel: jax.Array) -> jax.Array:
 
     def plain(images, kernel):
         # A 2×2 kernel, which looks one pixel back.
-        kernel = _transposed_kernel(kernel)
-        return _plain_conv(images, kernel.reshape(2, 2, *kernel.shape[1:]), ((1, 0), (1, 0)))
+        return _plain_conv(images, _as_square(_transposed_kernel(kernel)), ((1, 0), (1, 0)))
 
     def on_cpu(images, kernel):
-        return _product(images, _transposed_kernel(kernel), _BEFORE, 0)
+        return _product(images, _transposed_kernel(kernel), _BEFORE)
 
     return by_platform(plain, with_batch_last(on_cpu))(images, kernel)
 
@@ -100,8 +118,7 @@ def conv_on_phases(phases: jax.Array, kernel: jax.Array) -> jax.Array:
     """
 
     def plain(phases, kernel):
-        kernel = _phases_kernel(kernel)
-        return _plain_conv(phases, kernel.reshape(3, 3, *kernel.shape[1:]))
+        return _plain_conv(phases, _as_square(_phases_kernel(kernel)))
 
     return by_platform(plain, with_batch_last(_product_on_phases))(phases, kernel)
 
@@ -230,42 +247,35 @@ def with_batch_last(function: Callable) -> Callable:
     return turned
 
 
-def _in_layout(function: Callable, batch_last: bool) -> Callable:
-    """A `function(images, kernel, axis)` with its axis of channels set by the layout."""
-    if batch_last:
-        return with_batch_last(functools.partial(function, axis=0))
-    return functools.partial(function, axis=3)
+# ---- Matrix products, on images with the batch last: `(C, H, W, B)`
 
 
-# ---- Matrix products. The images' channels are axis 0 or 3; the batch is the other one of the two.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(images: jax.Array, kernel: jax.Array, taps: Taps, axis: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(images: jax.Array, kernel: jax.Array, taps: Taps) -> jax.Array:
     """The convolution with a `(T, C, K)` kernel, as one matrix product."""
     count, channels, features = kernel.shape
     if channels <= features:
-        return _multiply(_shifted(images, taps, axis), kernel, axis)
+        return _multiply(_shifted(images, taps, 0), kernel)
     kernel = kernel.transpose(1, 0, 2).reshape(1, channels, count * features)
-    products = jnp.split(_multiply(images, kernel, axis), count, axis)
+    products = jnp.split(_multiply(images, kernel), count)
     terms = (_shift(product, tap) for product, tap in zip(products, taps, strict=True))
     return functools.reduce(jnp.add, terms)
 
 
-def _product_forward(images, kernel, taps, axis):
-    return _product(images, kernel, taps, axis), (images, kernel)
+def _product_forward(images, kernel, taps):
+    return _product(images, kernel, taps), (images, kernel)
 
 
-def _product_backward(taps, axis, saved, cotangent):
+def _product_backward(taps, saved, cotangent):
     images, kernel = saved
     count, channels, features = kernel.shape
     opposite = tuple((-di, -dj) for di, dj in taps)
-    images_cotangent = _product(cotangent, kernel.transpose(0, 2, 1), opposite, axis)
+    images_cotangent = _product(cotangent, kernel.transpose(0, 2, 1), opposite)
     # A single product over all pixels of the batch.
     if channels <= features:
-        kernel_cotangent = _dot_over_pixels(_shifted(images, taps, axis), cotangent, axis)
+        kernel_cotangent = _dot_over_pixels(_shifted(images, taps, 0), cotangent)
         return images_cotangent, kernel_cotangent.reshape(kernel.shape)
-    kernel_cotangent = _dot_over_pixels(images, _shifted(cotangent, opposite, axis), axis)
+    kernel_cotangent = _dot_over_pixels(images, _shifted(cotangent, opposite, 0))
     kernel_cotangent = kernel_cotangent.reshape(channels, count, features).transpose(1, 0, 2)
     return images_cotangent, kernel_cotangent
 
@@ -281,7 +291,7 @@ def _shift(images: jax.Array, tap: tuple[int, int]) -> jax.Array:
 
 
 def _shifted(images: jax.Array, taps: Taps, axis: int) -> jax.Array:
-    """`(T C, H, W, B)` or `(B, H, W, T C)`: the images shifted by each tap, side by side."""
+    """The images shifted by each tap, side by side along `axis`, that of the channels."""
     height, width = images.shape[1:3]
     top, left = (max(0, *(-tap[i] for tap in taps)) for i in (0, 1))
     bottom, right = (max(0, *(tap[i] for tap in taps)) for i in (0, 1))
@@ -291,23 +301,17 @@ def _shifted(images: jax.Array, taps: Taps, axis: int) -> jax.Array:
     )
 
 
-def _multiply(images: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
+def _multiply(images: jax.Array, kernel: jax.Array) -> jax.Array:
     """Images of `T C` channels times a `(T, C, K)` kernel."""
-    features = kernel.shape[2]
-    if axis == 3:
-        return lax.dot_general(images, kernel.reshape(-1, features), (((3,), (0,)), ((), ())))
-    matrix = kernel.transpose(2, 0, 1).reshape(features, -1)
+    matrix = kernel.transpose(2, 0, 1).reshape(kernel.shape[2], -1)
     return lax.dot_general(matrix, images, (((1,), (0,)), ((), ())))
 
 
-def _dot_over_pixels(left: jax.Array, right: jax.Array, axis: int) -> jax.Array:
+def _dot_over_pixels(left: jax.Array, right: jax.Array) -> jax.Array:
     """Images of C and of K channels to the `(C, K)` sums over pixels of their products."""
-    if axis == 0:  # To contract several axes, the compiler would first transpose both.
-        left, right = (images.reshape(len(images), -1) for images in (left, right))
-        return lax.dot_general(left, right, (((1,), (1,)), ((), ())))
-    if left.shape[3] > right.shape[3]:  # The compiler transposes the left one: the smaller is best.
-        return _dot_over_pixels(right, left, axis).T
-    return lax.dot_general(left, right, (((0, 1, 2), (0, 1, 2)), ((), ())))
+    # To contract several axes, the compiler would first transpose both.
+    left, right = (images.reshape(len(images), -1) for images in (left, right))
+    return lax.dot_general(left, right, (((1,), (1,)), ((), ())))
 
 
 def _split(images: jax.Array, axis: int, factor: int = 2) -> jax.Array:
@@ -448,6 +452,12 @@ def _outer(rows: np.ndarray) -> np.ndarray:
     return np.einsum("ntpq,NTPQ->nNtTpPqQ", rows, rows).reshape(n * n, t * t, p * p, q * q)
 
 
+def _as_square(kernel: jax.Array) -> jax.Array:
+    """`(n², C, K)` taps as `(n, n, C, K)`."""
+    side = math.isqrt(len(kernel))
+    return kernel.reshape(side, side, *kernel.shape[1:])
+
+
 def _strided_kernel(kernel: jax.Array) -> jax.Array:
     """The kernel, with taps `_AFTER`, that gives a strided convolution from an image's phases.
 
@@ -480,6 +490,62 @@ def _phases_kernel(kernel: jax.Array) -> jax.Array:
             tap, phase = divmod(q + n - 1, 2)
             rows[n, tap + 1, phase, q] = 1
     return _place(_outer(rows), kernel)
+
+
+# ---- The compiler's own convolutions, with gradients that are as fast
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _direct(images: jax.Array, kernel: jax.Array, before: int) -> jax.Array:
+    """The convolution with an `(n, n, C, K)` kernel that begins `before` pixels up and left."""
+    margin = (before, len(kernel) - 1 - before)
+    return _plain_conv(images, kernel, (margin, margin))
+
+
+def _direct_forward(images, kernel, before):
+    return _direct(images, kernel, before), (images, kernel)
+
+
+def _direct_backward(before, saved, cotangent):
+    images, kernel = saved
+    after = len(kernel) - 1 - before
+    # Without the barrier the compiler would make it a reversed window, for which it has slow code.
+    opposite = lax.optimization_barrier(kernel[::-1, ::-1].transpose(0, 1, 3, 2))
+    images_cotangent = _direct(cotangent, opposite, after)
+    return images_cotangent, _gradient_of_kernel(images, cotangent, len(kernel), before)
+
+
+_direct.defvjp(_direct_forward, _direct_backward)
+
+
+def _gradient_of_kernel(
+    images: jax.Array, cotangent: jax.Array, side: int, before: int
+) -> jax.Array:
+    """`(n, n, C, K)`: each output's gradient times the pixels around it, summed over outputs.
+
+    A single matrix product over all pixels: of the images shifted by columns, side by side, and the
+    gradients shifted by rows, which takes 3 C + 3 K copies; or, if one of them has far fewer
+    channels, of that one shifted to all nine taps.
+    """
+    channels, features = images.shape[3], cotangent.shape[3]
+    shifts = [n - before for n in range(side)]
+    taps = tuple((row, column) for row in shifts for column in shifts)
+    if 2 * channels < features:
+        products = _dot(cotangent, _shifted(images, taps, 3))
+        return products.reshape(features, side, side, channels).transpose(1, 2, 3, 0)
+    if 2 * features < channels:
+        opposite = tuple((-row, -column) for row, column in taps)
+        products = _dot(_shifted(cotangent, opposite, 3), images)
+        return products.reshape(side, side, features, channels).transpose(0, 1, 3, 2)
+    rows = _shifted(cotangent, tuple((-shift, 0) for shift in shifts), 3)
+    columns = _shifted(images, tuple((0, shift) for shift in shifts), 3)
+    # The compiler transposes the left one, which should be what it can't fuse with the ReLU.
+    return _dot(rows, columns).reshape(side, features, side, channels).transpose(0, 2, 3, 1)
+
+
+def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
+    """`(B, H, W, C)` and `(B, H, W, K)` to the `(C, K)` sums over pixels of their products."""
+    return lax.dot_general(left, right, (((0, 1, 2), (0, 1, 2)), ((), ())))
 
 
 # ---- Winograd

@@ -125,6 +125,9 @@ class Training:
     """How much the validation loss must fall to count as better."""
     seed: int = setting(0, at_least=0, below=2**32)
     """Seed of the initial parameters, of the images' order, and of the noise."""
+    start_from: str | None = None
+    """Start from the parameters of a run, of an exported file, or of weights that ship with aecore,
+    whose network must be the same; None: from random ones."""
     loss: Literal["mse", "mae", "charbonnier", "ms_ssim_l1", "log_mse"] = "mse"
     """Training loss; see aecore.losses. The best checkpoint is always chosen by MSE."""
     flip: bool = False
@@ -155,6 +158,7 @@ class Training:
     them this one is."""
 
     def __post_init__(self):
+        _as_text(self, "start_from")
         settings.check(self, "training.")
         if self.distributed not in (None, "auto"):
             host_port, count, index = (*self.distributed.split(","), "", "")[:3]

@@ -112,7 +112,12 @@ def summarize(network: Network, params: Any, description: Mapping[str, Any]) -> 
         if fields
     ]
     if description.get("step") is not None:
-        lines.append(f"{'trained':12} {description['step']:,} steps")
+        started = description.get("started_from") or {}
+        origin = started.get("source") or started.get("name")
+        lines.append(
+            f"{'trained':12} {description['step']:,} steps"
+            + (f", starting from {origin}" if origin else "")
+        )
     scores = description.get("metrics")
     if scores:
         lines.append(f"{'scores':12} {_scores(scores)}")
@@ -121,7 +126,8 @@ def summarize(network: Network, params: Any, description: Mapping[str, Any]) -> 
 
 
 def _table(network: LinenNetwork, params: Any, description: Mapping[str, Any]) -> str:
-    height, width = description.get("image_size") or [16 * network.stride] * 2
+    side = 16 * network.stride * network.scale
+    height, width = (size // network.scale for size in description.get("image_size") or [side] * 2)
     rows = layers(network.model, params, (height, width, network.channels))
     lines = [f"{'layer':16} {'gives':>14} {'parameters':>12} {'FLOP':>14} {'sees':>10}"]
     for layer in rows:

@@ -52,6 +52,9 @@ class Description:
     """Of the training and validation images."""
     inputs: Json | None = None
     """What the network's inputs are like; see `aecore.restoring.expectations`."""
+    started_from: Json | None = None
+    """The network that training started from: `source`, as it was named, and the `name` and `step`
+    that its description gives."""
     random_streams: int = 1
     """How the random numbers of training are drawn, `RANDOM_STREAMS` when it was written. Runs with
     other ones can't be resumed exactly."""
@@ -107,7 +110,10 @@ class Description:
     def without_places(self) -> "Description":
         """Without what has a meaning, and tells something, only on the machine of the training."""
         data = None if self.data is None else {**self.data, "data_dir": None}
-        return dataclasses.replace(self, data=data, run_dir=None, checksums=None)
+        started = self.started_from and {**self.started_from, "source": None}
+        return dataclasses.replace(
+            self, data=data, run_dir=None, checksums=None, started_from=started
+        )
 
     def experiment(self, *, model: Any = None) -> Experiment:
         """Rebuilds the experiment.
@@ -316,6 +322,7 @@ _CHECKS = {
     "data": _is_mapping,
     "optimizer": _is_mapping,
     "training": _is_mapping,
+    "started_from": _is_mapping,
     "unlogged": lambda value: isinstance(value, tuple) and all(map(_is_number, value)),
     "seconds": _is_number,
     "images_per_second": _is_number,

@@ -28,18 +28,20 @@ from aecore.media import images
 from aecore.networks.base import check_memory
 from aecore.restoring import expectations
 from aecore.restoring.restorer import Restorer
-from aecore.saved.checkpoints import Checkpoints
+from aecore.saved.checkpoints import Checkpoints, exists
 from aecore.saved.descriptions import (
     RANDOM_STREAMS,
     Description,
     describe,
     experiment_from_json,
 )
+from aecore.saved.trained import TrainedNetwork
 from aecore.scoring import evaluation, reports
 from aecore.steps import state
 from aecore.steps.devices import Devices, join_processes
+from aecore.steps.state import TrainState
 from aecore.storage import to_path, write_json
-from aecore.training import assembly, feeds, resuming
+from aecore.training import assembly, feeds, resuming, starting
 from aecore.training.clock import Clock
 from aecore.training.interruption import Interruption
 from aecore.training.metrics_log import MetricsLog
@@ -82,6 +84,8 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
     available = memory.limit(devices.mesh.local_devices[0]) or memory.physical()
     # Adam keeps two more arrays of each parameter's size, and its gradient is another.
     check_memory(experiment.model, available, copies=4)
+    if not exists(directory):
+        starting.load(experiment)  # If that fails, better before the images are loaded.
     dataset = sources.load(experiment.data)
     experiment.check_images(*dataset.image_shape, dataset.scale)
     examples = dataset.examples(experiment.degradation.grid)
@@ -162,8 +166,13 @@ class _Run:
         if restored:
             self.state, resumed = restored
             resuming.check_run(resumed, self.description, experiment, directory, len(examples))
+            self.description = dataclasses.replace(
+                self.description, started_from=resumed.started_from
+            )
         else:
             self.state, resumed = devices.compile_create(assembled.create)(), Description()
+            if (trained := starting.load(experiment)) is not None:
+                self.state = self._started(trained)
         self.step = self.saved_step = int(jax.device_get(self.state.step))
         self.first_step = self.step + 1
         self.history = list(resumed.history)
@@ -175,6 +184,18 @@ class _Run:
         self.is_finite = jax.jit(
             lambda tree: jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
         )
+
+    def _started(self, trained: TrainedNetwork) -> TrainState:
+        """The state at step 0 with the parameters of a trained network."""
+        source = self.experiment.training.start_from or ""
+        self.description = dataclasses.replace(
+            self.description, started_from=starting.describe(source, trained)
+        )
+        # Twice, since a step's input is donated.
+        params, ema = (
+            self.devices.replicate(jax.tree.map(np.asarray, trained.params)) for _ in range(2)
+        )
+        return self.state.replace(params=params, ema=None if self.state.ema is None else ema)
 
     def fit(self, bar: tqdm) -> None:
         """Trains to the end, or until the validation loss no longer falls."""

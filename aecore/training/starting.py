@@ -1,0 +1,55 @@
+"""Parameters that an earlier training found, as the start of another."""
+
+from typing import Any
+
+import jax
+
+from aecore.config import Experiment
+from aecore.errors import CheckpointError, ConfigError
+from aecore.networks.base import abstract_params, hyperparameters
+from aecore.saved import weights
+from aecore.saved.trained import TrainedNetwork
+
+
+def load(experiment: Experiment) -> TrainedNetwork | None:
+    """What `training.start_from` names, or None if it is None.
+
+    Raises:
+      ConfigError: there is no such network, or it is not the experiment's.
+    """
+    source, model = experiment.training.start_from, experiment.model
+    if source is None:
+        return None
+    try:
+        trained = weights.load(source)
+        before = trained.description.build_model()
+    except (CheckpointError, ConfigError) as error:
+        raise ConfigError(f"training.start_from {source}: {error}") from error
+    differing = _differences(before, model)
+    side = model.stride
+    shapes = abstract_params(model, (side, side, model.channels))
+    if not differing and _shapes(trained.params) != _shapes(shapes):
+        differing = ["its parameters have other shapes"]
+    if differing:
+        raise ConfigError(
+            f"training.start_from {source} is another network ({'; '.join(differing)}); "
+            "use the same --model settings, or start from another one"
+        )
+    return trained
+
+
+def describe(source: str, trained: TrainedNetwork) -> dict[str, Any]:
+    """What a checkpoint says of what its training started from, as JSON values."""
+    description = trained.description
+    return {"source": source, "name": description.name, "step": description.step}
+
+
+def _differences(before: Any, now: Any) -> list[str]:
+    if type(before) is not type(now):
+        return [f"{type(before).__name__} -> {type(now).__name__}"]
+    old, new = hyperparameters(before), hyperparameters(now)
+    return [f"{name}: {old[name]} -> {new[name]}" for name in new if old[name] != new[name]]
+
+
+def _shapes(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: tuple(leaf.shape), dict(params))

@@ -282,19 +282,35 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Scores a run's best checkpoint on its validation images, next to classical methods."""
+    """Scores a network beside classical methods: on its run's validation images, or any pictures.
 
-    run_dir: tyro.conf.Positional[str]
-    """The run directory."""
+    With --data, pictures are degraded whole, at their own sizes, restored and compared with the
+    originals, as papers on image restoration do; the protocol is printed with the scores.
+    """
+
+    model: tyro.conf.Positional[str]
+    """A run directory; with --data also an exported file, or the name of weights that ship with
+    aecore."""
+    data: str | None = None
+    """A folder of pictures, or of pairs in its folders degraded and original; None: the run's own
+    validation images."""
+    degradation: str | None = None
+    """What is done to the pictures, as in Python: 'GaussianNoise(25 / 255, clip=False)'. None: what
+    the network was trained to undo, and nothing to pairs."""
+    csv: str | None = None
+    """With --data, a file to write each picture's scores to."""
+    pictures: str | None = None
+    """With --data, a PNG file to show the best, median and worst results in."""
     data_dir: str | None = None
-    """Folder of the data, if they have moved since the training."""
+    """Folder of the run's own data, if they have moved since the training."""
     batch_size: int | None = None
     """Images per call; None: a fast number."""
     classical: bool = True
-    """Also score classical methods, each tuned on training images only."""
+    """Also score classical methods: tuned on training images; with --data, on the middles of the
+    first pictures, which favours them."""
     methods: tuple[str, ...] | None = None
     """Classical methods to score, such as median or "total variation"; None: all that are
-    installed. BM3D takes about a second per image."""
+    installed. BM3D takes seconds per image."""
     save: bool = False
     """Add the scores to the run's summary.json, and write ranked.png with the best, median and
     worst results."""
@@ -302,23 +318,33 @@ class Evaluate:
     """File to write the scores to."""
 
     def run(self) -> int:
+        from aecore import degradations
         from aecore.scoring import evaluation
 
         scores = evaluation.evaluate(
-            self.run_dir,
+            self.model,
+            data=self.data,
             data_dir=self.data_dir,
             batch_size=self.batch_size,
+            degradation=None if self.degradation is None else degradations.parse(self.degradation),
             classical=self.methods or self.classical,
             save=self.save,
+            csv=self.csv,
+            pictures=self.pictures,
             progress=True,
         )
 
         def table(scores):
-            return (
-                f"{self.run_dir}: {scores['evaluation']['images']:,} validation images, "
-                f"checkpoint of step {scores['evaluation']['step']:,}\n\n"
-                f"{evaluation.table(**scores)}"
-            )
+            step = scores["evaluation"]["step"]
+            what = "validation images" if self.data is None else f"pictures of {self.data}"
+            lines = [
+                f"{self.model}: {scores['evaluation']['images']:,} {what}"
+                + ("" if step is None else f", checkpoint of step {step:,}")
+            ]
+            if "protocol" in scores:
+                lines.append(scores["protocol"])
+            scores = {name: scores[name] for name in scores if name != "protocol"}
+            return "\n".join([*lines, "", evaluation.table(**scores)])
 
         return _show(scores, table, self.json)
 

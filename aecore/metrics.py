@@ -3,6 +3,7 @@
 All raise ImageError unless both arrays have the same shape.
 """
 
+import functools
 from typing import Any
 
 import dm_pix
@@ -14,6 +15,12 @@ from aecore.errors import ImageError
 
 SSIM_WINDOW = 11
 """Side of SSIM's Gaussian window in pixels; images must not be smaller."""
+
+_WINDOW = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+_WINDOW /= _WINDOW.sum()
+
+_MOST_FOR_MATRIX = 256
+"""Sides up to which a matrix product, whose cost grows with their square, filters fastest."""
 
 
 def check_shapes(outputs: jax.Array, targets: jax.Array) -> None:
@@ -82,6 +89,16 @@ def _mean_within(values: jax.Array, sizes: jax.Array) -> jax.Array:
     return total / jnp.maximum(counts.sum(axis=(1, 2)), 1)
 
 
+def luma(images: jax.Array) -> jax.Array:
+    """`(..., 3)` RGB to `(..., 1)` luma, of [16/255, 235/255], as ITU-R BT.601 defines it.
+
+    Papers on super-resolution give their scores on it, as MATLAB's `rgb2ycbcr` computes it.
+    """
+    weights = np.array([65.481, 128.553, 24.966], np.float32) / 255
+    product = jnp.tensordot(images, weights, axes=1, precision=jax.lax.Precision.HIGHEST)
+    return product[..., None] + 16 / 255
+
+
 _SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Weights of MS-SSIM's scales, finest first, from Wang, Simoncelli and Bovik."""
 
@@ -122,23 +139,26 @@ def _ssim_terms(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _gaussian_filter(images: jax.Array) -> jax.Array:
-    """SSIM's window means, as two matrix products: much faster than dm_pix's convolutions."""
+    """SSIM's window means: much faster than dm_pix's convolutions."""
     for axis in (1, 2):
-        matrix = _window_matrix(images.shape[axis])
-        images = jnp.moveaxis(
-            jnp.tensordot(matrix, images, axes=(1, axis), precision=jax.lax.Precision.HIGHEST),
-            0,
-            axis,
-        )
+        size = images.shape[axis]
+        count = size - SSIM_WINDOW + 1
+        if size > _MOST_FOR_MATRIX:
+            parts = (jax.lax.slice_in_dim(images, n, n + count, axis=axis) for n in range(11))
+            terms = (float(w) * part for w, part in zip(_WINDOW, parts, strict=True))
+            images = functools.reduce(jnp.add, terms)
+        else:
+            matrix, highest = _window_matrix(size), jax.lax.Precision.HIGHEST
+            product = jnp.tensordot(matrix, images, axes=(1, axis), precision=highest)
+            images = jnp.moveaxis(product, 0, axis)
     return images
 
 
 def _window_matrix(size: int) -> np.ndarray:
     """`(size - 10, size)`: each row holds the window's weights, one place further to the right."""
-    window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     matrix = np.zeros((size - SSIM_WINDOW + 1, size), np.float32)
     for row, weights in enumerate(matrix):
-        weights[row : row + SSIM_WINDOW] = window / window.sum()
+        weights[row : row + SSIM_WINDOW] = _WINDOW
     return matrix
 
 

@@ -21,12 +21,12 @@ from aecore.training import feeds
 SIZES = [(40, 56), (56, 40), (48, 48), (33, 70), (44, 41)] * 3
 
 
-def save(folder, sizes, seed=0):
+def save(folder, sizes, seed=0, coarse=6):
     """Smooth pictures of several sizes."""
     folder.mkdir(exist_ok=True, parents=True)
     random = np.random.default_rng(seed)
     for index, (height, width) in enumerate(sizes):
-        small = random.integers(0, 256, (6, 6, 3), np.uint8)
+        small = random.integers(0, 256, (coarse, coarse, 3), np.uint8)
         image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
         image.save(folder / f"{index:02}.png")
 

@@ -26,6 +26,7 @@ from aecore.degradations.jpeg import JPEG
 from aecore.degradations.masks import Mask
 from aecore.degradations.noise import CameraNoise, GaussianNoise, SaltAndPepper, ShotNoise
 from aecore.degradations.resampling import Downscale, Pixelate, Resize, enlarging, reducing
+from aecore.degradations.text import parse
 
 __all__ = [
     "JPEG",
@@ -56,6 +57,7 @@ __all__ = [
     "WholeRange",
     "choice",
     "enlarging",
+    "parse",
     "probability",
     "real",
     "reducing",

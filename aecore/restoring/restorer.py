@@ -43,6 +43,8 @@ class Restorer:
       precision: `"float32"`, `"bfloat16"`, or `"auto"` for bfloat16 on TPUs and else float32.
       device: a JAX device, or a platform such as `"cpu"`, `"gpu"` or `"tpu"`, of which the first
         device is used; None for the default one.
+      in_range: whether floats must lie in [0, 1]. False: others are taken as they are, such as
+        noise that benchmarks don't clip.
 
     A restorer can be copied and pickled; a copy compiles anew. JAX does not survive a fork: in a
     process that was forked after the first restorer was made, restoring raises a ConfigError.
@@ -59,10 +61,16 @@ class Restorer:
         batch_size: int | None = None,
         precision: Literal["auto", "float32", "bfloat16"] = "auto",
         device: jax.Device | str | None = None,  # pyright: ignore[reportInvalidTypeForm]
+        in_range: bool = True,
     ):
         engine.refuse_fork()
         self.trained = trained
-        self._settings = {"tile": tile, "batch_size": batch_size, "precision": precision}
+        self._settings = {
+            "tile": tile,
+            "batch_size": batch_size,
+            "precision": precision,
+            "in_range": in_range,
+        }
         self._has_device = device is not None
         self._engine = Engine(
             trained.network,
@@ -82,7 +90,7 @@ class Restorer:
           run: a run directory, local or `gs://`; a file that `aecore export` wrote; or one of
             `aecore.weights.NAMES`.
           model: needed if a run's model is not in `aecore.models.REGISTRY`.
-          **settings: `tile`, `batch_size`, `precision`, `device`, as for the class.
+          **settings: `tile`, `batch_size`, `precision`, `device`, `in_range`, as for the class.
 
         Raises:
           CheckpointError: there is nothing that can be used, or its model is unknown.
@@ -312,7 +320,8 @@ class Restorer:
         values = values[..., None] if array.ndim == 2 else values
         channels = values.shape[3]
         if values.dtype.kind == "f":
-            values = _to_float(values)
+            in_range = self._settings["in_range"]
+            values = _to_float(values) if in_range else values.astype(np.float32)
         if channels == self.network.channels:
             return [values]
         if (channels, self.network.channels) == (3, 1):

@@ -100,6 +100,23 @@ def _reducing(size: int, scale: float) -> np.ndarray:
     return np.linalg.pinv(enlarging(size, scale))
 
 
+def _opencv_non_local_means(image, h):
+    import cv2  # pyright: ignore[reportMissingImports]  # Nothing else here needs it.
+
+    pixels = np.rint(image.clip(0, 1) * 255).astype(np.uint8)
+    if image.shape[2] == 1:
+        restored = cv2.fastNlMeansDenoising(pixels, None, h, 7, 21)
+    else:
+        restored = cv2.fastNlMeansDenoisingColored(pixels, None, h, h, 7, 21)
+    return restored.reshape(image.shape).astype(np.float32) / 255
+
+
+def _enlarged(image, scale, method):
+    height, width, channels = image.shape
+    shape = (scale * height, scale * width, channels)
+    return np.asarray(jax.image.resize(image, shape, method, antialias=False))
+
+
 _STRENGTHS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8)
 
 METHODS: dict[str, Method] = {
@@ -110,6 +127,9 @@ METHODS: dict[str, Method] = {
     ),
     "non-local means": Method(
         _non_local_means, {"h": (0.01, 0.03, *_STRENGTHS), "patch_size": (3, 5, 7)}, "skimage"
+    ),
+    "non-local means (OpenCV)": Method(
+        _opencv_non_local_means, {"h": (2, 3, 5, 7, 10, 13, 17, 22, 28, 35, 45, 60)}, "cv2"
     ),
     # bm3d has threads of its own, and ends the process if it is called from several.
     "bm3d": Method(_bm3d, {"sigma": (0.02, *_STRENGTHS)}, "bm3d", threads=False),
@@ -126,7 +146,14 @@ def methods(degradation: Degradation, names: Sequence[str] | None = None) -> dic
     Raises:
       ConfigError: a name is unknown, or its package is not installed.
     """
-    known = dict(METHODS)
+    if degradation.reduction > 1:
+        known = {
+            "lanczos": Method(
+                _enlarged, {"scale": (degradation.reduction,), "method": ("lanczos3",)}
+            )
+        }
+    else:
+        known = dict(METHODS)
     parts = degradation.parts if isinstance(degradation, Compose) else (degradation,)
     for part in parts:
         if isinstance(part, Pixelate):
@@ -152,6 +179,29 @@ def methods(degradation: Degradation, names: Sequence[str] | None = None) -> dic
         if name in missing:
             raise ConfigError(f"{name} needs the package {missing[name]}; install it")
     return {name: known[name] for name in names}
+
+
+def tuned(
+    chosen: Mapping[str, Method], examples: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Methods with the settings that have the least MSE on some examples.
+
+    Args:
+      chosen: the methods, from `methods`.
+      examples: degraded and original images, `(H, W, C)` float32 in [0, 1].
+
+    Returns:
+      For each method `degraded image -> restored image`.
+    """
+
+    def error(restore: Callable[[np.ndarray], np.ndarray]) -> float:
+        return sum(float(((restore(given) - image) ** 2).mean()) for given, image in examples)
+
+    def best(method: Method) -> Callable[[np.ndarray], np.ndarray]:
+        tries = [functools.partial(method.restore, **settings) for settings in method.settings()]
+        return tries[0] if len(tries) == 1 else min(tries, key=error)
+
+    return {name: best(method) for name, method in chosen.items()}
 
 
 def scores(

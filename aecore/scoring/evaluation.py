@@ -313,50 +313,72 @@ def table(
     others = sorted((classical or {}).items(), key=lambda item: -item[1]["mse"])
     rows = {"degraded": baseline, **dict(others), "restored": evaluation}
     width = max(map(len, rows)) + 2
+    columns = [
+        column
+        for column in (
+            ("PSNR in dB", "psnr", 2, 16),
+            ("SSIM", "ssim", 4, 18),
+            ("MSE", "mse", 5, 20),
+            ("PSNR, Y", "psnr_y", 2, 16),
+            ("SSIM, Y", "ssim_y", 4, 18),
+        )
+        if column[1] in evaluation
+    ]
 
     def entry(scores, name, digits):
         # Runs by earlier versions have no intervals.
         half = scores.get("ci95", {}).get(name)
         return f"{scores[name]:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
-    return "\n".join(
-        [f"{'':{width}}{'PSNR in dB':>14}{'SSIM':>18}{'MSE':>20}"]
-        + [
-            f"{name:{width}}{entry(scores, 'psnr', 2):>14}{entry(scores, 'ssim', 4):>18}"
-            f"{entry(scores, 'mse', 5):>20}"
-            for name, scores in rows.items()
-        ]
-    )
+    heads = "".join(f"{title:>{size}}" for title, _, _, size in columns)
+    lines = [
+        f"{name:{width}}"
+        + "".join(f"{entry(scores, key, digits):>{size}}" for _, key, digits, size in columns)
+        for name, scores in rows.items()
+    ]
+    return "\n".join([f"{'':{width}}{heads}", *lines])
 
 
 def evaluate(
     run: str,
     *,
+    data: str | None = None,
     data_dir: str | None = None,
     batch_size: int | None = None,
     model: Any = None,
     degradation: Degradation | None = None,
     classical: bool | Sequence[str] = False,
     save: bool = False,
+    csv: str | None = None,
+    pictures: str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Scores the best checkpoint of a run on its validation images, as training does.
+    """Scores the best checkpoint of a run on its validation images, or any network on any pictures.
+
+    A run's own images are scored as training does it. Pictures are scored as papers do: each is
+    degraded and restored whole, at its own size; see `protocol` in what is returned.
 
     Args:
-      run: a run directory.
-      data_dir: where the data are now, if they have moved.
+      run: a run directory; for pictures, also an exported file, or the name of weights that ship
+        with aecore.
+      data: a folder of pictures, or of pairs in its folders `degraded` and `original`.
+      data_dir: where the run's data are now, if they have moved.
       batch_size: images per call; None: a fast number.
       model: needed if the checkpoint's model is not in `aecore.models.REGISTRY`.
-      degradation: applied to the images; by default that of the run.
-      classical: whether to score classical methods too, tuned on training images; or the names of
-        methods to score.
+      degradation: applied to the images; by default that of the run, and none for pairs.
+      classical: whether to score classical methods too; or the names of methods to score. They are
+        tuned on training images; for pictures, on the middles of the first of them, which favours
+        them.
       save: whether to add the scores to the run's `summary.json` and to write `ranked.png` with the
         best, median and worst results by PSNR.
-      progress: whether to show a progress bar for the classical methods.
+      csv: for pictures, a file to write the scores of each to.
+      pictures: for pictures, a PNG file to show the best, median and worst results in.
+      progress: whether to show a progress bar.
 
     Returns:
-      `evaluation` and `baseline`, as in `summary.json`; if asked for, `classical`: scores and
-      `settings` of each method.
+      `evaluation` and `baseline`, as in `summary.json`; if asked for, `classical`: scores of each
+      method, and on the run's own images its `settings`. For pictures also `psnr_y` and `ssim_y`,
+      on luma, and `protocol`, a text.
 
     Raises:
       CheckpointError: there is no usable checkpoint.
@@ -366,6 +388,22 @@ def evaluate(
     """
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size {batch_size} is less than 1; use 1 or more")
+    if data is not None:
+        if save or data_dir is not None:
+            raise ConfigError("save and data_dir are for a run's own images; leave out data")
+        from aecore.scoring import pictures as any_pictures
+
+        return any_pictures.evaluate(
+            Restorer.load(run, model=model, batch_size=batch_size, in_range=False),
+            data,
+            degradation,
+            methods=(classical,) if isinstance(classical, str) else classical,
+            csv_file=csv,
+            picture_file=pictures,
+            progress=progress,
+        )
+    if csv is not None or pictures is not None:
+        raise ConfigError("csv and pictures are for scoring pictures; name their folder with data")
     restorer = Restorer.load(run, model=model)
     experiment = restorer.description.experiment(model=model)
     own = degradation in (None, experiment.degradation)
@@ -374,7 +412,7 @@ def evaluate(
 
     names = (classical,) if isinstance(classical, str) else classical
     methods = {}
-    if names:
+    if names and experiment.data.crop is None:
         methods = classical_methods.methods(degradation, None if names is True else names)
     directory = to_path(run)
     summary = _read_summary(directory) if save else {}
@@ -408,7 +446,8 @@ def evaluate(
         merged = summary.get("classical", {}) | scores.get("classical", {})
         summary |= scores | ({"classical": merged} if merged else {})
         write_json(directory / "summary.json", summary)
-        _save_ranked(directory, restorer, degradation, validation, values["psnr"])
+        if isinstance(validation, np.ndarray):
+            _save_ranked(directory, restorer, degradation, validation, values["psnr"])
     return scores
 
 

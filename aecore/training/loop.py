@@ -195,7 +195,8 @@ class _Run:
         params, ema = (
             self.devices.replicate(jax.tree.map(np.asarray, trained.params)) for _ in range(2)
         )
-        return self.state.replace(params=params, ema=None if self.state.ema is None else ema)
+        ema = None if self.state.ema is None else ema
+        return dataclasses.replace(self.state, params=params, ema=ema)
 
     def fit(self, bar: tqdm) -> None:
         """Trains to the end, or until the validation loss no longer falls."""

@@ -1,0 +1,364 @@
+"""Scores of any network on any pictures, as papers on image restoration give them.
+
+A picture is degraded at its own size, restored as `Restorer` does it, and compared with the
+original in RGB and, for colour, on its luma. Where a network enlarges, the original is first cut to
+a multiple of the scale, and `scale` pixels at its border don't count.
+"""
+
+import csv
+import functools
+import io
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from aecore import losses, metrics
+from aecore.config import Data
+from aecore.data import crops, sources
+from aecore.data.indexed import Pairs, Source
+from aecore.degradations import Compose, Degradation, JaxOps
+from aecore.errors import ConfigError, DataError, ImageError
+from aecore.networks import layers
+from aecore.restoring.restorer import Restorer
+from aecore.scoring import classical, evaluation, reports
+from aecore.storage import to_path
+
+_log = logging.getLogger(__name__)
+
+_TUNED_ON = 6
+"""Pictures whose middles the settings of classical methods are tuned on."""
+
+_MIDDLE = 128
+"""Side of those middles, and of the pictures in a file of the best and worst results."""
+
+_SHOWN = 3
+"""Of the best, of the median and of the worst results, each."""
+
+DEGRADED, RESTORED = "degraded", "restored"
+
+
+class PictureScores(NamedTuple):
+    """Scores of one picture."""
+
+    name: str
+    height: int
+    width: int
+    values: dict[str, dict[str, float]]
+    """For `degraded`, `restored` and each classical method: `psnr`, `ssim` and `mse`, and for
+    colour `psnr_y` and `ssim_y`."""
+
+
+class Job(NamedTuple):
+    """What is to be scored."""
+
+    source: Source
+    degradation: Degradation
+    scale: int
+    """How many times larger the originals are than the degraded pictures."""
+
+
+def find(data: str, degradation: Degradation | None, restorer: Restorer) -> Job:
+    """The pictures in a folder, or pairs of them, and what is done to them.
+
+    Args:
+      data: a folder of pictures; if it holds the folders `degraded` and `original`, of pairs.
+      degradation: by default that of the network's training; nothing for pairs.
+      restorer: the network.
+
+    Raises:
+      ConfigError: there is nothing to do to the pictures, or the scales don't fit.
+      DataError: there are no pictures.
+    """
+    folder = to_path(data)
+    is_pairs = all((folder / name).is_dir() for name in ("degraded", "original"))
+    channels = restorer.network.channels
+    if channels not in (1, 3):
+        raise ConfigError(f"the network is for {channels} channels; pictures have 1 or 3")
+    source = sources.pictures(
+        Data("pairs" if is_pairs else "folder", data, crop=1, channels=1 if channels == 1 else 3)
+    )
+    if degradation is None:
+        degradation = Compose() if is_pairs else _own(restorer)
+    scale = degradation.reduction * (source.scale if isinstance(source, Pairs) else 1)
+    if scale != restorer.network.scale:
+        raise ConfigError(
+            f"the pictures are made {scale} times smaller, and the network makes them "
+            f"{restorer.network.scale} times larger; use a degradation that fits the network"
+        )
+    return Job(source, degradation, scale)
+
+
+def _own(restorer: Restorer) -> Degradation:
+    if restorer.description.degradation is None:
+        raise ConfigError(
+            "the network doesn't say what it was trained to undo; say what to do to the pictures, "
+            "such as --degradation 'GaussianNoise(25 / 255)'"
+        )
+    return restorer.description.experiment().degradation
+
+
+def score(
+    job: Job,
+    restorer: Restorer,
+    methods: Mapping[str, classical.Method],
+    progress: bool = False,
+) -> Iterator[PictureScores]:
+    """Scores pictures in the order that is fastest. Broken ones are skipped with a warning.
+
+    Args:
+      job: the pictures.
+      restorer: made with `in_range=False` if the degradation leaves [0, 1].
+      methods: classical methods to score too.
+      progress: whether to show a progress bar.
+    """
+    sizes = {}
+    for index in range(len(job.source)):
+        try:
+            height, width = (side // job.scale for side in job.source.shape(index)[:2])
+        except ImageError as error:
+            _log.warning("skipped: %s", error)
+            continue
+        if min(height, width) * job.scale < metrics.SSIM_WINDOW + 2 * job.scale:
+            _log.warning("skipped: %s is too small to be scored", _name(job.source, index))
+            continue
+        sizes[index] = height, width
+    if not sizes:
+        raise DataError("there are no pictures that can be scored")
+    known = tune(job, list(sizes), methods)
+
+    def pair(index):
+        try:
+            return index, degraded_pair(job, index)
+        except ImageError as error:
+            _log.warning("skipped: %s", error)
+            return index, None
+
+    waiting: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def read(order: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        with ThreadPoolExecutor(1) as pool:
+            for index, made in _ahead(pool, pair, order):
+                if made is not None:
+                    waiting[index] = made
+                    yield index, made[0]
+
+    with tqdm(
+        total=len(sizes), unit=" pictures", delay=2, leave=False, disable=not progress
+    ) as bar:
+        for index, restored in restorer.many(sizes, read):
+            given, original = waiting.pop(index)
+            results = {DEGRADED: _plain(given, job.scale), RESTORED: restored}
+            results |= {name: restore(given) for name, restore in known.items()}
+            bar.update()
+            height, width = original.shape[:2]
+            yield PictureScores(
+                _name(job.source, index),
+                height,
+                width,
+                {
+                    name: _scores(_as_in_file(result), original, job.scale)
+                    for name, result in results.items()
+                },
+            )
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[int], Any], order: Sequence[int]
+) -> Iterator[Any]:
+    """Results in order, of which the next one is made while one is used."""
+    numbers = iter(order)
+    futures = [pool.submit(function, n) for n in itertools.islice(numbers, 2)]
+    while futures:
+        result = futures.pop(0).result()
+        futures += [pool.submit(function, n) for n in itertools.islice(numbers, 1)]
+        yield result
+
+
+def degraded_pair(job: Job, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """A picture degraded, and the original, `(H, W, C)` float32; noise depends on the index."""
+    original = job.source[index]
+    height, width = (side // job.scale * job.scale for side in original.shape[:2])
+    original = original[:height, :width]
+    given = original
+    if isinstance(job.source, Pairs):
+        given = job.source.degraded[index]
+    degraded = np.asarray(_degrade(job.degradation)(jax.device_put(given), index))
+    return _as_in_file(degraded), original.astype(np.float32) / 255
+
+
+def _as_in_file(image: np.ndarray) -> np.ndarray:
+    """Rounded to 8 bits; with noise beyond [0, 1], which no file could hold, as it is."""
+    if image.min() < 0 or image.max() > 1:
+        return image
+    return np.rint(image * 255) / np.float32(255)
+
+
+@functools.lru_cache(maxsize=8)
+def _degrade(degradation: Degradation) -> Callable[[jax.Array, int], jax.Array]:
+    @jax.jit
+    def degrade(image, index):
+        ops = JaxOps(evaluation.keys(jnp.asarray(index)[None]))
+        return degradation.apply(image[None].astype(jnp.float32) / 255, ops)[0]
+
+    return degrade
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _enlarge(image: jax.Array, scale: int) -> jax.Array:
+    return layers.enlarged(image[None], scale)[0]
+
+
+def _plain(given: np.ndarray, scale: int) -> np.ndarray:
+    return given if scale == 1 else np.asarray(_enlarge(given, scale)).clip(0, 1)
+
+
+def tune(
+    job: Job, indices: Iterable[int], methods: Mapping[str, classical.Method]
+) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Classical methods, tuned on the middles of some of the pictures themselves."""
+    if not methods:
+        return {}
+    examples = []
+    for index in itertools.islice(indices, _TUNED_ON):
+        try:
+            given, original = degraded_pair(job, index)
+        except ImageError:
+            continue  # A warning names it when its turn comes.
+        side = _MIDDLE // job.scale * job.scale
+        examples.append((_middle(given, side // job.scale), _middle(original, side)))
+    return classical.tuned(methods, examples)
+
+
+def _middle(image: np.ndarray, side: int) -> np.ndarray:
+    top, left = (max(0, own - side) // 2 for own in image.shape[:2])
+    return image[top : top + side, left : left + side]
+
+
+def _scores(restored: np.ndarray, original: np.ndarray, scale: int) -> dict[str, float]:
+    border = scale if scale > 1 else 0
+    inside = slice(border, -border or None)
+    arguments = jax.device_put((restored[inside, inside], original[inside, inside]))
+    return {name: float(v) for name, v in jax.device_get(_score(*arguments)).items()}
+
+
+@jax.jit
+def _score(restored: jax.Array, original: jax.Array) -> dict[str, jax.Array]:
+    restored, original = restored[None], original[None]
+    scores = {
+        "psnr": metrics.psnr(restored, original),
+        "ssim": metrics.ssim(restored, original),
+        "mse": losses.mse(restored, original),
+    }
+    if original.shape[3] == 3:
+        restored, original = metrics.luma(restored), metrics.luma(original)
+        scores["psnr_y"] = metrics.psnr(restored, original)
+        scores["ssim_y"] = metrics.ssim(restored, original)
+    return {name: value[0] for name, value in scores.items()}
+
+
+def _name(source: Source, index: int) -> str:
+    files = source.original if isinstance(source, Pairs) else source
+    name = getattr(files, "name", None)
+    return epath.Path(name(index)).name if name else str(index)
+
+
+def protocol(job: Job) -> str:
+    """What was done, for people."""
+    noise = "noise depends on a picture's place in the order of names; "
+    lines = [
+        f"degraded by {job.degradation!r}"
+        if job.degradation != Compose()
+        else "degraded beforehand",
+        f"{noise if job.degradation.is_random else ''}degraded and restored pictures are rounded "
+        "to 8 bits, but noise beyond [0, 1] is kept",
+        "PSNR, SSIM and MSE in all channels"
+        + ("; Y: on luma (BT.601)" if job.source.channels == 3 else ""),
+    ]
+    if job.scale > 1:
+        lines.append(
+            f"originals cut to multiples of {job.scale}, {job.scale} pixels of the border left "
+            "out; degraded: enlarged by bicubic interpolation"
+        )
+    return "\n".join(lines)
+
+
+def summarize(found: Sequence[PictureScores]) -> dict[str, evaluation.Scores]:
+    """Means over pictures, and their 95 % intervals, of each row."""
+    return {
+        row: evaluation.summarize(
+            {
+                name: np.array([picture.values[row][name] for picture in found])
+                for name in found[0].values[row]
+            }
+        )
+        for row in found[0].values
+    }
+
+
+def write_csv(found: Sequence[PictureScores], file: epath.PathLike) -> None:
+    """A line for each picture and row, in order of the pictures' names."""
+    text = io.StringIO()
+    names = list(found[0].values[RESTORED])
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["picture", "height", "width", "result", *names])
+    for picture in sorted(found):
+        for row, values in picture.values.items():
+            numbers = [f"{values[name]:.6g}" for name in names]
+            writer.writerow([picture.name, picture.height, picture.width, row, *numbers])
+    to_path(file).write_text(text.getvalue())
+
+
+def save_ranked(
+    found: Sequence[PictureScores], job: Job, restorer: Restorer, file: epath.PathLike
+) -> None:
+    """A picture of the best, median and worst results: their middles."""
+    place = {_name(job.source, index): index for index in range(len(job.source))}
+    psnr = np.array([picture.values[RESTORED]["psnr"] for picture in found])
+    ranked = evaluation.ranked(psnr, min(_SHOWN, len(found)))
+    rows: dict[str, list[np.ndarray]] = {DEGRADED: [], RESTORED: [], "original": []}
+    titles = []
+    for label, chosen in ranked.items():
+        for number in chosen.tolist():
+            given, original = degraded_pair(job, place[found[number].name])
+            results = (_plain(given, job.scale).clip(0, 1), restorer(given), original)
+            for row, image in zip(rows.values(), results, strict=True):
+                row.append(crops.pad(_middle(image, _MIDDLE), _MIDDLE, _MIDDLE))
+            titles.append(f"{label}, {psnr[number]:.1f} dB")
+    reports.save_samples({name: np.stack(row) for name, row in rows.items()}, file, titles)
+
+
+def evaluate(
+    restorer: Restorer,
+    data: str,
+    degradation: Degradation | None = None,
+    *,
+    methods: bool | Sequence[str] = False,
+    csv_file: epath.PathLike | None = None,
+    picture_file: epath.PathLike | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Scores a network on pictures; see `aecore.evaluate`."""
+    job = find(data, degradation, restorer)
+    chosen = {}
+    if methods:
+        chosen = classical.methods(job.degradation, None if methods is True else methods)
+    found = list(score(job, restorer, chosen, progress))
+    if csv_file is not None:
+        write_csv(found, csv_file)
+    if picture_file is not None:
+        save_ranked(found, job, restorer, picture_file)
+    scores = summarize(found)
+    return {
+        "evaluation": {"step": restorer.description.step, **scores.pop(RESTORED)},
+        "baseline": scores.pop(DEGRADED),
+        **({"classical": scores} if chosen else {}),
+        "protocol": protocol(job),
+    }

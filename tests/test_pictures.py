@@ -1,0 +1,207 @@
+"""Scores of any network on any pictures, against other libraries and published figures."""
+
+import csv
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from test_photographs import save
+
+import aecore
+from aecore import cli, degradations, metrics
+from aecore.degradations import JPEG, Blur, Compose, Downscale, GaussianNoise, Sometimes
+from aecore.errors import ConfigError, DataError
+from aecore.models import UNet, Upscaler
+from aecore.restoring.restorer import Restorer
+from aecore.saved import exported
+from aecore.saved.trained import TrainedNetwork
+from aecore.scoring import pictures
+
+SIZES = [(41, 56), (56, 40), (41, 56), (33, 70), (44, 41)]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    save(tmp_path / "photos", SIZES, coarse=24)
+    return tmp_path / "photos"
+
+
+def network(model):
+    """Untrained, so that it gives back its input, or a bicubic interpolation."""
+    shape = (1, 4 * model.stride, 4 * model.stride, model.channels)
+    return TrainedNetwork.of(model, model.init(jax.random.key(0), np.zeros(shape))["params"])
+
+
+@pytest.fixture
+def denoiser(tmp_path):
+    path = tmp_path / "identity.aecore"
+    exported.save(path, network(UNet((4, 8), channels=3, patch=2)))
+    return str(path)
+
+
+def luma(image):
+    return 16 + image.astype(float) @ [65.481, 128.553, 24.966] / 255
+
+
+def read(path):
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3])
+def test_scores_are_those_of_scikit_image_on_pillows_pictures(scale, photos):
+    degradation = Compose() if scale == 1 else Downscale(scale)
+    model = UNet((4, 8), channels=3, patch=2) if scale == 1 else Upscaler(4, 1, scale=scale)
+    job = pictures.find(str(photos), degradation, Restorer(network(model)))
+    found = sorted(pictures.score(job, Restorer(network(model)), {}))
+    assert [picture.name for picture in found] == [f"{n:02}.png" for n in range(5)]
+    for picture in found:
+        original = Image.open(photos / picture.name)
+        width, height = (side // scale * scale for side in original.size)
+        original = original.crop((0, 0, width, height))
+        small = original.resize((width // scale, height // scale), Image.Resampling.BICUBIC)
+        again = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+        inside = slice(scale, -scale) if scale > 1 else slice(None)
+        again, original = again[inside, inside], np.asarray(original)[inside, inside]
+        scores = picture.values["restored"]
+        if scale == 1:
+            assert scores["psnr"] == 100
+            continue
+        expected = peak_signal_noise_ratio(luma(original), luma(again), data_range=255)
+        assert scores["psnr_y"] == pytest.approx(expected, abs=0.05)
+        assert picture.values["degraded"]["psnr_y"] == pytest.approx(expected, abs=0.05)
+        ssim = structural_similarity(
+            luma(original),
+            luma(again),
+            data_range=255,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+        assert scores["ssim_y"] == pytest.approx(ssim, abs=2e-3)
+        expected = peak_signal_noise_ratio(original, again, data_range=255)
+        assert scores["psnr"] == pytest.approx(expected, abs=0.05)
+
+
+def test_ssim_of_large_images_is_the_same():
+    random = np.random.default_rng(0)
+    a, b = random.random((2, 1, 390, 40, 1)).astype(np.float32)
+    parts = [metrics.ssim(a[:, i : i + 200], b[:, i : i + 200]) for i in (0, 190)]
+    assert metrics.ssim(a, b)[0] == pytest.approx(np.mean(parts), abs=1e-5)
+
+
+def test_noise_is_neither_clipped_nor_rounded(photos, denoiser):
+    degradation = GaussianNoise(50 / 255, clip=False)
+    scores = aecore.evaluate(denoiser, data=str(photos), degradation=degradation)
+    assert scores["baseline"]["psnr"] == pytest.approx(-20 * np.log10(50 / 255), abs=0.1)
+    # The network gives back its input, clipped.
+    assert scores["evaluation"]["psnr"] > scores["baseline"]["psnr"] + 0.1
+    assert "clip=False" in scores["protocol"]
+
+
+def test_the_command_prints_and_writes_what_was_scored(photos, denoiser, tmp_path, capsys):
+    (photos / "broken.png").write_bytes(b"no picture")
+    words = ["evaluate", denoiser, "--data", str(photos), "--degradation", "GaussianNoise(25/255)"]
+    words += ["--methods", "median", "gaussian", "--csv", str(tmp_path / "scores.csv")]
+    words += ["--pictures", str(tmp_path / "ranked.png"), "--json", str(tmp_path / "scores.json")]
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(words)
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert "5 pictures of" in out and "PSNR, Y" in out and "BT.601" in out
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert set(scores["classical"]) == {"median", "gaussian"}
+    assert scores["classical"]["gaussian"]["psnr"] > scores["baseline"]["psnr"] + 1
+    with (tmp_path / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5 * 4
+    restored = [float(row["psnr"]) for row in rows if row["result"] == "restored"]
+    assert np.mean(restored) == pytest.approx(scores["evaluation"]["psnr"], abs=1e-3)
+    assert rows[0] | {"psnr": ""} == rows[0] | {"picture": "00.png", "height": "41", "psnr": ""}
+    assert Image.open(tmp_path / "ranked.png").size[0] > 900
+
+
+def test_pairs_are_scored_as_they_are(photos, tmp_path, denoiser):
+    for name in ("original", "degraded"):
+        (tmp_path / "pairs" / name).mkdir(parents=True)
+    for path in photos.iterdir():
+        image = read(path)
+        Image.fromarray(image).save(tmp_path / "pairs/original" / path.name)
+        Image.fromarray(image // 2).save(tmp_path / "pairs/degraded" / path.name)
+    scores = aecore.evaluate(denoiser, data=str(tmp_path / "pairs"))
+    images = [read(path) for path in sorted(photos.iterdir())]
+    expected = [peak_signal_noise_ratio(image, image // 2) for image in images]
+    assert scores["baseline"]["psnr"] == pytest.approx(np.mean(expected), abs=1e-3)
+    assert scores["evaluation"]["psnr"] == pytest.approx(np.mean(expected), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("GaussianNoise(25 / 255, clip=False)", GaussianNoise(25 / 255, clip=False)),
+        ("GaussianNoise(sigma=(0, 0.2))", GaussianNoise((0, 0.2))),
+        (
+            "Compose((Sometimes(0.5, Blur()), JPEG(quality=(10, 95))))",
+            Compose((Sometimes(0.5, Blur()), JPEG(quality=(10, 95)))),
+        ),
+        (" Downscale(4, 'matlab') ", Downscale(4, "matlab")),
+    ],
+)
+def test_degradations_are_read_from_text(text, expected):
+    assert degradations.parse(text) == expected
+    assert degradations.parse(repr(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Noise(0.1)", "there is no degradation Noise, only .*GaussianNoise"),
+        ("GaussianNoise(0.1", "can't be read"),
+        ("GaussianNoise(strength=1)", "strength"),
+        ("GaussianNoise(-1)", "sigma -1 is out of bounds"),
+        ("__import__('os').system('true')", "not allowed"),
+        ("GaussianNoise(1 / 0)", "division by zero"),
+        ("25", "'25' is no degradation"),
+        ("", "can't be read"),
+    ],
+)
+def test_what_is_no_degradation_is_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        degradations.parse(text)
+
+
+def test_what_can_not_be_scored(photos, denoiser, tmp_path):
+    def refused(message, error=ConfigError, **settings):
+        with pytest.raises(error, match=message):
+            aecore.evaluate(denoiser, **{"data": str(photos), **settings})
+
+    refused("doesn't say what it was trained to undo")
+    refused("made 2 times smaller, and the network makes them 1", degradation=Downscale(2))
+    (tmp_path / "empty").mkdir()
+    noise = GaussianNoise(0.1)
+    refused("holds no pictures", DataError, data=str(tmp_path / "empty"), degradation=noise)
+    refused("is not a folder", DataError, data=str(tmp_path / "none"), degradation=noise)
+    refused("leave out data", save=True)
+    with pytest.raises(ConfigError, match="name their folder with data"):
+        aecore.evaluate(denoiser, csv="scores.csv")
+
+
+@pytest.mark.parametrize(
+    ("folder", "degradation", "published", "name"),
+    [
+        ("cbsd68", GaussianNoise(25 / 255, clip=False), 20.17, "psnr"),
+        ("live1", JPEG(10), 25.69, "psnr"),
+        ("set5", Downscale(2), 33.67, "psnr_y"),
+        ("set5", Downscale(4), 28.43, "psnr_y"),
+        ("set14", Downscale(4), 26.09, "psnr_y"),
+    ],
+)
+def test_published_baselines_are_reproduced(folder, degradation, published, name, photos_dir):
+    model = UNet((4, 8), channels=3, patch=2)
+    if degradation.reduction > 1:
+        model = Upscaler(4, 1, scale=degradation.reduction)
+    restorer = Restorer(network(model), in_range=False)
+    scores = pictures.evaluate(restorer, f"{photos_dir}/{folder}", degradation)
+    assert scores["baseline"][name] == pytest.approx(published, abs=0.01)

@@ -238,7 +238,8 @@ class Experiment:
             smaller == self.model_scale,
             f"the degraded images are {smaller} times smaller than the originals, the model "
             f"{type(self.model).__name__} makes them {self.model_scale} times larger; "
-            "use a model and a degradation of the same scale, such as Upscaler and Downscale",
+            "use a model and a degradation of the same scale, such as Upscaler and Downscale with "
+            "--model.scale 2 --degradation.scale 2",
         )
         stride = self.model.stride * self.model_scale
         least = math.ceil(SSIM_WINDOW / stride) * stride

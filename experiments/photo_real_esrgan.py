@@ -65,7 +65,7 @@ experiment = Experiment(
     name="photo_real_esrgan",
     model=UNet(features=(32, 64, 96), channels=3, patch=2),
     degradation=Compose(FIRST + SECOND),
-    data=Data(dataset="folder", image_size=(128, 128), channels=3),
+    data=Data(dataset="folder", crop=96, turn=True, channels=3),
     optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", warmup_steps=200, ema=0.999),
     training=Training(batch_size=16, epochs=8, degrade_on="device"),
 )

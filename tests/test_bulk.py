@@ -7,6 +7,7 @@ import time
 import zlib
 
 import cv2
+import jax
 import numpy as np
 import pytest
 from conftest import save_pictures
@@ -18,8 +19,10 @@ import aecore
 from aecore import cli, storage
 from aecore.errors import ConfigError, ImageError
 from aecore.media import images
-from aecore.models import Autoencoder, register
+from aecore.models import Autoencoder, Upscaler, register
 from aecore.restoring import bulk, files
+from aecore.saved import exported
+from aecore.saved.trained import TrainedNetwork
 
 RANDOM = np.random.default_rng(0)
 
@@ -43,11 +46,6 @@ class Unchanged(Autoencoder):
 
 def save_unchanged(path, channels=3):
     """Writes an identity as an exported file."""
-    from etils import epath
-
-    from aecore.saved import exported
-    from aecore.saved.trained import TrainedNetwork
-
     params = {"unused": np.zeros(1, np.float32)}
     exported.save(epath.Path(path), TrainedNetwork.of(Unchanged(channels), params))
     return str(path)
@@ -652,3 +650,100 @@ def test_a_full_disk_names_the_path(tmp_path, monkeypatch):
         storage.write_json(path, {"a": 1})
     assert storage.is_disk_full(caught.value)
     assert caught.value.filename == str(path)
+
+
+# ---- Networks that enlarge
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def enlarging(request, tmp_path_factory):
+    """An untrained `Upscaler`, which is a bicubic interpolation, as an exported file."""
+    model = Upscaler(4, 1, scale=request.param)
+    params = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))["params"]
+    path = epath.Path(tmp_path_factory.mktemp("model") / "larger.aecore")
+    exported.save(path, TrainedNetwork.of(model, params))
+    return str(path), request.param
+
+
+def bicubic(image, scale):
+    """By Pillow, which between rows and columns rounds and clips all but floats."""
+    size = (scale * image.width, scale * image.height)
+    bands = [band.convert("F").resize(size, Image.Resampling.BICUBIC) for band in image.split()]
+    larger = np.rint(np.dstack(bands)).clip(0, 255).astype(np.int64)
+    return larger[..., 0] if len(bands) == 1 else larger
+
+
+def test_pictures_of_any_mode_come_back_larger(enlarging, tmp_path, capfd):
+    model, scale = enlarging
+    source, out = tmp_path / "in", tmp_path / "out"
+    pictures_of_all_modes(source)
+    assert run(capfd, source, "-o", out, "-m", model)[::2] == (0, "")
+    assert names(out) == names(source)
+    for name in names(source):
+        before, after = (images.read_picture(folder / name).frames[0] for folder in (source, out))
+        assert after.mode == before.mode
+        assert after.values.shape[:2] == (9 * scale, 14 * scale)
+        if name.startswith("1."):
+            continue
+        one_of_255 = 257 if before.values.dtype == np.uint16 else 1
+        expected = images.enlarged(before.values, scale).astype(np.int64)
+        assert np.abs(after.values - expected).max() <= one_of_255
+        if before.alpha is not None:
+            np.testing.assert_array_equal(after.alpha, images.enlarged(before.alpha, scale))
+    with Image.open(source / "RGBA.png") as picture, Image.open(out / "RGBA.png") as restored:
+        channels = zip(picture.split(), restored.split(), strict=True)
+        for before, after in channels:
+            assert np.abs(np.asarray(after, np.int64) - bicubic(before, scale)).max() <= 1
+
+
+def test_resolution_profile_and_comparison_of_larger_pictures(enlarging, tmp_path, capfd):
+    model, scale = enlarging
+    picture = Image.fromarray(RANDOM.integers(0, 256, (9, 14, 3), np.uint8))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "aecore"
+    picture.save(tmp_path / "a.png", dpi=(100, 100), icc_profile=profile, exif=exif)
+    args = [tmp_path / "a.png", "-o", tmp_path / "b.png", "-m", model, "--compare"]
+    assert run(capfd, *args)[::2] == (0, "")
+    with Image.open(tmp_path / "b.png") as restored:
+        assert restored.info["dpi"] == pytest.approx((100 * scale,) * 2, rel=1e-3)
+        assert restored.info["icc_profile"] == profile
+        assert restored.getexif()[ExifTags.Base.Make] == "aecore"
+        assert restored.size == (14 * scale, 9 * scale)
+    with Image.open(tmp_path / "b_compare.png") as both:
+        assert both.size == (2 * 14 * scale, 9 * scale)
+        left, right = np.split(np.asarray(both, np.int64), 2, axis=1)
+        assert np.abs(left - right).max() <= 1
+
+
+def test_animations_come_back_larger(enlarging, tmp_path, capfd):
+    model, scale = enlarging
+    frames = [Image.fromarray(RANDOM.integers(0, 256, (9, 8, 3), np.uint8)) for _ in range(3)]
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:], duration=40)
+    args = [tmp_path / "a.png", "-o", tmp_path / "b.png", "-m", model]
+    assert run(capfd, *args)[::2] == (0, "")
+    with Image.open(tmp_path / "b.png") as restored:
+        assert (restored.n_frames, restored.size) == (3, (8 * scale, 9 * scale))
+        for index, frame in enumerate(frames):
+            restored.seek(index)
+            got = np.asarray(restored.convert("RGB"), np.int64)
+            assert np.abs(got - bicubic(frame, scale)).max() <= 1
+
+
+def test_videos_come_back_larger(enlarging, tmp_path, capfd):
+    av = pytest.importorskip("av")
+    model, scale = enlarging
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", 10)
+        stream.width, stream.height = 32, 24
+        for index in range(20):
+            array = np.full((24, 32, 3), 12 * index, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, "rgb24")))
+        container.mux(stream.encode())
+    args = [tmp_path / "a.mp4", "-o", tmp_path / "b.mp4", "-m", model]
+    assert run(capfd, *args)[::2] == (0, "")
+    with av.open(str(tmp_path / "b.mp4")) as container:
+        restored = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(restored) == 20
+    assert restored[0].shape == (24 * scale, 32 * scale, 3)
+    assert np.abs(restored[10].mean() - 120) < 3

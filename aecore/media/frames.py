@@ -68,6 +68,34 @@ class Frame:
         check_frame(frame)
         return frame
 
+    def restored(self, values: np.ndarray) -> "Frame":
+        """The same frame with other pixels, which may be a whole number of times larger.
+
+        Alpha is then enlarged by bicubic interpolation, and the resolution multiplied, so that the
+        picture keeps its size on paper.
+
+        Raises:
+          ImageError: as for `replace`.
+        """
+        scale = values.shape[0] // self.values.shape[0]
+        if scale == 1:
+            return self.replace(values, self.alpha)
+        alpha = None if self.alpha is None else enlarged(self.alpha, scale)
+        carried = dict(self.carried)
+        if "dpi" in carried:
+            carried["dpi"] = tuple(scale * number for number in carried["dpi"])
+        return dataclasses.replace(self, carried=carried).replace(values, alpha)
+
+
+def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:
+    """`(H, W)` or `(H, W, 3)` uint8 or uint16, `scale` times as large by bicubic interpolation."""
+    if pixels.ndim == 3:
+        return np.dstack([enlarged(pixels[..., n], scale) for n in range(pixels.shape[2])])
+    size = (scale * pixels.shape[1], scale * pixels.shape[0])
+    # As floats, since Pillow doesn't interpolate between pixels of 16 bits.
+    larger = Image.fromarray(pixels.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+    return np.rint(np.asarray(larger)).clip(0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class Picture:

@@ -17,7 +17,7 @@ from aecore.errors import ConfigError, ImageError
 from aecore.media import decoders
 from aecore.media.decoders import from_pillow
 from aecore.media.encoders import FORMATS, encode
-from aecore.media.frames import Frame, Picture, to_pillow
+from aecore.media.frames import Frame, Picture, enlarged, to_pillow
 from aecore.storage import is_disk_full, reason, to_path, write_whole
 
 SUFFIXES = frozenset(
@@ -36,6 +36,7 @@ __all__ = [
     "Picture",
     "at_working_size",
     "can_write",
+    "enlarged",
     "from_array",
     "from_float",
     "from_pillow",

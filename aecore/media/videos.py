@@ -75,6 +75,7 @@ def restore(
     function: Callable[[np.ndarray], np.ndarray],
     *,
     batch_size: int,
+    scale: int = 1,
 ) -> tuple[str, ...]:
     """Restores all frames of a video file.
 
@@ -95,6 +96,7 @@ def restore(
       function: restores `(batch_size, H, W, 3)` uint8 RGB frames as they are stored, before the
         video's rotation. The last batch is filled up by repeating the last frame.
       batch_size: frames to restore, and hold in memory, at a time.
+      scale: how many times larger `function` makes frames.
 
     Returns:
       Notes, one line each: what the new video lacks, or what differs from the source.
@@ -123,9 +125,12 @@ def restore(
     try:
         video = _probe(av, source)
         notes = list(video.notes)
+        restored = dataclasses.replace(
+            video, width=scale * video.width, height=scale * video.height
+        )
         with (
             _open(av, source) as reader,
-            _Writer(av, temporary, target, container, reader, video, notes) as writer,
+            _Writer(av, temporary, target, container, reader, restored, notes) as writer,
         ):
             batch = []
             for item in _decode(av, source, reader, video, notes):
@@ -388,6 +393,7 @@ class _Writer:
         self._notes = notes
         self._copies: dict[int, Any] = {}
         self._to_pixels = av.video.reformatter.VideoReformatter()
+        self._larger = av.video.reformatter.VideoReformatter()
         self._last = None
         self._durations: dict[int, int] = {}
         self._moved = 0
@@ -604,6 +610,8 @@ class _Writer:
             self._moved += abs(time * self._time_base - exact) > Fraction(1, 1000)
             self._last = time
             self._durations[time] = round(duration * self._video.time_base / self._time_base)
+            if (frame.height, frame.width) != picture.shape[:2]:
+                frame = self._larger.reformat(frame, picture.shape[1], picture.shape[0])
             frame.make_writable()
             _view(frame)[:] = picture
             frame.colorspace = self._colorspace

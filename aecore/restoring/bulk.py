@@ -54,7 +54,8 @@ def restore(
       jobs: what to restore; the order may change so that pictures of one size are batched.
       restorer: the network.
       alpha: whether alpha channels are kept as they are, or dropped.
-      compare: whether to write each input beside its output, in one picture, too.
+      compare: whether to write each input beside its output, in one picture, too; enlarged by
+        interpolation if the output is larger.
       quality: of JPEG, WebP and AVIF files, 1 to 100; None for the input's, as far as it is known.
       late: if the iterator is closed early, files that are being written are finished; this is
         called with what became of each.
@@ -201,17 +202,18 @@ def _write(
     quality: int | None,
 ) -> Done | Failure:
     frames = tuple(
-        frame.replace(values, frame.alpha)
-        for frame, values in zip(picture.frames, restored, strict=True)
+        frame.restored(values) for frame, values in zip(picture.frames, restored, strict=True)
     )
     try:
         job.target.parent.mkdir(parents=True, exist_ok=True)
         whole = dataclasses.replace(picture, frames=frames)
         notes = images.write_picture(whole, job.target, quality=quality)
         if compare:
-            before = picture.frames[0]
-            both = np.concatenate([before.values, frames[0].values], axis=1)
-            comparison = Picture((before.replace(both, None),), "PNG")
+            before, after = picture.frames[0], frames[0]
+            scale = after.values.shape[0] // before.values.shape[0]
+            plain = before.values if scale == 1 else images.enlarged(before.values, scale)
+            both = np.concatenate([plain, after.values], axis=1)
+            comparison = Picture((after.replace(both, None),), "PNG")
             images.write_picture(comparison, job.comparison)
     except (ImageError, OSError) as error:
         if is_disk_full(error):
@@ -223,7 +225,11 @@ def _write(
 def _restore_video(job: Job, restorer: Restorer) -> Done | Failure:
     try:
         job.target.parent.mkdir(parents=True, exist_ok=True)
-        return Done(job, videos.restore(job.source, job.target, restorer, batch_size=_VIDEO_FRAMES))
+        scale = restorer.network.scale
+        notes = videos.restore(
+            job.source, job.target, restorer, batch_size=_VIDEO_FRAMES, scale=scale
+        )
+        return Done(job, notes)
     except (ImageError, OSError) as error:
         if is_disk_full(error):
             raise

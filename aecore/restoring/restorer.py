@@ -147,8 +147,7 @@ class Restorer:
         """
         frame = self._frame(image)
         if frame is not None:
-            restored = self(frame.values)
-            return images.to_pillow(frame.replace(restored, frame.alpha))
+            return images.to_pillow(frame.restored(self(frame.values)))
         array = _checked(image)
         self._notice(array)
         return _like(image, next(self._restored([array])))

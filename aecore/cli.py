@@ -89,6 +89,8 @@ class Restore:
     """The kind of device to compute on."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format for computing; auto: bfloat16 on TPUs, float32 elsewhere."""
+    strength: float = 1.0
+    """How much of the correction is applied, from 0 (none) to 1."""
     alpha: Literal["keep", "drop"] = "keep"
     """Whether outputs keep the input's alpha channel, which is never restored."""
     if_exists: Literal["fail", "skip", "overwrite"] = "fail"
@@ -123,7 +125,8 @@ class Restore:
         )
         jobs, skipped = self._without_existing(jobs)
         if self.dry_run:
-            _print_lines(f"{job.source} -> {job.target}" for job in jobs)
+            for job in jobs:
+                _say(f"{job.source} -> {job.target}")
             for failure in failures:
                 print(failure, file=sys.stderr)
             return 1 if failures else 0
@@ -131,13 +134,19 @@ class Restore:
         with _notes_on_stdout(), _interruptible() as is_interrupted:
             restorer = self._restorer()
             outcomes = []
+
+            def finished_late(outcome):
+                outcomes.append(outcome)
+                if isinstance(outcome, files.Failure):
+                    tqdm.write(str(outcome), file=sys.stderr)
+
             results = bulk.restore(
                 jobs,
                 restorer,
                 alpha=self.alpha,
                 compare=self.compare,
                 quality=self.quality,
-                late=outcomes.append,
+                late=finished_late,
             )
             total = len(failures) + len(jobs)
             try:
@@ -154,9 +163,7 @@ class Restore:
                 if self.report is not None:
                     _write_report(self.report, outcomes, skipped)
             counts = collections.Counter(type(outcome).__name__ for outcome in outcomes)
-        print(
-            f"{counts['Done']:,} restored, {counts['Failure']:,} failed, {len(skipped):,} skipped"
-        )
+        _say(f"{counts['Done']:,} restored, {counts['Failure']:,} failed, {len(skipped):,} skipped")
         return 1 if counts["Failure"] else 0
 
     def _collect(
@@ -186,25 +193,20 @@ class Restore:
                     for note in outcome.notes:
                         if note not in said:
                             said.add(note)
-                            tqdm.write(f"note: {outcome.job.source}: {note}", file=sys.stdout)
+                            _say(f"note: {outcome.job.source}: {note}")
                 if is_interrupted():
                     raise KeyboardInterrupt
 
     def _restorer(self) -> Any:
-        import jax
-
         from aecore.restoring.restorer import Restorer
 
-        try:
-            device = None if self.device == "auto" else jax.local_devices(backend=self.device)[0]
-        except RuntimeError as error:
-            raise ConfigError(f"there is no {self.device} here; use --device auto") from error
         restorer = Restorer.load(
             self.model,
             tile=self.tile,
             batch_size=self.batch_size,
             precision=self.precision,
-            device=device,
+            device=None if self.device == "auto" else self.device,
+            strength=self.strength,
         )
         if restorer.network.channels not in (1, 3):
             raise ConfigError(
@@ -458,11 +460,10 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def _print_lines(lines: Iterable[str]) -> None:
-    """Prints lines, until whoever reads them, such as `head`, has enough."""
+def _say(line: str) -> None:
+    """Prints a line above a progress bar. If whoever reads, such as `head`, is gone: nothing."""
     try:
-        for line in lines:
-            print(line)
+        tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
     except BrokenPipeError:
         # Python would fail once more when it flushes at exit.
@@ -475,7 +476,7 @@ def _notes_on_stdout() -> Iterator[None]:
 
     class Printing(logging.Handler):
         def emit(self, record):
-            tqdm.write(f"note: {record.getMessage()}", file=sys.stdout)
+            _say(f"note: {record.getMessage()}")
 
     logger, handler = logging.getLogger("aecore.restoring"), Printing()
     logger.addHandler(handler)

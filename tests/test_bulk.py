@@ -747,3 +747,15 @@ def test_videos_come_back_larger(enlarging, tmp_path, capfd):
     assert len(restored) == 20
     assert restored[0].shape == (24 * scale, 32 * scale, 3)
     assert np.abs(restored[10].mean() - 120) < 3
+
+
+def test_a_reader_that_leaves_does_not_stop_the_work(unchanged, tmp_path):
+    pictures_of_all_modes(tmp_path / "in")
+    command = [sys.executable, "-m", "aecore", "restore", "in", "-o", "out", "-m", unchanged]
+    restoring = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    restoring.stdout.close()
+    assert restoring.stderr.read() == ""
+    assert restoring.wait(timeout=120) == 0
+    assert names(tmp_path / "out") == names(tmp_path / "in")

@@ -92,7 +92,7 @@ def test_evaluate_prints_the_scores(trained, capsys):
         ),
         (
             ["restore", "{pictures}", "-o", "{tmp}/o", "-m", "{trained}", "--device", "tpu"],
-            "there is no tpu here; use --device auto",
+            "there is no device 'tpu' here; use cpu, or leave it out",
         ),
         (["export", "{trained}", "-o", "{tmp}"], "is a folder; name a file"),
         (["summary", "{tmp}"], "has no checkpoints"),

@@ -381,3 +381,10 @@ def test_prepared_lfw(tfds_dir):
     assert loaded.image_shape == (80, 80, 3)
     total = len(loaded.train) + len(loaded.validation)
     assert len(loaded.validation) / total == pytest.approx(0.1, abs=0.01)
+
+
+def test_images_that_fit_nowhere_are_refused(tmp_path):
+    save_pictures(tmp_path, 4)
+    data = Data("folder", str(tmp_path), image_size=(4_000_000, 4_000_000))
+    with pytest.raises(DataError, match=r"4 images of 4000000x4000000 need .* GB, more than"):
+        sources.load(data)

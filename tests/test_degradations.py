@@ -37,7 +37,6 @@ from aecore.degradations import (
     Shuffled,
     Sinc,
     Sometimes,
-    augmentations,
 )
 from aecore.errors import ConfigError
 from aecore.models import NoiseReducer
@@ -694,24 +693,6 @@ def test_a_degradation_says_by_how_much_it_reduces_and_where_jpegs_blocks_lie():
     np.testing.assert_allclose(
         full(images[:, crop, crop]), full(images)[:, crop, crop], atol=1.01 / 255
     )
-
-
-@pytest.mark.parametrize("run", ["jax", "tf"])
-def test_images_are_turned_in_all_eight_ways(run):
-    import tensorflow as tf
-
-    image = RANDOM.random((5, 5, 2), np.float32)
-    images = np.tile(image, (400, 1, 1, 1))
-    if run == "jax":
-        ops = JaxOps(jax.random.split(jax.random.key(0), len(images)))
-    else:
-        ops = TensorFlowOps(tf.constant((3, 4), tf.int64))
-    turned = np.asarray(augmentations.turn(images, ops))
-    ways = [np.rot90(side, k) for side in (image, image[::-1]) for k in range(4)]
-    which = [[np.array_equal(one, way) for way in ways].index(True) for one in turned]
-    assert np.bincount(which, minlength=8).min() > 25
-    with pytest.raises(ConfigError, match="5x4 can't be turned"):
-        augmentations.turn(images[:, :, :4], ops)
 
 
 @pytest.mark.parametrize("degradation", RANDOM_ONES, ids=lambda value: type(value).__name__)

@@ -22,11 +22,19 @@ import aecore
 from aecore import models
 from aecore.degradations import GaussianNoise, Pixelate
 from aecore.errors import CheckpointError, ConfigError, ImageError
-from aecore.models import NoiseReducer, ResolutionEnhancer, SubpixelAutoencoder, UNet
+from aecore.media import images
+from aecore.models import (
+    NoiseReducer,
+    ResolutionEnhancer,
+    SubpixelAutoencoder,
+    UNet,
+    Upscaler,
+)
 from aecore.networks.network import LinenNetwork
 from aecore.networks.receptive_field import ReceptiveField
 from aecore.restoring import engine, expectations
 from aecore.restoring import restorer as restorers
+from aecore.restoring.restorer import Restorer
 from aecore.saved import exported
 from aecore.saved.descriptions import Description
 from aecore.saved.trained import TrainedNetwork
@@ -790,3 +798,28 @@ def test_a_network_may_enlarge(tile, shape):
             restored,
             atol=1e-6,
         )
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_strength_says_how_much_of_the_correction_is_applied(dtype, trained):
+    random = np.random.default_rng(0)
+    image = random.random((20, 24)).astype(np.float32)
+    if dtype != np.float32:
+        image = (image * np.iinfo(dtype).max).astype(dtype)
+    whole = aecore.restore(image, trained)
+    np.testing.assert_array_equal(aecore.restore(image, trained, strength=0), image)
+    half = aecore.restore(image, trained, strength=0.5).astype(np.float64)
+    mean = (image.astype(np.float64) + whole) / 2
+    assert np.abs(half - mean).max() <= (1e-6 if dtype == np.float32 else 0.5)
+    np.testing.assert_array_equal(aecore.restore(image, trained, strength=1), whole)
+    for wrong in (-0.1, 1.1, "all"):
+        with pytest.raises(ConfigError, match="strength .* use a number from 0 to 1"):
+            aecore.restore(image, trained, strength=wrong)
+
+
+def test_strength_of_a_network_that_enlarges():
+    model = Upscaler(4, 1, scale=2)
+    restorer = Restorer.of(model, random_params(model), strength=0.0)
+    image = np.random.default_rng(0).integers(0, 256, (2, 9, 14, 3), np.uint8)
+    expected = np.stack([images.enlarged(each, 2) for each in image])
+    np.testing.assert_array_equal(restorer(image), expected)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -126,9 +128,20 @@ def memory_limit(data: Data) -> float:
 
 
 def _allocate(shape: tuple[int, ...], limit: float) -> np.ndarray:
-    """A uint8 array in memory, or in a temporary file that vanishes with it."""
-    if int(np.prod(shape, dtype=np.int64)) <= limit:
+    """A uint8 array in memory, or in a temporary file that vanishes with it.
+
+    Raises:
+      DataError: neither has so much room.
+    """
+    needed = math.prod(shape)
+    if needed <= limit:
         return np.empty(shape, np.uint8)
+    folder = tempfile.gettempdir()
+    if needed > shutil.disk_usage(folder).free:
+        raise DataError(
+            f"{shape[0]:,} images of {shape[1]}x{shape[2]} need {needed / 1e9:,.1f} GB, more than "
+            f"there is in memory or in {folder}; use a smaller --data.image-size"
+        )
     with tempfile.TemporaryFile() as file:
         return np.memmap(file, np.uint8, "w+", shape=shape)
 

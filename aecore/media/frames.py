@@ -88,12 +88,19 @@ class Frame:
 
 
 def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:
-    """`(H, W)` or `(H, W, 3)` uint8 or uint16, `scale` times as large by bicubic interpolation."""
+    """`scale` times as large by bicubic interpolation.
+
+    Args:
+      pixels: `(H, W)` or `(H, W, C)` uint8, uint16, or float in [0, 1].
+      scale: a whole number.
+    """
     if pixels.ndim == 3:
         return np.dstack([enlarged(pixels[..., n], scale) for n in range(pixels.shape[2])])
     size = (scale * pixels.shape[1], scale * pixels.shape[0])
     # As floats, since Pillow doesn't interpolate between pixels of 16 bits.
     larger = Image.fromarray(pixels.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+    if pixels.dtype.kind == "f":
+        return np.asarray(larger).clip(0, 1).astype(pixels.dtype)
     return np.rint(np.asarray(larger)).clip(0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)
 
 

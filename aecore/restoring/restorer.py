@@ -43,6 +43,8 @@ class Restorer:
       precision: `"float32"`, `"bfloat16"`, or `"auto"` for bfloat16 on TPUs and else float32.
       device: a JAX device, or a platform such as `"cpu"`, `"gpu"` or `"tpu"`, of which the first
         device is used; None for the default one.
+      strength: how much of the correction is applied, from 0 to 1: 0 gives back the image, enlarged
+        by interpolation where the network enlarges, 1 what the network makes of it.
       in_range: whether floats must lie in [0, 1]. False: others are taken as they are, such as
         noise that benchmarks don't clip.
 
@@ -61,14 +63,18 @@ class Restorer:
         batch_size: int | None = None,
         precision: Literal["auto", "float32", "bfloat16"] = "auto",
         device: jax.Device | str | None = None,  # pyright: ignore[reportInvalidTypeForm]
+        strength: float = 1.0,
         in_range: bool = True,
     ):
         engine.refuse_fork()
+        if not (isinstance(strength, (int, float)) and 0 <= strength <= 1):
+            raise ConfigError(f"strength {strength!r} is not possible; use a number from 0 to 1")
         self.trained = trained
         self._settings = {
             "tile": tile,
             "batch_size": batch_size,
             "precision": precision,
+            "strength": strength,
             "in_range": in_range,
         }
         self._has_device = device is not None
@@ -88,9 +94,9 @@ class Restorer:
 
         Args:
           run: a run directory, local or `gs://`; a file that `aecore export` wrote; or one of
-            `aecore.weights.NAMES`.
+            `aecore.saved.weights.NAMES`.
           model: needed if a run's model is not in `aecore.models.REGISTRY`.
-          **settings: `tile`, `batch_size`, `precision`, `device`, `in_range`, as for the class.
+          **settings: as for the class, such as `tile` and `strength`.
 
         Raises:
           CheckpointError: there is nothing that can be used, or its model is unknown.
@@ -233,7 +239,21 @@ class Restorer:
             *count, height, width = array.shape[: array.ndim - (array.ndim > 2)]
             sides = (self._engine.scale * height, self._engine.scale * width)
             shape = (*count, *sides, *array.shape[3 if count else 2 :])
-            yield result.reshape(shape).astype(array.dtype, copy=False)
+            result = result.reshape(shape).astype(array.dtype, copy=False)
+            yield self._blended(array, result)
+
+    def _blended(self, array: np.ndarray, restored: np.ndarray) -> np.ndarray:
+        """So much of the correction as `strength` says."""
+        strength = self._settings["strength"]
+        if strength == 1:
+            return restored
+        plain = array
+        if self._engine.scale > 1:
+            several = array if array.ndim == 4 else array[None]
+            larger = [images.enlarged(image, self._engine.scale) for image in several]
+            plain = np.stack(larger).reshape(restored.shape)
+        blended = (1 - strength) * plain.astype(np.float32) + strength * restored
+        return (np.rint(blended) if array.dtype.kind == "u" else blended).astype(array.dtype)
 
     def encode(self, image: Any) -> Any:
         """The codes `(N, h, w, K)` float32 of images, which are given as for calling.
@@ -362,7 +382,7 @@ def _device(
     except RuntimeError:
         pass
     raise ConfigError(
-        f"there is no device {device!r} here; use cpu, gpu, tpu, a JAX device, or None"
+        f"there is no device {device!r} here; use {jax.default_backend()}, or leave it out"
     )
 
 
@@ -456,6 +476,7 @@ class _Kept(NamedTuple):
 
     version: weights.Version
     model: Any
+    strength: float
     restorer: Restorer
 
 
@@ -466,21 +487,26 @@ _kept: list[_Kept] = []  # The last one was used last.
 _kept_lock = threading.Lock()
 
 
-def _kept_restorer(source: str | os.PathLike, model: Any) -> Restorer:
+def _kept_restorer(source: str | os.PathLike, model: Any, strength: float) -> Restorer:
     engine.refuse_fork()
     with _kept_lock:
         # Taken before loading, so that what changes meanwhile is loaded again next time.
         version = weights.version(source)
-        found = [kept for kept in _kept if kept.version == version and kept.model == model]
-        new = found[0] if found else _Kept(version, model, Restorer.load(source, model=model))
+        settings = (model, strength)
+        found = [k for k in _kept if k.version == version and (k.model, k.strength) == settings]
+        new = (
+            found[0]
+            if found
+            else _Kept(version, *settings, Restorer.load(source, model=model, strength=strength))
+        )
         others = [
-            kept for kept in _kept if (kept.version.path, kept.model) != (version.path, model)
+            k for k in _kept if (k.version.path, k.model, k.strength) != (version.path, *settings)
         ]
         _kept[:] = [*others, new][-_MOST_KEPT:]
         return new.restorer
 
 
-def restore(image: Any, run: str | os.PathLike, *, model: Any = None) -> Any:
+def restore(image: Any, run: str | os.PathLike, *, model: Any = None, strength: float = 1.0) -> Any:
     """Restores an image with a trained network.
 
     The last few networks are kept, and loaded again when their files have changed. To choose tiles,
@@ -490,12 +516,14 @@ def restore(image: Any, run: str | os.PathLike, *, model: Any = None) -> Any:
       image: what `Restorer` takes.
       run: a run directory, an exported file, or a name of weights, as `Restorer.load` takes it.
       model: needed if a run's model is not in `aecore.models.REGISTRY`.
+      strength: how much of the correction is applied, from 0 to 1, as for `Restorer`.
 
     Returns:
       The same kind, dtype and shape; for a path, a Pillow image.
 
     Raises:
       CheckpointError: the run has no usable checkpoint.
+      ConfigError: `strength` is out of bounds.
       ImageError: the image can't be read, or doesn't fit the model.
     """
-    return _kept_restorer(run, model)(image)
+    return _kept_restorer(run, model, strength)(image)

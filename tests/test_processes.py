@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from test_photographs import save
 from test_training import newest
 
 EXPERIMENT = Path(__file__).with_name("tiny_experiment.py")
@@ -81,3 +82,19 @@ def test_two_processes_stop_together_and_one_goes_on(alone, tmp_path):
     assert 10 <= description.step < 150
     finish(start(run, "--training.steps", "150"))
     assert newest(run)[1].step == 150
+
+
+@pytest.mark.parametrize("feed", ["stream", "resident"])
+def test_two_processes_train_on_crops_as_one_does(feed, tmp_path):
+    save(tmp_path / "photos", [(40, 56), (56, 40), (48, 48), (33, 70)] * 3)
+    flags = ["--training.steps", "6", "--training.feed", feed, "--training.batch-size", "8"]
+    flags += ["--data.dataset", "folder", "--data.data-dir", str(tmp_path / "photos")]
+    flags += ["--data.crop", "16", "--data.turn", "--data.channels", "1"]
+    flags += ["--data.crops-per-image", "4"]
+    finish([*start(tmp_path / "one", *flags), *start(tmp_path / "two", *flags, processes=2)])
+    (one, description), (two, other) = (newest(tmp_path / name) for name in ("one", "two"))
+    assert description.step == other.step == 6
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    assert other.metrics["images"] == description.metrics["images"] == 2
+    assert other.metrics["mse"] == pytest.approx(description.metrics["mse"], rel=1e-4)

@@ -1,5 +1,6 @@
 """Exported files, and hostile ones; and hostile run directories."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -415,7 +416,7 @@ def test_a_missing_package_is_not_called_damage(tmp_path):
 
 def test_the_shipped_weights_are_those_that_were_trained():
     largest_mse = {"fashion-mnist-denoise": 0.0142, "lfw-enhance": 0.0022}
-    assert largest_mse.keys() == weights.NAMES.keys()
+    assert largest_mse.keys() == weights.CARDS.keys()
     for name, mse in largest_mse.items():
         assert aecore.Restorer.load(name).description.metrics["mse"] < mse
 
@@ -435,7 +436,8 @@ def test_the_shipped_enhancer_enhances_a_face_of_another_collection():
 
 
 def test_shipped_weights_that_were_changed_are_refused(monkeypatch):
-    name = next(iter(weights.NAMES))
-    monkeypatch.setattr(weights, "NAMES", {name: "0" * 64})
+    name = next(iter(weights.CARDS))
+    card = dataclasses.replace(weights.CARDS[name], sha256="0" * 64)
+    monkeypatch.setattr(weights, "CARDS", {name: card})
     with pytest.raises(CheckpointError, match="its SHA-256 is not"):
         aecore.Restorer.load(name)

@@ -312,7 +312,7 @@ class Crops:
 
 
 def central(source: Source, size: tuple[int, int], count: int) -> tuple[np.ndarray, ...]:
-    """The middle of each of the first pictures that aren't broken.
+    """The middle of each of the first pictures, without broken ones.
 
     Args:
       source: the pictures. Small ones are padded.
@@ -323,29 +323,31 @@ def central(source: Source, size: tuple[int, int], count: int) -> tuple[np.ndarr
       `(n, h, w, C)` uint8 crops; of pairs, the degraded ones and the originals.
 
     Raises:
-      DataError: all pictures are broken.
+      DataError: all of them are broken.
     """
     scale = source.scale if isinstance(source, Pairs) else 1
-    parts = [(source, 1)]
+    parts: list[tuple[Source, int]] = [(source, 1)]
     if isinstance(source, Pairs):
         parts = [(source.degraded, scale), (source.original, 1)]
-    found = []
-    for index in range(len(source)):
-        if len(found) == count:
-            break
+
+    def cut(index: int) -> list[np.ndarray] | None:
         try:
             sides = zip(source.shape(index), size, strict=False)
             top, left = (max(0, own - side) // 2 // scale * scale for own, side in sides)
-            cut = []
+            found = []
             for part, factor in parts:
                 height, width = (side // factor for side in size)
                 pixels = part.window(index, top // factor, left // factor, height, width)
-                cut.append(pad(pixels, height, width))
-            found.append(cut)
+                found.append(pad(pixels, height, width))
+            return found
         except ImageError as error:
             _log.warning("skipped: %s", error)
+            return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = [crop for crop in pool.map(cut, range(min(count, len(source)))) if crop is not None]
     if not found:
-        raise DataError(f"none of the {len(source)} pictures for validation can be read")
+        raise DataError(f"none of the first {count} pictures for validation can be read")
     return tuple(map(np.stack, zip(*found, strict=True)))
 
 

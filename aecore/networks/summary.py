@@ -1,6 +1,7 @@
 """A network as text: its layers, and what it was trained on."""
 
 import dataclasses
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,13 +84,19 @@ def layers(model: Any, params: Any, image_shape: tuple[int, int, int]) -> list[R
     return found
 
 
-def summarize(network: Network, params: Any, description: Mapping[str, Any]) -> str:
+def summarize(
+    network: Network,
+    params: Any,
+    description: Mapping[str, Any],
+    about: Mapping[str, str] = types.MappingProxyType({}),
+) -> str:
     """A trained network as text: its layers, its training and its scores.
 
     Args:
       network: the network.
       params: its parameters.
       description: its checkpoint's description as JSON values; parts that it lacks are left out.
+      about: what else people should know, by a word for each.
     """
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     channels = network.channels
@@ -122,6 +129,8 @@ def summarize(network: Network, params: Any, description: Mapping[str, Any]) -> 
     if scores:
         lines.append(f"{'scores':12} {_scores(scores)}")
     parts.append("\n".join(lines))
+    words = {"purpose": "for", "data": "trained on", "limits": "not for", "sha256": "SHA-256"}
+    parts.append("\n".join(f"{words.get(key, key):12} {text}" for key, text in about.items()))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -138,6 +147,9 @@ def _table(network: LinenNetwork, params: Any, description: Mapping[str, Any]) -
         )
     total = sum(layer.flops for layer in rows)
     lines.append(f"{'all, an image':16} {'':14} {'':12} {total:>14,.0f}")
+    a_pixel = total / 2 / (height * width)
+    per = "of the input" if network.scale > 1 else ""
+    lines.append(f"{'multiply-adds':16} {a_pixel:,.0f} a pixel {per}".rstrip())
     return "\n".join(lines)
 
 

@@ -94,7 +94,7 @@ class Restorer:
 
         Args:
           run: a run directory, local or `gs://`; a file that `aecore export` wrote; or one of
-            `aecore.saved.weights.NAMES`.
+            `aecore.saved.weights.CARDS`.
           model: needed if a run's model is not in `aecore.models.REGISTRY`.
           **settings: as for the class, such as `tile` and `strength`.
 
@@ -318,7 +318,9 @@ class Restorer:
         """The network layer by layer, what it was trained on, and its scores, as a table."""
         from aecore.networks import summary
 
-        return summary.summarize(self.network, self.params, self.description.to_json())
+        return summary.summarize(
+            self.network, self.params, self.description.to_json(), self.trained.about
+        )
 
     def _frame(self, image: Any) -> images.Frame | None:
         """A picture or path as a frame; None for an array."""

@@ -1,6 +1,7 @@
 """A trained network as one object, wherever it comes from."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from aecore.networks.network import LinenNetwork, Network
@@ -15,6 +16,8 @@ class TrainedNetwork:
     params: Any
     """The network's parameters, float32 or bfloat16 arrays in nested dictionaries."""
     description: Description = dataclasses.field(default_factory=Description)
+    about: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What people should know of weights that ship with aecore; see `weights.Card`."""
 
     @classmethod
     def of(cls, model: Any, params: Any) -> "TrainedNetwork":

@@ -1,5 +1,6 @@
 """Where a trained network comes from: a run directory, an exported file, or aecore itself."""
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping
@@ -14,11 +15,35 @@ from aecore.saved import exported
 from aecore.saved.trained import TrainedNetwork
 from aecore.storage import absolute
 
-NAMES: Mapping[str, str] = {
-    "fashion-mnist-denoise": "d9bde09ac9599da285bf5ff9ad6a85170a00abd4e6fe22b57907f82df5756217",
-    "lfw-enhance": "b872aceac8bb2a80499d98a174b2aa2b5c2ad38ad6acdb47d6b01396ea2256f6",
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What someone who uses weights that ship with aecore should know of them."""
+
+    sha256: str
+    """Of their file."""
+    purpose: str
+    data: str
+    """What they were trained on, and that data's terms."""
+    limits: str
+    """What they can't do."""
+
+
+CARDS: Mapping[str, Card] = {
+    "fashion-mnist-denoise": Card(
+        sha256="d9bde09ac9599da285bf5ff9ad6a85170a00abd4e6fe22b57907f82df5756217",
+        purpose="removes Gaussian noise of σ = 0.4 from 28×28 pictures of clothes",
+        data="Fashion-MNIST (Zalando SE, MIT licence), 60,000 pictures",
+        limits="other noise, and pictures of anything else",
+    ),
+    "lfw-enhance": Card(
+        sha256="b872aceac8bb2a80499d98a174b2aa2b5c2ad38ad6acdb47d6b01396ea2256f6",
+        purpose="sharpens 80×80 faces that were pixelated to 32×32",
+        data="Labeled Faces in the Wild (Huang et al. 2007, a public research data set)",
+        limits="pictures that are not pixelated, and to show who somebody is: it invents details",
+    ),
 }
-"""Weights that ship with aecore, and the SHA-256 of their files."""
+"""Weights that ship with aecore."""
 
 _FOLDER = epath.resource_path("aecore.saved") / "pretrained"
 
@@ -27,7 +52,7 @@ def load(source: str | os.PathLike, *, model: Any = None) -> TrainedNetwork:
     """Loads a trained network; the parameters of a run are put on the default device.
 
     Args:
-      source: a run directory, local or `gs://`; an exported file; or one of `NAMES`.
+      source: a run directory, local or `gs://`; an exported file; or one of `CARDS`.
       model: needed if the model is not in `aecore.models.REGISTRY`, except for exported files that
         hold the network's functions.
 
@@ -35,15 +60,16 @@ def load(source: str | os.PathLike, *, model: Any = None) -> TrainedNetwork:
       CheckpointError: there is nothing usable, or its model is not registered.
     """
     path = _path(source)
-    if not path.exists() and str(source) in NAMES:
-        shipped = _FOLDER / f"{source}{exported.SUFFIX}"
-        return exported.load(shipped, sha256=NAMES[str(source)])
+    if not path.exists() and str(source) in CARDS:
+        shipped, card = _FOLDER / f"{source}{exported.SUFFIX}", CARDS[str(source)]
+        trained = exported.load(shipped, sha256=card.sha256)
+        return dataclasses.replace(trained, about=dataclasses.asdict(card))
     if path.is_file():
         return exported.load(path, model=model)
     if not path.is_dir():
         raise CheckpointError(
             f"{source} does not exist; name a run directory, a file that `aecore export` wrote, "
-            f"or one of {', '.join(NAMES)}"
+            f"or one of {', '.join(CARDS)}"
         )
     return _of_run(path, model)
 

@@ -369,8 +369,8 @@ def evaluate(
       classical: whether to score classical methods too; or the names of methods to score. They are
         tuned on training images; for pictures, on the middles of the first of them, which favours
         them.
-      save: whether to add the scores to the run's `summary.json` and to write `ranked.png` with the
-        best, median and worst results by PSNR.
+      save: whether to add the scores to the run's `summary.json` and, of whole images, to write
+        `ranked.png` with the best, median and worst results by PSNR.
       csv: for pictures, a file to write the scores of each to.
       pictures: for pictures, a PNG file to show the best, median and worst results in.
       progress: whether to show a progress bar.
@@ -412,7 +412,13 @@ def evaluate(
 
     names = (classical,) if isinstance(classical, str) else classical
     methods = {}
-    if names and experiment.data.crop is None:
+    if names and experiment.data.crop is not None:
+        _log.warning(
+            "classical methods are left out, as %s was trained on crops; to score them, name a "
+            "folder of pictures",
+            run,
+        )
+    elif names:
         methods = classical_methods.methods(degradation, None if names is True else names)
     directory = to_path(run)
     summary = _read_summary(directory) if save else {}

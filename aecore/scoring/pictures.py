@@ -83,7 +83,7 @@ def find(data: str, degradation: Degradation | None, restorer: Restorer) -> Job:
     if channels not in (1, 3):
         raise ConfigError(f"the network is for {channels} channels; pictures have 1 or 3")
     source = sources.pictures(
-        Data("pairs" if is_pairs else "folder", data, crop=1, channels=1 if channels == 1 else 3)
+        Data("pairs" if is_pairs else "folder", data, channels=1 if channels == 1 else 3)
     )
     if degradation is None:
         degradation = Compose() if is_pairs else _own(restorer)

@@ -19,7 +19,7 @@ from jax import export
 from PIL import Image
 
 import aecore
-from aecore.degradations import Pixelate
+from aecore.degradations import Downscale, Pixelate
 from aecore.errors import CheckpointError
 from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer, UNet
 from aecore.networks import network
@@ -415,7 +415,11 @@ def test_a_missing_package_is_not_called_damage(tmp_path):
 
 
 def test_the_shipped_weights_are_those_that_were_trained():
-    largest_mse = {"fashion-mnist-denoise": 0.0142, "lfw-enhance": 0.0022}
+    largest_mse = {
+        "fashion-mnist-denoise": 0.0142,
+        "lfw-enhance": 0.0022,
+        "photo-upscale-2x": 0.0012,
+    }
     assert largest_mse.keys() == weights.CARDS.keys()
     for name, mse in largest_mse.items():
         assert aecore.Restorer.load(name).description.metrics["mse"] < mse
@@ -433,6 +437,23 @@ def test_the_shipped_enhancer_enhances_a_face_of_another_collection():
     restored = aecore.restore(pixelated, "lfw-enhance")
     mse = [((image - original) ** 2).mean() for image in (pixelated, restored)]
     assert mse[1] < 0.6 * mse[0]
+
+
+def test_the_shipped_upscaler_is_better_than_interpolation():
+    original = skimage.data.chelsea()[:300, :450]
+    small = np.rint(np.asarray(Downscale(2)(original[None] / 255))[0] * 255).astype(np.uint8)
+    larger = aecore.restore(small, "photo-upscale-2x")
+    size = original.shape[1::-1]
+    plain = np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BICUBIC))
+    mse = [((image.astype(float) - original) ** 2).mean() for image in (plain, larger)]
+    assert mse[1] < 0.8 * mse[0]
+
+
+def test_the_card_of_shipped_weights_is_in_their_summary():
+    text = aecore.Restorer.load("photo-upscale-2x").summary()
+    card = weights.CARDS["photo-upscale-2x"]
+    for said in (card.purpose, card.data, card.limits, card.sha256, "multiply-adds"):
+        assert said in text
 
 
 def test_shipped_weights_that_were_changed_are_refused(monkeypatch):

@@ -29,6 +29,11 @@ class Card:
     """What they can't do."""
 
 
+_PHOTOGRAPHS = (
+    "512 photographs: BSDS500 (Arbeláez et al., TPAMI 2011) without the 68 of CBSD68, for "
+    "non-commercial research and education, and the originals of Sun-Hays80 (ICCP 2012)"
+)
+
 CARDS: Mapping[str, Card] = {
     "fashion-mnist-denoise": Card(
         sha256="d9bde09ac9599da285bf5ff9ad6a85170a00abd4e6fe22b57907f82df5756217",
@@ -41,6 +46,13 @@ CARDS: Mapping[str, Card] = {
         purpose="sharpens 80×80 faces that were pixelated to 32×32",
         data="Labeled Faces in the Wild (Huang et al. 2007, a public research data set)",
         limits="pictures that are not pixelated, and to show who somebody is: it invents details",
+    ),
+    "photo-upscale-2x": Card(
+        sha256="0683841103efb639a204bb5b6f0f5d72e466bca229f25712bbbbf5a35136e41d",
+        purpose="makes photographs twice as large",
+        data=_PHOTOGRAPHS,
+        limits="photographs that are noisy or strongly compressed, whose faults it enlarges; it "
+        "learned to undo bicubic reductions, and sharpens pictures that were blurred otherwise less",
     ),
 }
 """Weights that ship with aecore."""

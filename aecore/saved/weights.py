@@ -52,7 +52,7 @@ CARDS: Mapping[str, Card] = {
         purpose="makes photographs twice as large",
         data=_PHOTOGRAPHS,
         limits="photographs that are noisy or strongly compressed, whose faults it enlarges; it "
-        "learned to undo bicubic reductions, and sharpens pictures that were blurred otherwise less",
+        "learned to undo bicubic reductions, and sharpens what was blurred otherwise less",
     ),
 }
 """Weights that ship with aecore."""

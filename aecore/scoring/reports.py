@@ -19,7 +19,10 @@ def _save(figure: Any, path: epath.PathLike) -> None:
 
 
 def save_samples(
-    rows: Mapping[str, np.ndarray], path: epath.PathLike, titles: Sequence[str] = ()
+    rows: Mapping[str, np.ndarray],
+    path: epath.PathLike,
+    titles: Sequence[str] = (),
+    side: float = 1.0,
 ) -> None:
     """A grid of pictures.
 
@@ -27,13 +30,14 @@ def save_samples(
       rows: for each row a label and an array `(N, H, W, C)` of floats in [0, 1].
       path: the PNG file.
       titles: titles of the N columns.
+      side: of each picture, in inches of 150 pixels.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     count = len(next(iter(rows.values())))
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    figure = Figure(figsize=(count + 0.4, len(rows)), layout=layout)
+    figure = Figure(figsize=(side * count + 0.4, side * len(rows)), layout=layout)
     axes = figure.subplots(len(rows), count, squeeze=False)
     for (label, pictures), row in zip(rows.items(), axes, strict=True):
         row[0].set_ylabel(label, fontsize=9)

@@ -19,7 +19,7 @@ from jax import export
 from PIL import Image
 
 import aecore
-from aecore.degradations import Downscale, Pixelate
+from aecore.degradations import JPEG, Downscale, Pixelate
 from aecore.errors import CheckpointError
 from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer, UNet
 from aecore.networks import network
@@ -418,6 +418,7 @@ def test_the_shipped_weights_are_those_that_were_trained():
     largest_mse = {
         "fashion-mnist-denoise": 0.0142,
         "lfw-enhance": 0.0022,
+        "photo-dejpeg": 0.00095,
         "photo-upscale-2x": 0.0012,
     }
     assert largest_mse.keys() == weights.CARDS.keys()
@@ -449,6 +450,15 @@ def test_the_shipped_upscaler_is_better_than_interpolation():
     assert mse[1] < 0.8 * mse[0]
 
 
+@pytest.mark.parametrize("quality", [10, 40])
+def test_the_shipped_network_undoes_jpeg(quality):
+    original = skimage.data.chelsea()[:240, :320]
+    compressed = np.asarray(JPEG(quality)(original[None] / 255))[0]
+    restored = aecore.restore(np.rint(compressed * 255).astype(np.uint8), "photo-dejpeg")
+    mse = [((image - original) ** 2).mean() for image in (255 * compressed, restored.astype(float))]
+    assert mse[1] < 0.9 * mse[0]
+
+
 def test_the_card_of_shipped_weights_is_in_their_summary():
     text = aecore.Restorer.load("photo-upscale-2x").summary()
     card = weights.CARDS["photo-upscale-2x"]
@@ -462,3 +472,17 @@ def test_shipped_weights_that_were_changed_are_refused(monkeypatch):
     monkeypatch.setattr(weights, "CARDS", {name: card})
     with pytest.raises(CheckpointError, match="its SHA-256 is not"):
         aecore.Restorer.load(name)
+
+
+def test_parameters_of_bfloat16_make_half_the_file(tmp_path):
+    model = UNet((4, 8))
+    restorer = random_restorer(model)
+    paths = [epath.Path(tmp_path / f"{dtype}.aecore") for dtype in ("float32", "bfloat16")]
+    for path in paths:
+        exported.save(path, restorer.trained, with_functions=False, parameters=path.stem)
+    whole, half = (exported.load(path, model=model) for path in paths)
+    for a, b in zip(*map(jax.tree.leaves, (whole.params, half.params)), strict=True):
+        assert b.dtype == np.float32
+        np.testing.assert_allclose(a, b, rtol=2**-8)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(whole.params)) * n for n in (4, 2)]
+    assert paths[0].stat().length - paths[1].stat().length == pytest.approx(sizes[1], abs=1000)

@@ -47,6 +47,13 @@ CARDS: Mapping[str, Card] = {
         data="Labeled Faces in the Wild (Huang et al. 2007, a public research data set)",
         limits="pictures that are not pixelated, and to show who somebody is: it invents details",
     ),
+    "photo-dejpeg": Card(
+        sha256="033e3b396d9add105e4227534a36ce8de4a1c82696233074125be9b0f328faca",
+        purpose="removes what JPEG of quality 5 to 95 did to photographs, with and without halved "
+        "colour",
+        data=_PHOTOGRAPHS,
+        limits="noise, blur, and pictures that were made smaller after they were compressed",
+    ),
     "photo-upscale-2x": Card(
         sha256="0683841103efb639a204bb5b6f0f5d72e466bca229f25712bbbbf5a35136e41d",
         purpose="makes photographs twice as large",

@@ -5,6 +5,14 @@
 MY_PHOTOS is a folder of pictures, of any sizes from 96×96 pixels on; some hundred are enough. Each
 crop gets noise of its own strength, from none to σ = 75 of 255. A tenth of the pictures are held
 out, whole, for validation.
+
+`photo-denoise` is a larger network, trained longer on 512 photographs:
+
+    python experiments/photo_denoise.py --data.data-dir MY_PHOTOS --model.blocks 2 \\
+        --data.crops-per-image 32 --training.steps 12000
+
+On 2 CPU cores shared with other work, this took 69 minutes. PSNR on CBSD68, before and after: 24.61
+and 33.42 dB at σ = 15, 20.17 and 30.79 at 25, 14.15 and 27.61 at 50.
 """
 
 from aecore import Data, Experiment, Optimizer, Training

@@ -418,6 +418,7 @@ def test_the_shipped_weights_are_those_that_were_trained():
     largest_mse = {
         "fashion-mnist-denoise": 0.0142,
         "lfw-enhance": 0.0022,
+        "photo-denoise": 0.0014,
         "photo-dejpeg": 0.00095,
         "photo-upscale-2x": 0.0012,
     }
@@ -448,6 +449,15 @@ def test_the_shipped_upscaler_is_better_than_interpolation():
     plain = np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BICUBIC))
     mse = [((image.astype(float) - original) ** 2).mean() for image in (plain, larger)]
     assert mse[1] < 0.8 * mse[0]
+
+
+@pytest.mark.parametrize(("sigma", "least"), [(0, 38), (15, 31), (50, 26)])
+def test_the_shipped_denoiser_of_photographs_is_blind(sigma, least):
+    original = skimage.data.chelsea()[:240, :320]
+    noise = np.random.default_rng(0).normal(0, sigma, original.shape)
+    noisy = np.rint(original + noise).clip(0, 255).astype(np.uint8)
+    restored = aecore.restore(noisy, "photo-denoise")
+    assert -10 * np.log10(((restored / 255 - original / 255) ** 2).mean()) > least
 
 
 @pytest.mark.parametrize("quality", [10, 40])

@@ -47,6 +47,13 @@ CARDS: Mapping[str, Card] = {
         data="Labeled Faces in the Wild (Huang et al. 2007, a public research data set)",
         limits="pictures that are not pixelated, and to show who somebody is: it invents details",
     ),
+    "photo-denoise": Card(
+        sha256="221429355886eee976ddd5094dbb02c579fb581ef4cea28caafe12c38a779eb1",
+        purpose="removes Gaussian noise of any strength up to σ = 75 of 255 from photographs",
+        data=_PHOTOGRAPHS,
+        limits="the blocks of JPEG, blur, and noise whose grains are larger than a pixel, as in "
+        "most compressed or resized photographs",
+    ),
     "photo-dejpeg": Card(
         sha256="033e3b396d9add105e4227534a36ce8de4a1c82696233074125be9b0f328faca",
         purpose="removes what JPEG of quality 5 to 95 did to photographs, with and without halved "

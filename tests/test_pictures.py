@@ -204,4 +204,5 @@ def test_published_baselines_are_reproduced(folder, degradation, published, name
         model = Upscaler(4, 1, scale=degradation.reduction)
     restorer = Restorer(network(model), in_range=False)
     scores = pictures.evaluate(restorer, f"{photos_dir}/{folder}", degradation)
-    assert scores["baseline"][name] == pytest.approx(published, abs=0.01)
+    # Pillow, with which some were computed, rounds between rows and columns too.
+    assert scores["baseline"][name] == pytest.approx(published, abs=0.02)

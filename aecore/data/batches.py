@@ -117,8 +117,9 @@ def training_batches(
             try:
                 return read(indices_of(step), epoch=step // steps_per_epoch)
             except DataError as error:
-                failures.append(error)  # TensorFlow makes an error of its own of it.
-                raise
+                # Raised here, it would be printed with a traceback, and become TensorFlow's own.
+                failures.append(error)
+                return [np.zeros((count, *shape), np.uint8) for shape in shapes]
 
         def gather(first_step):
             kinds = [tf.uint8] * len(shapes)
@@ -151,16 +152,13 @@ def training_batches(
         .map(make_group, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         .prefetch(tf.data.AUTOTUNE)
     )
-    try:
-        batches = itertools.chain.from_iterable(dataset.as_numpy_iterator())
-        for step, arrays in enumerate(batches, start_step):
-            if isinstance(examples, Crops) and step > start_step and step % steps_per_epoch == 0:
-                examples.note_small()
-            yield arrays[0] if len(arrays) == 1 else Batch(*arrays)
-    except tf.errors.OpError:
+    batches = itertools.chain.from_iterable(dataset.as_numpy_iterator())
+    for step, arrays in enumerate(batches, start_step):
         if failures:
-            raise failures[0] from None
-        raise
+            raise failures[0]
+        if isinstance(examples, Crops) and step > start_step and step % steps_per_epoch == 0:
+            examples.note_small()
+        yield arrays[0] if len(arrays) == 1 else Batch(*arrays)
 
 
 def _gather(array: np.ndarray, indices_of: Callable[[Any], np.ndarray], count: int) -> Callable:

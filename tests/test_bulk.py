@@ -407,15 +407,20 @@ def test_animations_and_pages_come_back_whole(unchanged, tmp_path, capfd):
                 assert restored.info.get("duration", 40 + 20 * index) == 40 + 20 * index
 
 
-def test_videos_are_restored_too(unchanged, tmp_path, capfd):
-    av = pytest.importorskip("av")
-    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+def save_video(av, path):
+    """20 frames of 32×24 pixels, each lighter than the one before."""
+    with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", 10)
         stream.width, stream.height = 32, 24
         for index in range(20):
             array = np.full((24, 32, 3), 12 * index, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(array, "rgb24")))
         container.mux(stream.encode())
+
+
+def test_videos_are_restored_too(unchanged, tmp_path, capfd):
+    av = pytest.importorskip("av")
+    save_video(av, tmp_path / "a.mp4")
     args = [tmp_path / "a.mp4", "-o", tmp_path / "b.mp4", "-m", unchanged]
     assert run(capfd, *args)[::2] == (0, "")
     with av.open(str(tmp_path / "b.mp4")) as container:
@@ -733,13 +738,7 @@ def test_animations_come_back_larger(enlarging, tmp_path, capfd):
 def test_videos_come_back_larger(enlarging, tmp_path, capfd):
     av = pytest.importorskip("av")
     model, scale = enlarging
-    with av.open(str(tmp_path / "a.mp4"), "w") as container:
-        stream = container.add_stream("libx264", 10)
-        stream.width, stream.height = 32, 24
-        for index in range(20):
-            array = np.full((24, 32, 3), 12 * index, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, "rgb24")))
-        container.mux(stream.encode())
+    save_video(av, tmp_path / "a.mp4")
     args = [tmp_path / "a.mp4", "-o", tmp_path / "b.mp4", "-m", model]
     assert run(capfd, *args)[::2] == (0, "")
     with av.open(str(tmp_path / "b.mp4")) as container:

@@ -195,10 +195,10 @@ class _Run:
         self.description = dataclasses.replace(
             self.description, started_from=starting.describe(source, trained)
         )
+        # A file may hold fewer bits.
+        found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), trained.params)
         # Twice, since a step's input is donated.
-        params, ema = (
-            self.devices.replicate(jax.tree.map(np.asarray, trained.params)) for _ in range(2)
-        )
+        params, ema = (self.devices.replicate(found) for _ in range(2))
         ema = None if self.state.ema is None else ema
         return dataclasses.replace(self.state, params=params, ema=ema)
 

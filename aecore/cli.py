@@ -40,8 +40,11 @@ def main(
         import jax
 
         from aecore.scoring import evaluation
-        from aecore.training import loop
+        from aecore.training import loop, starting
 
+        # The network's settings need not be repeated where training goes on from it.
+        if chosen.model == experiment.model:
+            chosen = starting.with_its_network(chosen)
         summary = loop.train(chosen)
         if jax.process_index() > 0:  # Only the first process prints.
             return

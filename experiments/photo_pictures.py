@@ -16,7 +16,6 @@ import skimage.data
 import aecore
 from aecore.degradations import JPEG, Degradation, Downscale, GaussianNoise
 from aecore.networks import layers
-from aecore.saved import weights
 from aecore.scoring import evaluation, reports
 
 _HERE = Path(__file__).parent
@@ -34,6 +33,7 @@ DEGRADATIONS: dict[str, Degradation] = {
     "photo-denoise": GaussianNoise(25 / 255),
     "photo-dejpeg": JPEG(15),
     "photo-upscale-2x": Downscale(2),
+    "photo-upscale-4x": Downscale(4),
 }
 
 
@@ -45,8 +45,6 @@ def main() -> None:
         ]
     )
     for name, degradation in DEGRADATIONS.items():
-        if name not in weights.CARDS:
-            continue
         degraded = np.rint(evaluation.degraded(degradation, originals) * 255).astype(np.uint8)
         restored = aecore.restore(degraded, name)
         plain = np.asarray(layers.enlarged(degraded / np.float32(255), degradation.reduction))

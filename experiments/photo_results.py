@@ -52,8 +52,11 @@ BENCHMARKS = (
     Benchmark(
         "photo-dejpeg", "live1", {f"quality {quality}": JPEG(quality) for quality in (10, 20, 40)}
     ),
-    Benchmark("photo-upscale-2x", "set5", {"×2": Downscale(2)}, on_luma=True),
-    Benchmark("photo-upscale-2x", "set14", {"×2": Downscale(2)}, on_luma=True),
+    *(
+        Benchmark(f"photo-upscale-{scale}x", folder, {f"×{scale}": Downscale(scale)}, on_luma=True)
+        for scale in (2, 4)
+        for folder in ("set5", "set14")
+    ),
 )
 
 

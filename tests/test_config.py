@@ -4,11 +4,11 @@ import json
 import pytest
 
 from aecore import Data, Experiment, Optimizer, Training
+from aecore.config.settings import OnResume
 from aecore.degradations import Compose, GaussianBlur, GaussianNoise, Pixelate
 from aecore.errors import ConfigError
 from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer
 from aecore.saved.descriptions import changes, describe, experiment_from_json
-from aecore.settings import OnResume
 
 
 @pytest.mark.parametrize(

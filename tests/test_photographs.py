@@ -12,6 +12,7 @@ from PIL import Image
 from test_training import change, newest, signal_in_step
 
 import aecore
+from aecore import cli
 from aecore.degradations import Compose, Downscale, GaussianNoise
 from aecore.errors import ConfigError, Interrupted
 from aecore.models import UNet, Upscaler
@@ -167,6 +168,24 @@ def test_another_network_can_not_be_started_from(denoise):
     for source, message in [("nowhere", "does not exist"), ("lfw-enhance", "another network")]:
         with pytest.raises(ConfigError, match=message):
             aecore.train(change(wider, start_from=source), progress=False)
+
+
+def test_the_command_takes_the_network_that_it_starts_from(denoise, tmp_path, capsys):
+    wider = dataclasses.replace(change(denoise, epochs=1), model=UNet((4, 16), channels=3, patch=2))
+    aecore.train(wider, progress=False)
+    words = ["--run-dir", str(tmp_path / "second"), "--training.epochs"]
+    start = ["--training.start-from", wider.run_dir]
+    cli.main(denoise, [*words, "1", *start])
+    assert newest(tmp_path / "second")[1].build_model() == wider.model
+    # The run has it, also when what it started from is gone.
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    cli.main(denoise, [*words, "2", *start])
+    assert newest(tmp_path / "second")[1].build_model() == wider.model
+    # What --model says is not overruled.
+    other = ["--model.features", "8", "8", "--run-dir", str(tmp_path / "third")]
+    with pytest.raises(SystemExit):
+        cli.main(denoise, [*other, "--training.start-from", str(tmp_path / "elsewhere")])
+    assert "is another network (features: (4, 16) -> (8, 8))" in capsys.readouterr().err
 
 
 def test_a_network_no_better_than_its_input_is_noted(denoise, caplog):

@@ -4,11 +4,14 @@ TensorFlow and Pillow decode with the same library, libjpeg-turbo. Told to, Tens
 part of a picture without transforming the rest, and hands the pixels over without a copy.
 """
 
+import functools
 import re
+from typing import Any
 
 import numpy as np
 
 from aecore.data.tensorflow import import_tensorflow
+from aecore.errors import DataError
 
 _MARGIN = 16
 """Pixels around a part, without which its edges would lack the neighbours that colour is
@@ -30,14 +33,15 @@ def decode(
         None: all of it.
 
     Returns:
-      `(H, W, C)` uint8; None if it is no JPEG of so many channels, it is to be turned, or it is
-      damaged.
+      `(H, W, C)` uint8; None if it is no JPEG of so many channels, it is to be turned, it is
+      damaged, or TensorFlow is missing.
     """
     if not (
         content.startswith(b"\xff\xd8") and content.endswith(b"\xff\xd9") and _is_upright(content)
     ):
         return None
-    tf = import_tensorflow()
+    if (tf := _tensorflow()) is None:
+        return None
     options = dict(channels=channels, dct_method="INTEGER_ACCURATE", fancy_upscaling=True)
     try:
         height, width, stored = tf.io.extract_jpeg_shape(content).numpy().tolist()
@@ -54,6 +58,15 @@ def decode(
         return None
     top, left = window[0] - top, window[1] - left
     return part[top : top + window[2], left : left + window[3]]
+
+
+@functools.cache
+def _tensorflow() -> Any:
+    """TensorFlow, or None where it is missing: what it does here, Pillow can do."""
+    try:
+        return import_tensorflow()
+    except DataError:
+        return None
 
 
 def _is_upright(content: bytes) -> bool:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from aecore import memory
 from aecore.config import Data
 from aecore.data.indexed import Shape
 from aecore.errors import DataError, ImageError
 from aecore.media import images
+from aecore.steps import memory
 
 _log = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from aecore import memory
 from aecore.config import Experiment
 from aecore.data import sources
 from aecore.data.batches import training_batches
@@ -23,6 +22,7 @@ from aecore.data.crops import Crops
 from aecore.errors import ConfigError
 from aecore.measuring import hardware, planning
 from aecore.restoring.restorer import Restorer
+from aecore.steps import memory
 from aecore.steps.devices import COMPILED_BY, Devices
 from aecore.training import assembly, feeds
 from aecore.training.assembly import Assembly

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from aecore import memory
+from aecore.steps import memory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aecore import memory
 from aecore.errors import ConfigError, ImageError
 from aecore.networks.network import Network, fits_within, in_precision
 from aecore.networks.receptive_field import ReceptiveField
 from aecore.restoring import tiling
 from aecore.restoring.tiling import Size, Window
+from aecore.steps import memory
 
 _log = logging.getLogger(__name__)
 

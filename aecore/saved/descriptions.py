@@ -13,11 +13,11 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from aecore import degradations, settings
-from aecore.config import Data, Experiment, Optimizer, Training
+from aecore import degradations
+from aecore.config import Data, Experiment, Optimizer, Training, settings
+from aecore.config.settings import OnResume
 from aecore.degradations import Degradation
 from aecore.errors import ConfigError
-from aecore.settings import OnResume
 from aecore.storage import absolute
 
 Json = dict[str, Any]

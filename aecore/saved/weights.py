@@ -34,6 +34,11 @@ _PHOTOGRAPHS = (
     "non-commercial research and education, and the originals of Sun-Hays80 (ICCP 2012)"
 )
 
+_LIMITS_OF_UPSCALERS = (
+    "photographs that are noisy or strongly compressed, whose faults it enlarges; it learned to "
+    "undo bicubic reductions, and sharpens what was blurred otherwise less"
+)
+
 CARDS: Mapping[str, Card] = {
     "fashion-mnist-denoise": Card(
         sha256="d9bde09ac9599da285bf5ff9ad6a85170a00abd4e6fe22b57907f82df5756217",
@@ -48,25 +53,30 @@ CARDS: Mapping[str, Card] = {
         limits="pictures that are not pixelated, and to show who somebody is: it invents details",
     ),
     "photo-denoise": Card(
-        sha256="221429355886eee976ddd5094dbb02c579fb581ef4cea28caafe12c38a779eb1",
+        sha256="3fe45327fb21bdee8c6b8da91d933e691f4653d5d49ff297463b75049248c05d",
         purpose="removes Gaussian noise of any strength up to σ = 75 of 255 from photographs",
         data=_PHOTOGRAPHS,
         limits="the blocks of JPEG, blur, and noise whose grains are larger than a pixel, as in "
         "most compressed or resized photographs",
     ),
     "photo-dejpeg": Card(
-        sha256="033e3b396d9add105e4227534a36ce8de4a1c82696233074125be9b0f328faca",
+        sha256="876ffd9764df547e04cb584fa70fb84a2fd6ea1d8a6cc35521d142c49374d21b",
         purpose="removes what JPEG of quality 5 to 95 did to photographs, with and without halved "
         "colour",
         data=_PHOTOGRAPHS,
         limits="noise, blur, and pictures that were made smaller after they were compressed",
     ),
     "photo-upscale-2x": Card(
-        sha256="0683841103efb639a204bb5b6f0f5d72e466bca229f25712bbbbf5a35136e41d",
+        sha256="c64d411faa3c0fd42b01214c1b4f1ae766dc135b477e0c68f099025cfc580c77",
         purpose="makes photographs twice as large",
         data=_PHOTOGRAPHS,
-        limits="photographs that are noisy or strongly compressed, whose faults it enlarges; it "
-        "learned to undo bicubic reductions, and sharpens what was blurred otherwise less",
+        limits=_LIMITS_OF_UPSCALERS,
+    ),
+    "photo-upscale-4x": Card(
+        sha256="51ec27553c95e18a8f34c8fc7c60292aa1b5b4398f9f5c237a5795653fbad599",
+        purpose="makes photographs four times as large",
+        data=_PHOTOGRAPHS,
+        limits=_LIMITS_OF_UPSCALERS,
     ),
 }
 """Weights that ship with aecore."""

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from aecore import memory
 from aecore.config import Training
 from aecore.data.batches import epoch_order, group_size, training_batches
 from aecore.data.crops import Crops
 from aecore.degradations import Degradation
 from aecore.errors import ConfigError
+from aecore.steps import memory
 from aecore.steps.devices import Devices
 from aecore.steps.state import TrainState
 from aecore.training.assembly import Assembly

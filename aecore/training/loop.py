@@ -18,7 +18,6 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import aecore
-from aecore import memory
 from aecore.config import Experiment
 from aecore.data import sources
 from aecore.data.crops import Crops
@@ -37,7 +36,7 @@ from aecore.saved.descriptions import (
 )
 from aecore.saved.trained import TrainedNetwork
 from aecore.scoring import evaluation, reports
-from aecore.steps import state
+from aecore.steps import memory, state
 from aecore.steps.devices import Devices, join_processes
 from aecore.steps.state import TrainState
 from aecore.storage import to_path, write_json

@@ -9,10 +9,10 @@ import numpy as np
 from etils import epath
 
 from aecore.config import Experiment
+from aecore.config.settings import OnResume
 from aecore.errors import CheckpointError, ConfigError
 from aecore.saved import checkpoints
 from aecore.saved.descriptions import Description, changes, experiment_from_json
-from aecore.settings import OnResume
 from aecore.training import assembly
 
 

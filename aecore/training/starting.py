@@ -1,5 +1,6 @@
 """Parameters that an earlier training found, as the start of another."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,7 +9,29 @@ from aecore.config import Experiment
 from aecore.errors import CheckpointError, ConfigError
 from aecore.networks.base import abstract_params, hyperparameters
 from aecore.saved import weights
+from aecore.saved.checkpoints import exists
 from aecore.saved.trained import TrainedNetwork
+from aecore.steps.devices import join_processes
+
+
+def with_its_network(experiment: Experiment) -> Experiment:
+    """The experiment with the settings that the network has which it starts from.
+
+    A run that has begun keeps its own. What can't be loaded, or is of another class, changes
+    nothing: training says what is wrong with it.
+    """
+    source = experiment.training.start_from
+    if source is None:
+        return experiment
+    join_processes(experiment.training.distributed)  # Before parameters are put on a device.
+    try:
+        run = experiment.directory
+        before = weights.load(run if exists(run) else source).description.build_model()
+    except (CheckpointError, ConfigError):
+        return experiment
+    if type(before) is not type(experiment.model):
+        return experiment
+    return dataclasses.replace(experiment, model=before)
 
 
 def load(experiment: Experiment) -> TrainedNetwork | None:

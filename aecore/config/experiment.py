@@ -1,7 +1,6 @@
-"""What an experiment is: frozen dataclasses, checked when they are built.
+"""`Experiment` and its parts, which are also the command line of an experiment file.
 
-`Experiment` is also the command line of an experiment file: a field's path is its flag, its
-docstring the flag's help.
+A field's path is its flag, its docstring the flag's help.
 """
 
 import dataclasses
@@ -9,11 +8,11 @@ import math
 import os
 from typing import Any, Literal
 
-from aecore import settings
+from aecore.config import settings
+from aecore.config.settings import OnResume, setting
 from aecore.degradations import Degradation
 from aecore.errors import ConfigError
 from aecore.metrics import SSIM_WINDOW
-from aecore.settings import OnResume, setting
 
 
 def _require(condition: bool, message: str) -> None:
@@ -126,8 +125,9 @@ class Training:
     seed: int = setting(0, at_least=0, below=2**32)
     """Seed of the initial parameters, of the images' order, and of the noise."""
     start_from: str | None = None
-    """Start from the parameters of a run, of an exported file, or of weights that ship with aecore,
-    whose network must be the same; None: from random ones."""
+    """Start from the parameters of a run, of an exported file, or of weights that ship with aecore.
+    Their network must be of the model's class; unless --model flags say otherwise, its settings are
+    used. None: start from random parameters."""
     loss: Literal["mse", "mae", "charbonnier", "ms_ssim_l1", "log_mse"] = "mse"
     """Training loss; see aecore.losses. The best checkpoint is always chosen by MSE."""
     flip: bool = False

@@ -42,9 +42,8 @@ def main(
         from aecore.scoring import evaluation
         from aecore.training import loop, starting
 
-        # The network's settings need not be repeated where training goes on from it.
-        if chosen.model == experiment.model:
-            chosen = starting.with_its_network(chosen)
+        # The settings of a network need not be repeated to go on from it.
+        chosen = starting.with_its_network(chosen, experiment.model)
         summary = loop.train(chosen)
         if jax.process_index() > 0:  # Only the first process prints.
             return
@@ -76,7 +75,7 @@ class Restore:
     model: Annotated[str, tyro.conf.arg(aliases=["-m"])]
     """A run directory, an exported file, or the name of weights that ship with aecore."""
     recursive: bool = False
-    """Also restore what lies in folders within the given ones."""
+    """Also restore files in subfolders."""
     suffix: str = ""
     """Text appended to output file names, before the ending."""
     ext: Literal["auto", "png", "jpg", "webp", "tiff"] = "auto"
@@ -87,7 +86,7 @@ class Restore:
     tile: Literal["auto"] | int = "auto"
     """Large pictures are restored in tiles of this many pixels a side; 0: never."""
     batch_size: int | None = None
-    """Restore at most this many pictures at a time; None: as many as pay off."""
+    """How many pictures to restore at once, at most; None: chosen for speed."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """The kind of device to compute on."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -318,8 +317,8 @@ class Evaluate:
     batch_size: int | None = None
     """Images per call; None: a fast number."""
     classical: bool = True
-    """Also score classical methods: tuned on training images; with --data, on the middles of the
-    first pictures, which favours them."""
+    """Also score classical methods. They are tuned on training images; with --data, on the middles
+    of the first pictures that are scored, which favours them."""
     methods: tuple[str, ...] | None = None
     """Classical methods to score, such as median or "total variation"; None: all that are
     installed. BM3D takes seconds per image."""
@@ -363,7 +362,7 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Predicts what training needs on devices that need not exist, such as a TPU slice.
+    """Predicts memory and speed of training on devices that you don't have, such as a TPU slice.
 
     Compiles the training step for the devices, and reports memory, operations, limits on the
     speed, and the largest batch that fits. Settings of the experiment, such as

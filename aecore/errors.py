@@ -43,7 +43,7 @@ class NonFiniteLossError(AecoreError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Work was stopped by Ctrl-C or SIGTERM; what was done is saved, and the same command goes on.
+    """Ctrl-C or SIGTERM stopped the work. What was done is saved; the same command resumes it.
 
     Training saves a checkpoint first.
     """

@@ -1,4 +1,4 @@
-"""What training makes small: two `(B, H, W, C)` float arrays to `(B,)` float32, a value an image.
+"""Training losses: two `(B, H, W, C)` float arrays in, `(B,)` float32 out, one value per image.
 
 All raise ImageError unless both arrays have the same shape.
 """

@@ -168,6 +168,26 @@ def test_restoring_does_not_need_tensorflow(trained, pictures, tmp_path):
     subprocess.run([sys.executable, "-c", hidden + evaluation], check=True)
 
 
+def test_crops_of_photographs_on_the_device_do_not_need_tensorflow(tmp_path):
+    random = np.random.default_rng(0)
+    for index in range(6):
+        pixels = random.integers(0, 256, (24, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.jpg")
+    code = f"""
+import sys
+sys.modules['tensorflow'] = sys.modules['tensorflow_datasets'] = None
+import aecore
+from aecore.degradations import JPEG
+from aecore.models import UNet
+aecore.train(aecore.Experiment(
+    "jpeg", UNet((4,), channels=3), JPEG(50), aecore.Data("folder", {str(tmp_path)!r}, crop=16),
+    training=aecore.Training(batch_size=2, epochs=1, feed="resident"), run_dir={str(tmp_path)!r},
+), progress=False)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "summary.json").exists()
+
+
 def test_experiments_are_importable_and_valid():
     folder = Path(__file__).parent.parent / "experiments"
     for path in folder.glob("*.py"):

@@ -25,6 +25,9 @@ class Seeing:
     def receptive_field(self, params):
         return self.field
 
+    def in_precision(self, precision):
+        return self
+
 
 def engine_of(network, params=(), **settings):
     settings = {"tile": "auto", "batch_size": None, "precision": "float32", **settings}

@@ -267,7 +267,8 @@ def test_the_estimate_of_a_divided_batch_is_that_of_the_whole():
             training=aecore.Training(batch_size=16, accumulation=parts),
         )
         limits = hardware.limits(devices[0], "float32")
-        plans.append(planning._plan_form(experiment, (12, 12, 1), devices, limits))
+        assembled = assembly.assemble(experiment, (12, 12, 1), COMPILED_BY["jit"](devices), 1)
+        plans.append(planning._plan_form(assembled, limits))
     whole, divided = (plan.estimate for plan in plans)
     assert divided == whole
     assert whole.loops == 0

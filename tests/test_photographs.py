@@ -16,7 +16,7 @@ from aecore import cli
 from aecore.degradations import Compose, Downscale, GaussianNoise
 from aecore.errors import ConfigError, Interrupted
 from aecore.models import UNet, Upscaler
-from aecore.saved import checkpoints
+from aecore.saved import checkpoints, exported, weights
 from aecore.training import feeds
 
 SIZES = [(40, 56), (56, 40), (48, 48), (33, 70), (44, 41)] * 3
@@ -131,7 +131,7 @@ def test_a_network_that_enlarges_is_scored_against_bicubic_and_restores(denoise,
 def test_training_goes_on_from_another_run(denoise, tmp_path):
     first = change(denoise, epochs=1)
     aecore.train(first, progress=False)
-    trained, _ = newest(first.run_dir)
+    state_before, _ = newest(first.run_dir)
     second = change(
         denoise,
         start_from=first.run_dir,
@@ -142,13 +142,16 @@ def test_training_goes_on_from_another_run(denoise, tmp_path):
     aecore.train(second, progress=False)
     state, description = newest(second.run_dir)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, trained.params
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, state_before.params
     )
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, trained.params
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, state_before.params
     )
     assert description.started_from == {"source": first.run_dir, "name": "photos", "step": 3}
-    assert f"starting from {first.run_dir}" in aecore.Restorer.load(second.run_dir).summary()
+    trained = weights.load(second.run_dir)
+    assert f"starting from {first.run_dir} after 3 steps" in aecore.Restorer(trained).summary()
+    exported.save(tmp_path / "net.aecore", trained, with_functions=False)
+    assert str(tmp_path).encode() not in (tmp_path / "net.aecore").read_bytes()
     # It is resumed even when what it started from is gone.
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     aecore.train(change(second, epochs=2), progress=False)

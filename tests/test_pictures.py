@@ -178,7 +178,7 @@ def test_what_can_not_be_scored(photos, denoiser, tmp_path):
             aecore.evaluate(denoiser, **{"data": str(photos), **settings})
 
     refused("doesn't say what it was trained to undo")
-    refused("made 2 times smaller, and the network makes them 1", degradation=Downscale(2))
+    refused("2 times smaller, but the network enlarges them 1", degradation=Downscale(2))
     (tmp_path / "empty").mkdir()
     noise = GaussianNoise(0.1)
     refused("holds no pictures", DataError, data=str(tmp_path / "empty"), degradation=noise)

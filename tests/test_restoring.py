@@ -431,6 +431,18 @@ def test_bfloat16_is_close(trained):
     assert 0 < np.abs(exact - rounded).max() < 0.02
 
 
+@pytest.mark.parametrize("model", [UNet((4, 6), channels=3, patch=2), Upscaler(4, 1, scale=2)])
+def test_what_a_correction_is_added_to_keeps_its_bits(model):
+    """Untrained, the correction is zero."""
+    params = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
+    image = RANDOM.random((16, 20, 3), np.float32)
+    exact, rounded = (
+        aecore.Restorer.of(model, params, precision=precision)(image)
+        for precision in ("float32", "bfloat16")
+    )
+    np.testing.assert_allclose(rounded, exact, atol=1e-6)
+
+
 def test_nothing_is_printed(trained, capfd):
     restorer = aecore.Restorer.load(trained)
     restorer(np.zeros((700, 900, 3), np.uint8))

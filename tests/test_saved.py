@@ -100,6 +100,14 @@ def test_a_run_is_exported_whole_and_needs_neither_flax_nor_orbax(trained, tmp_p
     np.testing.assert_array_equal(alone(image), expected)
 
 
+def test_functions_of_a_file_compute_as_they_were_exported(tmp_path):
+    restorer = random_restorer(UNet((4, 6), channels=3, patch=2))
+    path = save(restorer, tmp_path / "net.aecore")
+    image = RANDOM.random((16, 20, 3), np.float32)
+    rounded = aecore.Restorer.load(path, precision="bfloat16")  # As on TPUs.
+    np.testing.assert_array_equal(rounded(image), aecore.Restorer.load(path)(image))
+
+
 def test_parameters_may_have_16_bits(tmp_path):
     restorer = random_restorer(NoiseReducer())
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), restorer.params)

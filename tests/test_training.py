@@ -22,11 +22,12 @@ from aecore.data.batches import training_batches
 from aecore.degradations import GaussianNoise
 from aecore.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError
 from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer
+from aecore.networks.network import LinenNetwork
 from aecore.saved import checkpoints
 from aecore.saved.descriptions import Description, experiment_from_json
 from aecore.steps import state
 from aecore.steps.devices import Devices
-from aecore.steps.step import of_model, pairs, train_step
+from aecore.steps.step import pairs, train_step
 from aecore.training import assembly, feeds
 
 
@@ -85,7 +86,7 @@ def test_the_loss_falls_on_one_batch(model, channels):
     step = devices.compile_train_step(
         functools.partial(
             train_step,
-            apply=of_model(model),
+            apply=LinenNetwork(model).apply,
             prepare=pairs,
             optimizer=optimizer,
             seed=0,
@@ -324,7 +325,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(tmp_path):
     errors = [line for line in lines if line and "images/s" not in line]  # The bar's left out.
     assert errors == [
         f"error: {run}/checkpoints: a checkpoint can't be saved (File too large); "
-        "earlier ones are kept; mend that and run the same command again"
+        "earlier ones are kept; fix that and run the same command again"
     ]
 
 

@@ -39,8 +39,8 @@ class Data:
     image_size: tuple[int, int] | None = setting(None, at_least=1)
     """Height and width to resize whole images to; None: their own, if they all have one size."""
     crop: int | tuple[int, int] | None = setting(None, at_least=1)
-    """Train on random crops at full resolution: their side, or height and width; of pairs, those of
-    the originals. None: train on whole images."""
+    """Size of the random crops to train on, at full resolution: one side, or height and width. Of
+    pairs, the size in the originals. None: train on whole images."""
     crops_per_image: int = setting(1, at_least=1)
     """Crops of each image in an epoch."""
     small: Literal["skip", "pad"] = "skip"
@@ -51,8 +51,8 @@ class Data:
     channels: Literal[1, 3] | None = None
     """1 for gray, 3 for RGB; None: as in the source, or RGB for crops of files."""
     resize: Literal["antialiased", "bilinear"] = "antialiased"
-    """How whole images are resized. antialiased: bicubic, over all pixels that a new one covers.
-    bilinear: from the 4 nearest pixels, as OpenCV does by default."""
+    """How whole images are resized. antialiased: bicubic, averaging all pixels that a new one
+    covers. bilinear: from the 4 nearest pixels, as OpenCV does by default."""
     validation_fraction: float = setting(0.1, above=0, below=1)
     """Share of the images held out for validation, where the source has no split of its own."""
     split_seed: int = setting(0, at_least=0)
@@ -96,7 +96,7 @@ class Optimizer:
     warmup_steps: int = setting(0, at_least=0)
     """Steps during which the learning rate rises linearly, at most half of all steps."""
     weight_decay: float = setting(0.0, at_least=0)
-    """Above 0: AdamW. Each step shrinks the kernels, but not biases and scales, by this factor
+    """Above 0, AdamW is used: each step shrinks the kernels, but not biases and scales, by this
     times the learning rate."""
     clip_norm: float | None = setting(None, above=0)
     """Largest global norm of the gradients; larger gradients are scaled down. None: no limit."""
@@ -147,15 +147,15 @@ class Training:
     """Precision of the network's computation. Parameters, optimizer and loss are float32."""
     accumulation: int | None = setting(None, at_least=1, on_resume=OnResume.FREE)
     """Compute each device's share of a batch in this many parts, one after another, to save memory;
-    None: 1, or on CPUs what fits their caches."""
+    None: 1; on CPUs, as many as make the parts fit their caches."""
     parallel: Literal["jit", "pmap"] = setting("jit", on_resume=OnResume.FREE)
     """How the step is compiled for several devices. The results are the same."""
     devices: int | None = setting(None, at_least=1, on_resume=OnResume.FREE)
     """How many devices to use; None: all."""
     distributed: str | None = setting(None, on_resume=OnResume.FREE)
     """Train together with other processes. auto: on TPU pods, Slurm, Open MPI, Kubernetes.
-    HOST:PORT,COUNT,INDEX elsewhere: address of the first process, number of processes, and which of
-    them this one is."""
+    HOST:PORT,COUNT,INDEX elsewhere: the first process's address, the number of processes, and this
+    one's number, from 0."""
 
     def __post_init__(self):
         _as_text(self, "start_from")
@@ -236,10 +236,9 @@ class Experiment:
         smaller = self.degradation.reduction * pairs_scale
         _require(
             smaller == self.model_scale,
-            f"the degraded images are {smaller} times smaller than the originals, the model "
+            f"the degraded images are {smaller} times smaller than the originals, but the model "
             f"{type(self.model).__name__} makes them {self.model_scale} times larger; "
-            "use a model and a degradation of the same scale, such as Upscaler and Downscale with "
-            "--model.scale 2 --degradation.scale 2",
+            "use the same scale in both, such as --model.scale 2 --degradation.scale 2",
         )
         stride = self.model.stride * self.model_scale
         least = math.ceil(SSIM_WINDOW / stride) * stride

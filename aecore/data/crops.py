@@ -258,8 +258,8 @@ class Crops:
     def _unusable(self) -> DataError:
         _, reason = self._left_out.copy().popitem()
         return DataError(
-            f"hardly any of the {len(self._source)} pictures can be used, this one for example "
-            f"can't: {reason}; use others with --data.data-dir, or a smaller --data.crop"
+            f"too few of the {len(self._source)} pictures can be used (for example: {reason}); "
+            "use others with --data.data-dir, or a smaller --data.crop"
         )
 
     def _leave_out(self, index: int, error: ImageError) -> None:

@@ -94,7 +94,8 @@ def whole_array(source: Source) -> np.ndarray:
     """
     if not isinstance(source, ArraySource):
         raise DataError(
-            "this needs images of one size; choose it with --data.image-size HEIGHT WIDTH"
+            "the images may differ in size, but this needs one size; "
+            "use --data.image-size HEIGHT WIDTH"
         )
     return source.array
 
@@ -337,7 +338,7 @@ def _scale(files: _Files) -> int:
         if large != (small[0] * scale, small[1] * scale) or not scale:
             raise DataError(
                 f"{original} is {large[0]}x{large[1]}, {degraded} is {small[0]}x{small[1]}; the "
-                "original must be as large as the degraded picture, or a whole number of times"
+                "original's sides must be the same, or a whole number of times larger"
             )
         return scale
     return 1

@@ -21,6 +21,7 @@ from aecore.data.batches import training_batches
 from aecore.data.crops import Crops
 from aecore.errors import ConfigError
 from aecore.measuring import hardware, planning
+from aecore.networks.network import Precision
 from aecore.restoring.restorer import Restorer
 from aecore.steps import memory
 from aecore.steps.devices import COMPILED_BY, Devices
@@ -93,7 +94,7 @@ def bench(experiment: Experiment, *, seconds: float = 2.0, repeats: int = 5) -> 
     examples = dataset.examples(experiment.degradation.grid)
     pictures, _ = dataset.samples(_PICTURES)
     device = devices.mesh.devices.flat[0]
-    limits = {
+    limits: dict[Precision, hardware.Limits] = {
         precision: hardware.limits(device, precision) for precision in ("float32", "bfloat16")
     }
     return {
@@ -144,7 +145,7 @@ def _pipelines(
 def _steps(
     experiment: Experiment,
     image_shape: tuple[int, int, int],
-    limits: Mapping[str, hardware.Limits],
+    limits: Mapping[Precision, hardware.Limits],
     seconds: float,
     repeats: int,
 ) -> dict[str, Any]:

@@ -6,9 +6,11 @@ methods of `Layer`. Flax's layers and those of other modules are known through t
 `looks_around` and `kernel_uses`.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -46,6 +48,26 @@ class Layer(nn.Module):
 def looks_around(module: nn.Module) -> bool:
     """Whether a module itself, not only one inside it, looks at neighbouring pixels."""
     return isinstance(module, Layer | nn.Conv | nn.ConvTranspose)
+
+
+@contextlib.contextmanager
+def taking(dtype: Any) -> Iterator[None]:
+    """Within it, modules with parameters of their own cast the array that they take to `dtype`."""
+
+    def cast(function, args, kwargs, context):
+        if context.method_name == "__call__" and args and own_parameters(context.module):
+            first, *others = args
+            args = (first.astype(dtype), *others)
+        return function(*args, **kwargs)
+
+    with nn.intercept_methods(cast):
+        yield
+
+
+def own_parameters(module: nn.Module) -> list[jax.Array]:
+    """The parameters of a bound module itself, without those of modules inside it."""
+    params = module.variables.get("params", {})
+    return [leaf for leaf in params.values() if not isinstance(leaf, Mapping)]
 
 
 def kernel_uses(module: nn.Module, given: Shape, result: Shape) -> int:

@@ -5,9 +5,8 @@ out, s being the network's scale: 1 unless the network enlarges images.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,8 @@ import numpy as np
 
 from aecore.networks import receptive_field
 from aecore.networks.receptive_field import ReceptiveField
+
+Precision = Literal["float32", "bfloat16"]
 
 _CHECKED_BLOCKS = (3, 2)
 """Height and width, in blocks of the stride, of the image with which masking is checked."""
@@ -68,6 +69,13 @@ class Network(Protocol):
         """How far an output sees; None if over the whole image."""
         ...
 
+    def in_precision(self, precision: Precision) -> "Network":
+        """The network whose layers compute in this; what goes in and comes out is float32.
+
+        The functions of a file compute as they were exported, and stay as they are.
+        """
+        ...
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinenNetwork:
@@ -77,6 +85,9 @@ class LinenNetwork:
     """
 
     model: Any
+    precision: Precision = "float32"
+    """In which layers compute. Their parameters are cast to it, and so is what each layer takes.
+    The images aren't: what a residual network adds its correction to keeps all of its bits."""
 
     @property
     def name(self) -> str:
@@ -96,39 +107,42 @@ class LinenNetwork:
         return getattr(self.model, "scale", 1)
 
     def apply(self, params: Any, images: jax.Array) -> jax.Array:
-        return self.model.apply({"params": params}, images)
+        return self._compute(self.model.apply, params, images)
 
     def encode(self, params: Any, images: jax.Array) -> jax.Array:
-        return self.model.apply({"params": params}, images, method="encode")
+        return self._compute(self.model.apply, params, images, method="encode")
 
     def decode(self, params: Any, codes: jax.Array) -> jax.Array:
-        return self.model.apply({"params": params}, codes, method="decode")
+        return self._compute(self.model.apply, params, codes, method="decode")
 
     def apply_within(self, params: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
         from aecore.networks import masking  # Flax; exported files do without.
 
-        return masking.apply_within(self.model, params, images, sizes)
+        return self._compute(
+            lambda variables, images: masking.apply_within(
+                self.model, variables["params"], images, sizes
+            ),
+            params,
+            images,
+        )
+
+    def in_precision(self, precision: Precision) -> "LinenNetwork":
+        return dataclasses.replace(self, precision=precision)
+
+    def _compute(self, function: Callable, params: Any, images: jax.Array, **kwargs) -> jax.Array:
+        if self.precision == "float32":
+            return function({"params": params}, images, **kwargs)
+        from aecore.networks import layers
+
+        dtype = jnp.dtype(self.precision)
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        with layers.taking(dtype):
+            return function({"params": params}, images, **kwargs).astype(jnp.float32)
 
     def receptive_field(self, params: Any) -> ReceptiveField | None:
         return receptive_field.measure(
             self.apply, params, channels=self.channels, stride=self.stride
         )
-
-
-def in_precision(apply: Callable[..., jax.Array], dtype: Any) -> Callable[..., jax.Array]:
-    """A function `(params, images) -> images` computed in `dtype`, from and to float32.
-
-    The parameters that are passed in stay as they are.
-    """
-
-    def cast(tree, dtype):
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
-
-    @functools.wraps(apply)
-    def function(params, images, *args):
-        return apply(cast(params, dtype), images.astype(dtype), *args).astype(jnp.float32)
-
-    return function
 
 
 def fits_within(network: Network, params: Any) -> bool:

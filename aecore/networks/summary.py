@@ -36,7 +36,7 @@ def layers(model: Any, params: Any, image_shape: tuple[int, int, int]) -> list[R
     """
     import flax.linen as nn  # Exported files do without Flax.
 
-    from aecore.networks.layers import Layer, kernel_uses
+    from aecore.networks.layers import Layer, kernel_uses, own_parameters
 
     calls = []
 
@@ -47,11 +47,7 @@ def layers(model: Any, params: Any, image_shape: tuple[int, int, int]) -> list[R
         def intercept(function, args, kwargs, context):
             output = function(*args, **kwargs)
             module = context.module
-            own = [
-                leaf
-                for leaf in module.variables.get("params", {}).values()
-                if not isinstance(leaf, Mapping)
-            ]
+            own = own_parameters(module)
             if own and context.method_name == "__call__":
                 whole = module.merged(output) if isinstance(module, Layer) else output
                 calls.append((module, own, args[0].shape, whole.shape))
@@ -124,7 +120,7 @@ def summarize(
         origin = started.get("source") or started.get("name")
         lines.append(
             f"{'trained':12} {description['step']:,} steps"
-            + (f", starting from {origin}" if origin else "")
+            + (f", starting from {origin} after {started['step']:,} steps" if origin else "")
         )
     scores = description.get("metrics")
     if scores:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aecore.errors import ConfigError, ImageError
-from aecore.networks.network import Network, fits_within, in_precision
+from aecore.networks.network import Network, fits_within
 from aecore.networks.receptive_field import ReceptiveField
 from aecore.restoring import tiling
 from aecore.restoring.tiling import Size, Window
@@ -128,7 +128,7 @@ class Engine:
         self.scale = network.scale
         self.device = device
         self.params = jax.device_put(params, device)
-        self._dtype = jnp.dtype(precision)
+        self._computed = network.in_precision(precision)
         self._tile_setting = tile
         default = _TILE.get(device.platform, _OTHER_TILE)
         self._tile = default if tile == "auto" else tile
@@ -188,9 +188,7 @@ class Engine:
           ImageError: the device's memory doesn't suffice.
         """
         refuse_fork()
-        function = self._once(
-            method, lambda: jax.jit(self._in_precision(getattr(self.network, method)))
-        )
+        function = self._once(method, lambda: jax.jit(getattr(self._computed, method)))
         most = self.most_images(shape)
         parts = []
         for start in range(0, len(batch), most):
@@ -306,7 +304,7 @@ class Engine:
         return self._once(key, lambda: self._compile(*key))
 
     def _compile(self, kind: Kind, count: int, within: bool) -> Callable:
-        apply = self._in_precision(self.network.apply_within if within else self.network.apply)
+        apply = self._computed.apply_within if within else self._computed.apply
         gray_for_colour = kind.channels != self.network.channels
         is_float = kind.dtype.kind == "f"
         highest = 1.0 if is_float else float(np.iinfo(kind.dtype).max)
@@ -337,11 +335,6 @@ class Engine:
         if needed > self._memory and self._tile_setting == "auto" and self._smaller_tile(kind, 0.5):
             raise OutOfMemoryError(kind, share=self._memory / needed)
         return compiled
-
-    def _in_precision(self, function: Callable) -> Callable:
-        if self._dtype == jnp.float32:
-            return function
-        return in_precision(function, self._dtype)
 
     @functools.cached_property
     def _memory(self) -> float:

@@ -243,7 +243,7 @@ class Restorer:
             yield self._blended(array, result)
 
     def _blended(self, array: np.ndarray, restored: np.ndarray) -> np.ndarray:
-        """So much of the correction as `strength` says."""
+        """Mixes the restored image with the input, as `strength` says."""
         strength = self._settings["strength"]
         if strength == 1:
             return restored

@@ -98,7 +98,7 @@ class Checkpoints:
             reason = os.strerror(int(number[1])) if number else " ".join(str(error).split())
             raise SavingError(
                 f"{self._directory}: a checkpoint can't be saved ({reason:.200}); "
-                "earlier ones are kept; mend that and run the same command again"
+                "earlier ones are kept; fix that and run the same command again"
             ) from error
 
     def save(self, state: TrainState, description: Description) -> None:

@@ -109,10 +109,17 @@ class Description:
 
     def without_places(self) -> "Description":
         """Without what has a meaning, and tells something, only on the machine of the training."""
-        data = None if self.data is None else {**self.data, "data_dir": None}
-        started = self.started_from and {**self.started_from, "source": None}
+
+        def without(part: Json | None, *names: str) -> Json | None:
+            return None if part is None else {**part, **dict.fromkeys(names)}
+
         return dataclasses.replace(
-            self, data=data, run_dir=None, checksums=None, started_from=started
+            self,
+            data=without(self.data, "data_dir"),
+            training=without(self.training, "start_from", "distributed"),
+            started_from=without(self.started_from, "source"),
+            run_dir=None,
+            checksums=None,
         )
 
     def experiment(self, *, model: Any = None) -> Experiment:

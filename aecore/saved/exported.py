@@ -27,7 +27,7 @@ from etils import epath
 from jax import export
 
 from aecore.errors import CheckpointError, ConfigError
-from aecore.networks.network import LinenNetwork, Network
+from aecore.networks.network import LinenNetwork, Network, Precision
 from aecore.networks.receptive_field import ReceptiveField
 from aecore.saved.descriptions import Description
 from aecore.saved.trained import TrainedNetwork
@@ -162,7 +162,7 @@ def export_onnx(path: epath.Path, trained: TrainedNetwork) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExportedNetwork:
-    """The functions of a file, as an `aecore.networks.Network`. Checks what a file says of them."""
+    """The `networks.network.Network` that a file's functions are; checks what the file says."""
 
     name: str
     channels: int
@@ -197,6 +197,10 @@ class ExportedNetwork:
     def receptive_field(self, params: Any) -> ReceptiveField | None:
         del params
         return self.field
+
+    def in_precision(self, precision: Precision) -> "ExportedNetwork":
+        del precision
+        return self
 
     def __reduce__(self):
         # The functions are pickled as they are written to files.

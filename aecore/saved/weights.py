@@ -30,13 +30,13 @@ class Card:
 
 
 _PHOTOGRAPHS = (
-    "512 photographs: BSDS500 (Arbeláez et al., TPAMI 2011) without the 68 of CBSD68, for "
+    "506 of 512 photographs: BSDS500 (Arbeláez et al., TPAMI 2011) without the 68 of CBSD68, for "
     "non-commercial research and education, and the originals of Sun-Hays80 (ICCP 2012)"
 )
 
 _LIMITS_OF_UPSCALERS = (
-    "photographs that are noisy or strongly compressed, whose faults it enlarges; it learned to "
-    "undo bicubic reductions, and sharpens what was blurred otherwise less"
+    "noisy or strongly compressed photographs, whose faults it enlarges; pictures that became "
+    "small in other ways than by bicubic reduction are sharpened less"
 )
 
 CARDS: Mapping[str, Card] = {
@@ -50,30 +50,30 @@ CARDS: Mapping[str, Card] = {
         sha256="b872aceac8bb2a80499d98a174b2aa2b5c2ad38ad6acdb47d6b01396ea2256f6",
         purpose="sharpens 80×80 faces that were pixelated to 32×32",
         data="Labeled Faces in the Wild (Huang et al. 2007, a public research data set)",
-        limits="pictures that are not pixelated, and to show who somebody is: it invents details",
+        limits="pictures that are not pixelated, or telling who somebody is: it invents details",
     ),
     "photo-denoise": Card(
-        sha256="3fe45327fb21bdee8c6b8da91d933e691f4653d5d49ff297463b75049248c05d",
+        sha256="4ab457d8ede30296bea8c7084ba53889805848c1b560ba3a417bdc210f741b05",
         purpose="removes Gaussian noise of any strength up to σ = 75 of 255 from photographs",
         data=_PHOTOGRAPHS,
         limits="the blocks of JPEG, blur, and noise whose grains are larger than a pixel, as in "
         "most compressed or resized photographs",
     ),
     "photo-dejpeg": Card(
-        sha256="876ffd9764df547e04cb584fa70fb84a2fd6ea1d8a6cc35521d142c49374d21b",
+        sha256="df130ace0d0cdd03aa37a693c5e277605c873443a70abf0753a083d4cd40783a",
         purpose="removes what JPEG of quality 5 to 95 did to photographs, with and without halved "
         "colour",
         data=_PHOTOGRAPHS,
         limits="noise, blur, and pictures that were made smaller after they were compressed",
     ),
     "photo-upscale-2x": Card(
-        sha256="c64d411faa3c0fd42b01214c1b4f1ae766dc135b477e0c68f099025cfc580c77",
+        sha256="a4df93759788b32357b9a474628eca2387f27eb0f202fba84662229b484a2e45",
         purpose="makes photographs twice as large",
         data=_PHOTOGRAPHS,
         limits=_LIMITS_OF_UPSCALERS,
     ),
     "photo-upscale-4x": Card(
-        sha256="51ec27553c95e18a8f34c8fc7c60292aa1b5b4398f9f5c237a5795653fbad599",
+        sha256="73d2ca890cbf340ec0095d6e080b48d40415eb30cf1b18d6dadea15d2f1c54f7",
         purpose="makes photographs four times as large",
         data=_PHOTOGRAPHS,
         limits=_LIMITS_OF_UPSCALERS,

@@ -390,7 +390,9 @@ def evaluate(
         raise ConfigError(f"batch_size {batch_size} is less than 1; use 1 or more")
     if data is not None:
         if save or data_dir is not None:
-            raise ConfigError("save and data_dir are for a run's own images; leave out data")
+            raise ConfigError(
+                "save and data_dir are for a run's own images only; leave them out, or data"
+            )
         from aecore.scoring import pictures as any_pictures
 
         return any_pictures.evaluate(
@@ -429,7 +431,10 @@ def evaluate(
     experiment.check_images(*dataset.image_shape, dataset.scale)
     if dataset.fingerprint() != restorer.description.fingerprint:
         own = False
-        _log.warning("these are not the images that %s was trained on", run)
+        _log.warning(
+            "these are not the images that %s was trained on; its scores are of others",
+            run,
+        )
     if save and not own:
         raise ConfigError(
             "a run's summary holds scores on the run's own images and degradation only; "

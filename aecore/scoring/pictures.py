@@ -1,4 +1,4 @@
-"""Scores of any network on any pictures, as papers on image restoration give them.
+"""Scores a network on pictures of any sizes, the way papers on image restoration do.
 
 A picture is degraded at its own size, restored as `Restorer` does it, and compared with the
 original in RGB and, for colour, on its luma. Where a network enlarges, the original is first cut to
@@ -90,8 +90,8 @@ def find(data: str, degradation: Degradation | None, restorer: Restorer) -> Job:
     scale = degradation.reduction * (source.scale if isinstance(source, Pairs) else 1)
     if scale != restorer.network.scale:
         raise ConfigError(
-            f"the pictures are made {scale} times smaller, and the network makes them "
-            f"{restorer.network.scale} times larger; use a degradation that fits the network"
+            f"the degraded pictures are {scale} times smaller, but the network enlarges them "
+            f"{restorer.network.scale} times; use a degradation with the network's scale"
         )
     return Job(source, degradation, scale)
 

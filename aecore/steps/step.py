@@ -98,11 +98,6 @@ def _mean_over_parts(function: Callable, parts: int, params: Any, *batch: Any) -
     return jax.tree.map(lambda leaf: leaf / parts, total)
 
 
-def of_model(model: Any) -> Apply:
-    """A Linen module as a function."""
-    return lambda params, images: model.apply({"params": params}, images)
-
-
 def pairs(batch: tuple[jax.Array, jax.Array], keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`Prepare` for batches that were degraded on the host."""
     del keys

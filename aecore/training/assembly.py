@@ -1,10 +1,9 @@
-"""An experiment in; its devices, network, optimizer, first state and training step out."""
+"""Puts an experiment's devices, network, optimizer and training step together."""
 
 import dataclasses
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -12,7 +11,7 @@ from aecore import losses
 from aecore.config import Data, Experiment, Optimizer, Training
 from aecore.errors import ConfigError
 from aecore.networks.base import abstract_params
-from aecore.networks.network import in_precision
+from aecore.networks.network import LinenNetwork, Precision
 from aecore.steps import state, step
 from aecore.steps.devices import COMPILED_BY, Devices
 from aecore.steps.state import TrainState
@@ -125,7 +124,7 @@ def assemble(
     last_step: int,
     *,
     batch_size: int | None = None,
-    precision: str | None = None,
+    precision: Precision | None = None,
     parts: int | None = None,
     degrades_on_device: bool | None = None,
 ) -> Assembly:
@@ -149,8 +148,7 @@ def assemble(
     if degrades_on_device is None:
         degrades_on_device = training.feed == "resident" or training.degrade_on == "device"
     kind = _kind(experiment.data)
-    apply = step.of_model(experiment.model)
-    dtype = jnp.dtype(precision or training.precision)
+    network = LinenNetwork(experiment.model)
     if parts is None:
         share = batch_size // devices.device_count
         parts = _parts(experiment, image_shape, share, devices.platform)
@@ -160,8 +158,8 @@ def assemble(
         kind=kind,
         devices=devices,
         batch_size=batch_size,
-        apply=apply,
-        apply_in_training=apply if dtype == jnp.float32 else in_precision(apply, dtype),
+        apply=network.apply,
+        apply_in_training=network.in_precision(precision or training.precision).apply,
         prepare=_prepare(experiment, kind) if degrades_on_device else step.pairs,
         degrades_on_device=degrades_on_device,
         optimizer=optimizer(experiment.optimizer, last_step),
@@ -243,7 +241,7 @@ def activation_bytes(model: Any, image_shape: tuple[int, int, int]) -> int:
     """What a float32 training step keeps of each image for the backward pass."""
     shape = _input_shape(model, image_shape)
     params = abstract_params(model, shape)
-    apply = step.of_model(model)
+    apply = LinenNetwork(model).apply
 
     def kept(count):
         images = jax.ShapeDtypeStruct((count, *shape), np.float32)

@@ -397,7 +397,7 @@ class _Run:
         done = f"after step {self.step}, which is saved in {self.directory}"
         raise Interrupted(
             f"stopped {done if self.step else 'before the first step'}; "
-            "run the same command again to go on"
+            "run the same command again to resume"
         )
 
     def _check_finite(self, name: str, value: float, step: int) -> None:

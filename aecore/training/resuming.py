@@ -1,4 +1,4 @@
-"""Whether a run directory may go on as an experiment."""
+"""Checks that a run directory may be resumed with an experiment."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Parameters that an earlier training found, as the start of another."""
+"""Starting a training from the parameters of an earlier one."""
 
 import dataclasses
 from typing import Any
@@ -14,13 +14,18 @@ from aecore.saved.trained import TrainedNetwork
 from aecore.steps.devices import join_processes
 
 
-def with_its_network(experiment: Experiment) -> Experiment:
-    """The experiment with the settings that the network has which it starts from.
+def with_its_network(experiment: Experiment, default: Any) -> Experiment:
+    """The experiment with the model settings of the network that it starts from.
 
-    A run that has begun keeps its own. What can't be loaded, or is of another class, changes
-    nothing: training says what is wrong with it.
+    Settings that differ from the default model's were chosen. If they are not the network's, or it
+    can't be loaded, nothing changes here; training then reports the error. A run that has begun
+    keeps its own model.
+
+    Args:
+      experiment: what to train.
+      default: the model that it had before anything was chosen.
     """
-    source = experiment.training.start_from
+    source, model = experiment.training.start_from, experiment.model
     if source is None:
         return experiment
     join_processes(experiment.training.distributed)  # Before parameters are put on a device.
@@ -29,7 +34,11 @@ def with_its_network(experiment: Experiment) -> Experiment:
         before = weights.load(run if exists(run) else source).description.build_model()
     except (CheckpointError, ConfigError):
         return experiment
-    if type(before) is not type(experiment.model):
+    if not (type(before) is type(model) is type(default)):
+        return experiment
+    old, new, usual = map(hyperparameters, (before, model, default))
+    chosen = {name: value for name, value in new.items() if value != usual[name]}
+    if any(old[name] != value for name, value in chosen.items()):
         return experiment
     return dataclasses.replace(experiment, model=before)
 

@@ -21,8 +21,8 @@ trained so on 506 photographs, in 71 and 75 s of an H100's time, except that the
 with the time that had passed instead of the steps; then 400 steps in float32 from a rate of 1e-4
 on a CPU, without which bfloat16's rounding would show as a faint grid.
 
-PSNR on luma of what bicubic interpolation and the network make of Set5: 33.68 and 37.62 dB (×2),
-28.43 and 31.71 (×4); of Set14: 30.33 and 33.16 (×2), 26.09 and 28.24 (×4).
+PSNR on luma of what bicubic interpolation and the network make of Set5: 33.68 and 37.61 dB (×2),
+28.43 and 31.73 (×4); of Set14: 30.33 and 33.16 (×2), 26.09 and 28.25 (×4).
 """
 
 from aecore import Data, Experiment, Optimizer, Training

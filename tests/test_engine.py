@@ -91,7 +91,7 @@ def test_where_memory_is_short_tiles_shrink_no_more_than_they_must(monkeypatch):
     field = ReceptiveField(72, 72)
     chosen = engine_of(Seeing(field, 8))
     first = chosen.windows((3000, 4000))[0].size
-    kind = engine.Kind(first, np.dtype(np.uint8), 1)
+    kind = engine.BatchKind(first, np.dtype(np.uint8), 1)
     chosen.shrink(chosen.tile, engine.OutOfMemoryError(kind, share=0.8))
     smaller = chosen.windows((3000, 4000))[0].size
     assert 0.5 <= math.prod(smaller) / math.prod(first) <= 0.9

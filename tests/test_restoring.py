@@ -813,7 +813,7 @@ def test_a_network_may_enlarge(tile, shape):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-def test_strength_says_how_much_of_the_correction_is_applied(dtype, trained):
+def test_strength_says_how_much_of_the_correction_is_applied(dtype, trained, loaded):
     random = np.random.default_rng(0)
     image = random.random((20, 24)).astype(np.float32)
     if dtype != np.float32:
@@ -824,6 +824,7 @@ def test_strength_says_how_much_of_the_correction_is_applied(dtype, trained):
     mean = (image.astype(np.float64) + whole) / 2
     assert np.abs(half - mean).max() <= (1e-6 if dtype == np.float32 else 0.5)
     np.testing.assert_array_equal(aecore.restore(image, trained, strength=1), whole)
+    assert len(loaded) == 1
     for wrong in (-0.1, 1.1, "all"):
         with pytest.raises(ConfigError, match="strength .* use a number from 0 to 1"):
             aecore.restore(image, trained, strength=wrong)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 Direction = Literal["forward", "backward", "other"]
-Kind = Literal["matrix products", "elementwise", "reductions", "copies"]
+OperationKind = Literal["matrix products", "elementwise", "reductions", "copies"]
 
 _DEAREST = 10
 _NAMED = 6
@@ -38,7 +38,7 @@ _CONTROL_FLOW = re.compile(r".*\(.*|cond|branch_\d+_fun|while|body|closed_call|c
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class LayerCost:
     """What one layer costs in one direction."""
 
     layer: str
@@ -57,12 +57,12 @@ class Estimate:
     """None where the device's clock rate is not known."""
     share_of_limit: float | None
     """`images_per_second_per_device` relative to what the binding limit allows."""
-    kinds: dict[Kind, float]
+    kinds: dict[OperationKind, float]
     """Shares of the cycles. A fusion of several operations counts as one kind: that which comes
     first in `matrix products`, `reductions`, `elementwise`, `copies`."""
     no_arithmetic: float
     """The share of copies and reductions together."""
-    dearest: tuple[Cost, ...]
+    dearest: tuple[LayerCost, ...]
     """The ten layers and directions with the most cycles, in falling order."""
     without_estimate: dict[str, int]
     """How many operations of each kind have no cycles, and count as nothing."""
@@ -118,7 +118,7 @@ def estimate(
         kinds={kind: cycles / total for kind, cycles in kinds.most_common()},
         no_arithmetic=(kinds["copies"] + kinds["reductions"]) / total,
         dearest=tuple(
-            Cost(layer, direction, cycles / images, cycles / total)
+            LayerCost(layer, direction, cycles / images, cycles / total)
             for (layer, direction), cycles in places.most_common(_DEAREST)
         ),
         without_estimate=dict(without.most_common()),
@@ -169,7 +169,7 @@ def _reached_opcodes(computations: dict[str, list[_Instruction]]) -> dict[str, s
     return {name: set(reached(name)) for name in fused}
 
 
-def _kind(opcodes: set[str]) -> Kind:
+def _kind(opcodes: set[str]) -> OperationKind:
     if opcodes & _PRODUCTS:
         return "matrix products"
     if opcodes & _REDUCTIONS:

@@ -35,7 +35,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class StepCost:
     """What XLA counts for each image."""
 
     flops: float
@@ -138,16 +138,16 @@ def compile_step(assembled: Assembly) -> Any:
     return step.lower(devices.abstract(assembled.create), assembled.abstract_batch()).compile()
 
 
-def cost(assembled: Assembly) -> Cost:
+def cost(assembled: Assembly) -> StepCost:
     """Operations and memory traffic of a training step, as XLA counts them once it is compiled."""
     # XLA counts a loop's body once, so the batch must not be divided into parts.
     compiled = compile_step(dataclasses.replace(assembled, parts=1))
     return _cost(compiled, assembled.batch_size // assembled.devices.device_count)
 
 
-def _cost(compiled: Any, share: int) -> Cost:
+def _cost(compiled: Any, share: int) -> StepCost:
     analysis = compiled.cost_analysis()
-    return Cost(analysis["flops"] / share, analysis["bytes accessed"] / share)
+    return StepCost(analysis["flops"] / share, analysis["bytes accessed"] / share)
 
 
 def _ignore(text: str) -> None:
@@ -267,7 +267,7 @@ def _collectives(text: str, devices: int) -> dict[str, Collectives]:
 
 
 def _roofline(
-    costs: Cost,
+    costs: StepCost,
     collectives: Mapping[str, Collectives],
     share: int,
     devices: int,

@@ -17,7 +17,7 @@ from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 
 from aecore.errors import ImageError
 from aecore.media.encoders import STRUCTURAL_TAGS, SUB_IFDS
-from aecore.media.frames import KINDS, Frame
+from aecore.media.frames import PIXEL_FORMATS, Frame
 from aecore.storage import is_remote, naming, reason
 
 _GRAY_MODES = ("1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L")
@@ -174,7 +174,7 @@ def read_frame(image: ImageFile.ImageFile, again: ImageFile.ImageFile) -> tuple[
         notes += changes
         if rawmode == "I;12":
             notes.append("12 bits became 16")
-        if KINDS[frame.mode].bits == 8 and (";16" in rawmode or bits > 8):
+        if PIXEL_FORMATS[frame.mode].bits == 8 and (";16" in rawmode or bits > 8):
             notes.append("16 bits became 8")
     if image.format == "GIF" and frame.alpha is not None and (frame.alpha == 255).all():
         # In an animation a transparent colour may stand for what has not changed.
@@ -307,7 +307,7 @@ def _to_frame(image: Image.Image) -> tuple[Frame, tuple[str, ...]]:
         notes.append(f"a palette became {wanted}")
     elif mode == "1" and transparent:
         notes.append(f"1 bit became {wanted}")
-    elif mode not in (*KINDS, "La", "RGBa", "RGBX"):
+    elif mode not in (*PIXEL_FORMATS, "La", "RGBa", "RGBX"):
         notes.append(f"{mode} became {wanted}")
     if mode != wanted:
         try:

@@ -26,11 +26,11 @@ from PIL import (
 
 from aecore.errors import ImageError
 from aecore.media.frames import (
-    KINDS,
     MODES,
+    PIXEL_FORMATS,
     Frame,
-    Kind,
     Picture,
+    PixelFormat,
     check_frame,
     converted,
     interleaved,
@@ -49,8 +49,10 @@ class _Format:
 
 _EMBEDDED = frozenset({"icc_profile", "exif", "xmp"})
 FORMATS = {
-    "PNG": _Format(frozenset(KINDS), _EMBEDDED | {"dpi", "duration", "comment", "png"}, True),
-    "TIFF": _Format(frozenset(KINDS) - {"LA;16"}, _EMBEDDED | {"dpi", "aspect"}, True),
+    "PNG": _Format(
+        frozenset(PIXEL_FORMATS), _EMBEDDED | {"dpi", "duration", "comment", "png"}, True
+    ),
+    "TIFF": _Format(frozenset(PIXEL_FORMATS) - {"LA;16"}, _EMBEDDED | {"dpi", "aspect"}, True),
     "WEBP": _Format(frozenset({"RGB", "RGBA"}), _EMBEDDED | {"dpi", "duration"}, True),
     "GIF": _Format(frozenset({"L", "RGB", "RGBA"}), frozenset({"duration", "comment"}), True),
     "JPEG": _Format(frozenset({"L", "RGB"}), _EMBEDDED | {"dpi", "comment"}),
@@ -104,7 +106,7 @@ SUB_IFDS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 def _fit(frame: Frame, file_format: str) -> tuple[Frame, list[str]]:
     """Converts a frame to what a file format can hold; also returns notes of what it lost."""
     modes, carries = FORMATS[file_format].modes, FORMATS[file_format].carries
-    old = KINDS[frame.mode]
+    old = PIXEL_FORMATS[frame.mode]
     notes = []
     if frame.mode not in modes:
         # The first that the format holds loses least: gray that becomes RGB loses nothing.
@@ -116,7 +118,7 @@ def _fit(frame: Frame, file_format: str) -> tuple[Frame, list[str]]:
         new = next(
             kind
             for alpha, bits, gray in candidates
-            if MODES[kind := Kind(gray, alpha, bits)] in modes
+            if MODES[kind := PixelFormat(gray, alpha, bits)] in modes
         )
         if old.alpha and not new.alpha:
             notes.append(f"alpha was dropped: {file_format} can't hold it")
@@ -129,8 +131,8 @@ def _fit(frame: Frame, file_format: str) -> tuple[Frame, list[str]]:
         frame = converted(frame, MODES[new])
     carried = dict(frame.carried)
     profile = carried.get("icc_profile", b"")
-    space = b"GRAY" if KINDS[frame.mode].gray else b"RGB "
-    if old.gray != KINDS[frame.mode].gray and profile[16:20] not in (space, b""):
+    space = b"GRAY" if PIXEL_FORMATS[frame.mode].gray else b"RGB "
+    if old.gray != PIXEL_FORMATS[frame.mode].gray and profile[16:20] not in (space, b""):
         del carried["icc_profile"]
         notes.append("the colour profile was dropped: it is for gray")
     for name in set(carried) - carries:
@@ -149,8 +151,8 @@ def _unify(frames: Sequence[Frame]) -> list[Frame]:
     sizes = {frame.values.shape[:2] for frame in frames}
     if len(sizes) > 1:
         raise ImageError("its pages differ in size, so they are no animation; use .tif")
-    kinds = [KINDS[frame.mode] for frame in frames]
-    joint = Kind(
+    kinds = [PIXEL_FORMATS[frame.mode] for frame in frames]
+    joint = PixelFormat(
         gray=all(kind.gray for kind in kinds),
         alpha=any(kind.alpha for kind in kinds),
         bits=max(kind.bits for kind in kinds),
@@ -451,7 +453,7 @@ def _tiff(frames: Sequence[Frame]) -> bytes:
     parts = [b"II*\0" + struct.pack("<I", 8)]
     place = 8
     for index, frame in enumerate(frames):
-        kind = KINDS[frame.mode]
+        kind = PIXEL_FORMATS[frame.mode]
         height, width = frame.values.shape[:2]
         samples = interleaved(frame).reshape(height, width, -1)
         channels = samples.shape[2]
@@ -488,7 +490,7 @@ def _tiff(frames: Sequence[Frame]) -> bytes:
     return b"".join(parts)
 
 
-def _tiff_strip(samples: np.ndarray, kind: Kind) -> bytes:
+def _tiff_strip(samples: np.ndarray, kind: PixelFormat) -> bytes:
     """Rows `(N, W, C)` as they are compressed: bits, or pixels minus their left neighbours."""
     if kind.bits == 1:
         return np.packbits(samples[..., 0] >= 128, axis=1).tobytes()

@@ -11,7 +11,7 @@ from aecore.errors import ImageError
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class PixelFormat:
     """The properties of pixels that a mode stands for."""
 
     gray: bool
@@ -19,18 +19,18 @@ class Kind:
     bits: int
 
 
-KINDS = {
-    "1": Kind(gray=True, alpha=False, bits=1),
-    "L": Kind(gray=True, alpha=False, bits=8),
-    "LA": Kind(gray=True, alpha=True, bits=8),
-    "RGB": Kind(gray=False, alpha=False, bits=8),
-    "RGBA": Kind(gray=False, alpha=True, bits=8),
-    "I;16": Kind(gray=True, alpha=False, bits=16),
-    "LA;16": Kind(gray=True, alpha=True, bits=16),
-    "RGB;16": Kind(gray=False, alpha=False, bits=16),
-    "RGBA;16": Kind(gray=False, alpha=True, bits=16),
+PIXEL_FORMATS = {
+    "1": PixelFormat(gray=True, alpha=False, bits=1),
+    "L": PixelFormat(gray=True, alpha=False, bits=8),
+    "LA": PixelFormat(gray=True, alpha=True, bits=8),
+    "RGB": PixelFormat(gray=False, alpha=False, bits=8),
+    "RGBA": PixelFormat(gray=False, alpha=True, bits=8),
+    "I;16": PixelFormat(gray=True, alpha=False, bits=16),
+    "LA;16": PixelFormat(gray=True, alpha=True, bits=16),
+    "RGB;16": PixelFormat(gray=False, alpha=False, bits=16),
+    "RGBA;16": PixelFormat(gray=False, alpha=True, bits=16),
 }
-MODES = {kind: mode for mode, kind in KINDS.items()}
+MODES = {kind: mode for mode, kind in PIXEL_FORMATS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Frame:
         Raises:
           ImageError: the shapes or dtypes of `values` and `alpha` don't match.
         """
-        kind = KINDS[self.mode]
+        kind = PIXEL_FORMATS[self.mode]
         gray = values.ndim == 2
         bits = 16 if values.dtype == np.uint16 else 8
         if kind.bits == 1 and gray and bits == 8 and alpha is None:
@@ -63,7 +63,7 @@ class Frame:
             self,
             values=values,
             alpha=alpha,
-            mode=MODES[Kind(gray=gray, alpha=alpha is not None, bits=bits)],
+            mode=MODES[PixelFormat(gray=gray, alpha=alpha is not None, bits=bits)],
         )
         check_frame(frame)
         return frame
@@ -144,7 +144,7 @@ def to_image(frame: Frame) -> Image.Image:
 
 
 def check_frame(frame: Frame) -> None:
-    kind = KINDS[frame.mode]
+    kind = PIXEL_FORMATS[frame.mode]
     dtype = np.uint16 if kind.bits == 16 else np.uint8
     shape = frame.values.shape[:2] + (() if kind.gray else (3,))
     if (
@@ -171,7 +171,7 @@ def interleaved(frame: Frame) -> np.ndarray:
 
 def converted(frame: Frame, mode: str) -> Frame:
     """Converts a frame to another mode. RGB isn't converted to gray, which would go unnoticed."""
-    old, new = KINDS[frame.mode], KINDS[mode]
+    old, new = PIXEL_FORMATS[frame.mode], PIXEL_FORMATS[mode]
 
     def scale(array: np.ndarray) -> np.ndarray:
         if old.bits <= 8 and new.bits == 16:

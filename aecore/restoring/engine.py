@@ -56,7 +56,7 @@ _AHEAD = 2
 """Batches under way on the device while the host prepares the next one."""
 
 
-class Kind(NamedTuple):
+class BatchKind(NamedTuple):
     """What a program is compiled for, besides the number of images."""
 
     shape: Size
@@ -65,7 +65,7 @@ class Kind(NamedTuple):
     channels: int
 
 
-class Plan(NamedTuple):
+class Schedule(NamedTuple):
     """How images whose sizes are known beforehand are restored with little compiling and waste."""
 
     order: list[Any]
@@ -147,7 +147,7 @@ class Engine:
         Args:
           images: `(N, H, W, C)`, taken as they are needed, some ahead. If taking some fails, those
             before them are restored first.
-          shapes: those of the images' `Plan`, if their sizes were known beforehand.
+          shapes: those of the images' `Schedule`, if their sizes were known beforehand.
 
         Yields:
           The restored images `(N, s H, s W, C)`, in order, where s is the network's scale.
@@ -156,9 +156,9 @@ class Engine:
           ImageError: the device's memory doesn't suffice.
         """
         refuse_fork()
-        return _Run(self, shapes)(images)
+        return _Pass(self, shapes)(images)
 
-    def plan(self, sizes: Mapping[Any, Size]) -> Plan:
+    def plan(self, sizes: Mapping[Any, Size]) -> Schedule:
         """In which order to restore images of these sizes, and in arrays of which few shapes.
 
         Args:
@@ -172,7 +172,7 @@ class Engine:
         def shape(key):
             return tiling.smallest_containing(sizes[key], shapes) or sizes[key]
 
-        return Plan(sorted(sizes, key=shape), shapes)
+        return Schedule(sorted(sizes, key=shape), shapes)
 
     def in_parts(
         self, method: Literal["encode", "decode"], batch: np.ndarray, shape: Size
@@ -289,7 +289,7 @@ class Engine:
 
     # ---- Compiling
 
-    def executable(self, kind: Kind, count: int, within: bool) -> Callable:
+    def executable(self, kind: BatchKind, count: int, within: bool) -> Callable:
         """The compiled `(params, batch) -> batch`, for `count` images.
 
         Args:
@@ -303,7 +303,7 @@ class Engine:
         key = (kind, count, within)
         return self._once(key, lambda: self._compile(*key))
 
-    def _compile(self, kind: Kind, count: int, within: bool) -> Callable:
+    def _compile(self, kind: BatchKind, count: int, within: bool) -> Callable:
         apply = self._computed.apply_within if within else self._computed.apply
         gray_for_colour = kind.channels != self.network.channels
         is_float = kind.dtype.kind == "f"
@@ -341,7 +341,7 @@ class Engine:
         limit = memory.limit(self.device)
         return _CPU_MEMORY if limit is None else limit / 4
 
-    def _smaller_tile(self, kind: Kind, share: float) -> int | None:
+    def _smaller_tile(self, kind: BatchKind, share: float) -> int | None:
         """The tile that is next tried instead of arrays of a kind; None if there is none.
 
         Args:
@@ -411,7 +411,7 @@ class OutOfMemoryError(Exception):
         that this isn't known.
     """
 
-    def __init__(self, kind: Kind, share: float | None = None):
+    def __init__(self, kind: BatchKind, share: float | None = None):
         super().__init__()
         self.kind = kind
         self.is_expected = share is not None
@@ -419,7 +419,7 @@ class OutOfMemoryError(Exception):
         self.share = 0.25 if share is None else min(share, 0.9)
 
 
-def _as_out_of_memory(error: Exception, kind: Kind) -> Exception:
+def _as_out_of_memory(error: Exception, kind: BatchKind) -> Exception:
     """An `OutOfMemoryError` if memory ran out; else the same error."""
     return OutOfMemoryError(kind) if memory.ran_out(error) else error
 
@@ -446,7 +446,7 @@ class _Piece(NamedTuple):
         return self.part.stop - self.part.start
 
 
-class _Run:
+class _Pass:
     """One pass over images: collects windows in batches, computes them, puts results together."""
 
     def __init__(self, engine: Engine, shapes: Sequence[Size]):
@@ -455,7 +455,7 @@ class _Run:
         self._tile = engine.tile
         self._waiting = collections.deque()
         self._stacks = collections.deque()
-        self._kind: Kind | None = None
+        self._kind: BatchKind | None = None
         self._collected = []
         self._computing = collections.deque()
         self._counts = {}
@@ -505,13 +505,13 @@ class _Run:
             for window in stack.windows:
                 shape = tiling.smallest_containing(window.size, self._shapes)
                 shape = shape or self._engine.shape_for(window.size)
-                kind = Kind(shape, images.dtype, images.shape[3])
+                kind = BatchKind(shape, images.dtype, images.shape[3])
                 if kind != self._kind:
                     self._flush()
                     self._kind = kind
                 self._collect(stack, window, kind)
 
-    def _collect(self, stack: _Stack, window: Window, kind: Kind) -> None:
+    def _collect(self, stack: _Stack, window: Window, kind: BatchKind) -> None:
         first, most = 0, self._engine.most_images(kind.shape)
         while first < len(stack.array):
             room = most - sum(map(len, self._collected))

@@ -67,8 +67,7 @@ class Restorer:
         in_range: bool = True,
     ):
         engine.refuse_fork()
-        if not (isinstance(strength, (int, float)) and 0 <= strength <= 1):
-            raise ConfigError(f"strength {strength!r} is not possible; use a number from 0 to 1")
+        _check_strength(strength)
         self.trained = trained
         self._settings = {
             "tile": tile,
@@ -108,6 +107,13 @@ class Restorer:
     def of(cls, model: Any, params: Any, **settings: Any) -> "Restorer":
         """Restores with your own Linen module; it has `encode`, `decode`, `channels`, `stride`."""
         return cls(TrainedNetwork.of(model, params), **settings)
+
+    def with_strength(self, strength: float) -> "Restorer":
+        """This restorer with another strength; both share what has been compiled."""
+        _check_strength(strength)
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), _settings={**self._settings, "strength": strength})
+        return other
 
     def __reduce__(self) -> tuple[Any, ...]:
         device = self._engine.device
@@ -473,12 +479,16 @@ def _to_float(array: np.ndarray) -> np.ndarray:
     return np.clip(array, 0, 1).astype(np.float32)
 
 
+def _check_strength(strength: float) -> None:
+    if not (isinstance(strength, (int, float)) and 0 <= strength <= 1):
+        raise ConfigError(f"strength {strength!r} is not possible; use a number from 0 to 1")
+
+
 class _Kept(NamedTuple):
     """A restorer that `restore` made."""
 
     version: weights.Version
     model: Any
-    strength: float
     restorer: Restorer
 
 
@@ -489,21 +499,14 @@ _kept: list[_Kept] = []  # The last one was used last.
 _kept_lock = threading.Lock()
 
 
-def _kept_restorer(source: str | os.PathLike, model: Any, strength: float) -> Restorer:
+def _kept_restorer(source: str | os.PathLike, model: Any) -> Restorer:
     engine.refuse_fork()
     with _kept_lock:
         # Taken before loading, so that what changes meanwhile is loaded again next time.
         version = weights.version(source)
-        settings = (model, strength)
-        found = [k for k in _kept if k.version == version and (k.model, k.strength) == settings]
-        new = (
-            found[0]
-            if found
-            else _Kept(version, *settings, Restorer.load(source, model=model, strength=strength))
-        )
-        others = [
-            k for k in _kept if (k.version.path, k.model, k.strength) != (version.path, *settings)
-        ]
+        found = [kept for kept in _kept if (kept.version, kept.model) == (version, model)]
+        new = found[0] if found else _Kept(version, model, Restorer.load(source, model=model))
+        others = [k for k in _kept if (k.version.path, k.model) != (version.path, model)]
         _kept[:] = [*others, new][-_MOST_KEPT:]
         return new.restorer
 
@@ -528,4 +531,4 @@ def restore(image: Any, run: str | os.PathLike, *, model: Any = None, strength: 
       ConfigError: `strength` is out of bounds.
       ImageError: the image can't be read, or doesn't fit the model.
     """
-    return _kept_restorer(run, model, strength)(image)
+    return _kept_restorer(run, model).with_strength(strength)(image)

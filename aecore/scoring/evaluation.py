@@ -391,7 +391,7 @@ def evaluate(
     if data is not None:
         if save or data_dir is not None:
             raise ConfigError(
-                "save and data_dir are for a run's own images only; leave them out, or data"
+                "save and data_dir are for a run's own images only; leave out data, or these"
             )
         from aecore.scoring import pictures as any_pictures
 

@@ -56,7 +56,7 @@ class PictureScores(NamedTuple):
     colour `psnr_y` and `ssim_y`."""
 
 
-class Job(NamedTuple):
+class ScoringJob(NamedTuple):
     """What is to be scored."""
 
     source: Source
@@ -65,7 +65,7 @@ class Job(NamedTuple):
     """How many times larger the originals are than the degraded pictures."""
 
 
-def find(data: str, degradation: Degradation | None, restorer: Restorer) -> Job:
+def find(data: str, degradation: Degradation | None, restorer: Restorer) -> ScoringJob:
     """The pictures in a folder, or pairs of them, and what is done to them.
 
     Args:
@@ -93,7 +93,7 @@ def find(data: str, degradation: Degradation | None, restorer: Restorer) -> Job:
             f"the degraded pictures are {scale} times smaller, but the network enlarges them "
             f"{restorer.network.scale} times; use a degradation with the network's scale"
         )
-    return Job(source, degradation, scale)
+    return ScoringJob(source, degradation, scale)
 
 
 def _own(restorer: Restorer) -> Degradation:
@@ -106,7 +106,7 @@ def _own(restorer: Restorer) -> Degradation:
 
 
 def score(
-    job: Job,
+    job: ScoringJob,
     restorer: Restorer,
     methods: Mapping[str, classical.Method],
     progress: bool = False,
@@ -182,7 +182,7 @@ def _ahead(
         yield result
 
 
-def degraded_pair(job: Job, index: int) -> tuple[np.ndarray, np.ndarray]:
+def degraded_pair(job: ScoringJob, index: int) -> tuple[np.ndarray, np.ndarray]:
     """A picture degraded, and the original, `(H, W, C)` float32; noise depends on the index."""
     original = job.source[index]
     height, width = (side // job.scale * job.scale for side in original.shape[:2])
@@ -221,7 +221,7 @@ def _plain(given: np.ndarray, scale: int) -> np.ndarray:
 
 
 def tune(
-    job: Job, indices: Iterable[int], methods: Mapping[str, classical.Method]
+    job: ScoringJob, indices: Iterable[int], methods: Mapping[str, classical.Method]
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """Classical methods, tuned on the middles of some of the pictures themselves."""
     if not methods:
@@ -270,7 +270,7 @@ def _name(source: Source, index: int) -> str:
     return epath.Path(name(index)).name if name else str(index)
 
 
-def protocol(job: Job) -> str:
+def protocol(job: ScoringJob) -> str:
     """What was done, for people."""
     noise = "noise depends on a picture's place in the order of names; "
     lines = [
@@ -317,7 +317,7 @@ def write_csv(found: Sequence[PictureScores], file: epath.PathLike) -> None:
 
 
 def save_ranked(
-    found: Sequence[PictureScores], job: Job, restorer: Restorer, file: epath.PathLike
+    found: Sequence[PictureScores], job: ScoringJob, restorer: Restorer, file: epath.PathLike
 ) -> None:
     """A picture of the best, median and worst results: their middles."""
     place = {_name(job.source, index): index for index in range(len(job.source))}

@@ -21,7 +21,7 @@ _CACHE_BYTES = 12 * 2**20
 """Activations, as `activation_bytes` counts them, with which a step is fastest on CPUs."""
 
 
-Kind = Literal["images", "crops", "pairs"]
+ExampleKind = Literal["images", "crops", "pairs"]
 """Of training examples: whole images, crops of images, or crops of degraded and original images."""
 
 
@@ -32,7 +32,7 @@ class Assembly:
     model: Any
     image_shape: tuple[int, int, int]
     """Height, width and channels of the originals."""
-    kind: Kind
+    kind: ExampleKind
     devices: Devices
     batch_size: int
     apply: Apply
@@ -170,13 +170,13 @@ def assemble(
     )
 
 
-def _kind(data: Data) -> Kind:
+def _kind(data: Data) -> ExampleKind:
     if data.crop is None:
         return "images"
     return "pairs" if data.dataset == "pairs" else "crops"
 
 
-def _prepare(experiment: Experiment, kind: Kind) -> Prepare:
+def _prepare(experiment: Experiment, kind: ExampleKind) -> Prepare:
     """How uint8 images become inputs and targets on the device."""
     if kind == "pairs":
         return step.degrading_pairs(experiment.degradation)

@@ -181,7 +181,8 @@ from aecore.degradations import JPEG
 from aecore.models import UNet
 aecore.train(aecore.Experiment(
     "jpeg", UNet((4,), channels=3), JPEG(50), aecore.Data("folder", {str(tmp_path)!r}, crop=16),
-    training=aecore.Training(batch_size=2, epochs=1, feed="resident"), run_dir={str(tmp_path)!r},
+    training=aecore.Training(batch_size=2, epochs=1, feed="resident", devices=1),
+    run_dir={str(tmp_path)!r},
 ), progress=False)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -431,10 +431,7 @@ def evaluate(
     experiment.check_images(*dataset.image_shape, dataset.scale)
     if dataset.fingerprint() != restorer.description.fingerprint:
         own = False
-        _log.warning(
-            "these are not the images that %s was trained on; its scores are of others",
-            run,
-        )
+        _log.warning("these are not the images that %s was trained on", run)
     if save and not own:
         raise ConfigError(
             "a run's summary holds scores on the run's own images and degradation only; "

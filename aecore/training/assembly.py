@@ -92,7 +92,7 @@ class Assembly:
 
 def _input_shape(model: Any, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
     height, width, channels = image_shape
-    scale = getattr(model, "scale", 1)
+    scale = LinenNetwork(model).scale
     return height // scale, width // scale, channels
 
 

@@ -1,7 +1,10 @@
 import gzip
 import io
 import itertools
+import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -388,3 +391,29 @@ def test_images_that_fit_nowhere_are_refused(tmp_path):
     data = Data("folder", str(tmp_path), image_size=(4_000_000, 4_000_000))
     with pytest.raises(DataError, match=r"4 images of 4000000x4000000 need .* GB, more than"):
         sources.load(data)
+
+
+def test_threads_that_import_tensorflow_at_once_leave_the_error_stream(tmp_path):
+    (tmp_path / "tensorflow.py").write_text("import time\ntime.sleep(0.5)\n")
+    program = """
+import sys, threading
+from aecore.data import tensorflow
+def load():
+    try:
+        tensorflow.import_tensorflow()
+    except AttributeError:  # The module above has no devices.
+        pass
+threads = [threading.Thread(target=load) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print("still here", file=sys.stderr)
+"""
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "still here" in done.stderr

@@ -3,14 +3,23 @@
 import contextlib
 import functools
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from aecore.errors import DataError
 
+_importing = threading.Lock()
+
+
+def import_tensorflow():
+    # The standard error stream belongs to all threads, so two must not silence it at once.
+    with _importing:
+        return _import()
+
 
 @functools.cache
-def import_tensorflow():
+def _import():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         # Before it has set up its log, TensorFlow ignores that level.

@@ -11,9 +11,10 @@ import runpy
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, NoReturn, Union
 
 import tyro
 from etils import epath
@@ -21,6 +22,9 @@ from tqdm import tqdm
 
 from aecore.config import Experiment
 from aecore.errors import AecoreError, ConfigError, Interrupted, SavingError
+
+_STARTED = time.time()
+"""When the program began, nearly."""
 
 
 def main(
@@ -40,11 +44,11 @@ def main(
         import jax
 
         from aecore.scoring import evaluation
-        from aecore.training import loop, starting
+        from aecore.training import clock, loop, starting
 
         # The settings of a network need not be repeated to go on from it.
         chosen = starting.with_its_network(chosen, experiment.model)
-        summary = loop.train(chosen)
+        summary = loop.train(chosen, started=_STARTED)
         if jax.process_index() > 0:  # Only the first process prints.
             return
         run = chosen.directory
@@ -55,6 +59,7 @@ def main(
             f"{summary['evaluation']['images']:,} validation images, "
             f"checkpoint of step {summary['evaluation']['step']:,}\n\n"
             f"{evaluation.table(summary['evaluation'], summary['baseline'])}\n\n"
+            f"{clock.table(summary['time'])}\n\n"
             f"checkpoints  {run}/checkpoints\n"
             f"pictures     {run}/samples.png  {run}/curves.png\n"
             f"scores       {run}/summary.json\n\n"
@@ -579,12 +584,7 @@ def _exit_status() -> Iterator[None]:
         yield
     except AecoreError as error:
         print(f"error: {error}", file=sys.stderr)
-        if isinstance(error, SavingError):
-            # Unfinished saves would report as Python shuts down.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(error.exit_status)
-        sys.exit(error.exit_status)
+        _end(error.exit_status, at_once=isinstance(error, SavingError))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
@@ -594,14 +594,31 @@ def _exit_status() -> Iterator[None]:
             f"interrupted: {error}" if isinstance(error, Interrupted) else "interrupted",
             file=sys.stderr,
         )
-        sys.exit(130)
+        _end(130, at_once=not isinstance(error, Interrupted))
+
+
+def _end(status: int, *, at_once: bool) -> NoReturn:
+    """Ends the process.
+
+    Args:
+      status: the exit status.
+      at_once: without Python's cleanup, in which unfinished saves would report. A process that
+        failed among others always ends so, since JAX would wait there for them.
+    """
+    import jax
+
+    if not at_once and (status in (0, 130) or not jax.distributed.is_initialized()):
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _prepare_jax() -> None:
     """Makes JAX keep compiled programs in the user's cache folder, so that a restart is quick."""
     import jax
 
-    from aecore.measuring import hardware
+    from aecore.steps import hardware
 
     hardware.quiet_libtpu()
     known = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]

@@ -36,6 +36,12 @@ class SavingError(AecoreError):
     exit_status = 1
 
 
+class ProcessError(AecoreError):
+    """Another process of the same training didn't come, failed, or is gone."""
+
+    exit_status = 1
+
+
 class NonFiniteLossError(AecoreError):
     """The loss became NaN or infinite. The last good checkpoint is kept."""
 

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from aecore import Data, Experiment, Optimizer, Training
-from aecore.config.settings import OnResume
+from aecore.config.settings import OnResume, on_resume
 from aecore.degradations import Compose, GaussianBlur, GaussianNoise, Pixelate
 from aecore.errors import ConfigError
 from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer
@@ -67,7 +67,8 @@ def test_changes_name_fields_by_their_flags_and_say_whether_a_resumed_run_may_ch
         optimizer=Optimizer(learning_rate=0.1),
         training=Training(epochs=3, feed="resident"),
     )
-    assert list(changes(old, new)) == [
+    found = [(name, on_resume(field), *values) for name, field, *values in changes(old, new)]
+    assert found == [
         ("degradation.sigma", OnResume.FIXED, 0.1, 0.2),
         ("optimizer.learning_rate", OnResume.FIXED, 0.001, 0.1),
         ("training.epochs", OnResume.SAME_RATES, 10, 3),

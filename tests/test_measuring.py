@@ -18,8 +18,9 @@ import aecore
 from aecore import cli
 from aecore.degradations import GaussianNoise, Pixelate
 from aecore.errors import ConfigError
-from aecore.measuring import estimates, hardware, planning
+from aecore.measuring import estimates, planning
 from aecore.models import NoiseReducer, ResolutionEnhancer
+from aecore.steps import hardware
 from aecore.steps.devices import COMPILED_BY
 from aecore.training import assembly
 

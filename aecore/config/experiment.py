@@ -6,6 +6,7 @@ A field's path is its flag, its docstring the flag's help.
 import dataclasses
 import math
 import os
+import re
 from typing import Any, Literal
 
 from aecore.config import settings
@@ -15,7 +16,7 @@ from aecore.errors import ConfigError
 from aecore.metrics import SSIM_WINDOW
 
 
-def _require(condition: bool, message: str) -> None:
+def _require(condition: object, message: str) -> None:
     if not condition:
         raise ConfigError(message)
 
@@ -34,7 +35,7 @@ class Data:
     dataset: str = "sample"
     """sample, fashion_mnist, lfw, folder, pairs, or the name of any TFDS dataset with images.
     pairs: DIR/degraded and DIR/original hold images with the same names."""
-    data_dir: str | None = setting(None, on_resume=OnResume.FREE)
+    data_dir: str | None = setting(None, on_resume=OnResume.FREE, of_host=True)
     """Folder of prepared TFDS data, of IDX files, or of images; None: TFDS's own folder."""
     image_size: tuple[int, int] | None = setting(None, at_least=1)
     """Height and width to resize whole images to; None: their own, if they all have one size."""
@@ -57,7 +58,7 @@ class Data:
     """Share of the images held out for validation, where the source has no split of its own."""
     split_seed: int = setting(0, at_least=0)
     """Seed of the choice of held-out images."""
-    memory_limit: float | None = setting(None, at_least=0, on_resume=OnResume.FREE)
+    memory_limit: float | None = setting(None, at_least=0, on_resume=OnResume.FREE, of_host=True)
     """GiB of decoded images to keep in memory; None: a quarter of the machine's memory. More whole
     images go to a temporary file; more crops are decoded each time."""
 
@@ -152,14 +153,27 @@ class Training:
     """How the step is compiled for several devices. The results are the same."""
     devices: int | None = setting(None, at_least=1, on_resume=OnResume.FREE)
     """How many devices to use; None: all."""
-    distributed: str | None = setting(None, on_resume=OnResume.FREE)
+    profile: str | None = setting(None, on_resume=OnResume.FREE)
+    """FIRST,COUNT: trace COUNT steps from step FIRST on, for XProf and Perfetto, into the run's
+    folder profile. FIRST,COUNT,all: on all hosts instead of the first alone."""
+    distributed: str | None = setting(None, on_resume=OnResume.FREE, of_host=True)
     """Train together with other processes. auto: on TPU pods, Slurm, Open MPI, Kubernetes.
     HOST:PORT,COUNT,INDEX elsewhere: the first process's address, the number of processes, and this
     one's number, from 0."""
+    join_timeout: float = setting(300.0, above=0, on_resume=OnResume.FREE, of_host=True)
+    """Seconds to wait at the start until all processes have come."""
+    loss_timeout: float = setting(120.0, above=0, on_resume=OnResume.FREE, of_host=True)
+    """Seconds without a sign of life after which a process counts as lost, and the others end. Of
+    one that was killed they know at once."""
 
     def __post_init__(self):
         _as_text(self, "start_from")
         settings.check(self, "training.")
+        _require(
+            self.profile is None or re.fullmatch(r"[1-9]\d*,[1-9]\d*(,all)?", self.profile),
+            f"training.profile {self.profile!r} is neither FIRST,COUNT nor FIRST,COUNT,all; use "
+            "one such as 101,5",
+        )
         if self.distributed not in (None, "auto"):
             host_port, count, index = (*self.distributed.split(","), "", "")[:3]
             _require(

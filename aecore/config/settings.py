@@ -37,20 +37,35 @@ def setting(
     default: Any,
     *,
     on_resume: OnResume = OnResume.FIXED,
+    of_host: bool = False,
     at_least: float | None = None,
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A dataclass field with bounds; tuples have them for each number, None is always in bounds."""
+    """A dataclass field with bounds; tuples have them for each number, None is always in bounds.
+
+    Args:
+      default: its value where none is given.
+      on_resume: whether a resumed run may change it.
+      of_host: whether each host of a training may have its own.
+      at_least: the lowest value.
+      above: a bound that values must exceed.
+      below: a bound that values must stay below.
+    """
     bounds = {"at_least": at_least, "above": above, "below": below}
     given = {name: bound for name, bound in bounds.items() if bound is not None}
-    metadata = {_METADATA: {"bounds": given, "on_resume": on_resume}}
+    metadata = {_METADATA: {"bounds": given, "on_resume": on_resume, "of_host": of_host}}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def on_resume(field: dataclasses.Field) -> OnResume:
     """What `setting` said; fields made otherwise are fixed."""
     return field.metadata.get(_METADATA, {}).get("on_resume", OnResume.FIXED)
+
+
+def is_of_host(field: dataclasses.Field) -> bool:
+    """Whether each host of a training may have its own value."""
+    return field.metadata.get(_METADATA, {}).get("of_host", False)
 
 
 def check(settings: Any, owner: str) -> None:

@@ -20,10 +20,10 @@ from aecore.data import sources
 from aecore.data.batches import training_batches
 from aecore.data.crops import Crops
 from aecore.errors import ConfigError
-from aecore.measuring import hardware, planning
+from aecore.measuring import planning
 from aecore.networks.network import Precision
 from aecore.restoring.restorer import Restorer
-from aecore.steps import memory
+from aecore.steps import hardware, memory
 from aecore.steps.devices import COMPILED_BY, Devices
 from aecore.training import assembly, feeds
 from aecore.training.assembly import Assembly

@@ -11,11 +11,12 @@ import jax
 
 from aecore.config import Experiment
 from aecore.errors import ConfigError
-from aecore.measuring import estimates, hardware
+from aecore.measuring import estimates
 from aecore.measuring.estimates import Estimate
-from aecore.measuring.hardware import Limits
+from aecore.steps import hardware
 from aecore.steps import memory as memory_limits
 from aecore.steps.devices import COMPILED_BY, Devices
+from aecore.steps.hardware import Limits
 from aecore.training import assembly
 from aecore.training.assembly import Assembly
 

@@ -14,8 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from aecore import degradations
-from aecore.config import Data, Experiment, Optimizer, Training, settings
-from aecore.config.settings import OnResume
+from aecore.config import Data, Experiment, Optimizer, Training
 from aecore.degradations import Degradation
 from aecore.errors import ConfigError
 from aecore.storage import absolute
@@ -69,7 +68,9 @@ class Description:
     unlogged: tuple[float, ...] = ()
     """Losses of the last steps, which no line of the metrics has averaged yet."""
     seconds: float = 0.0
-    """Training time so far."""
+    """Time so far, of all processes of the run."""
+    time: Json | None = None
+    """What it was spent on: seconds by activity."""
     images_per_second: float = 0.0
 
     def __post_init__(self):
@@ -212,11 +213,13 @@ def experiment_from_json(
         )
 
 
-def changes(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, OnResume, Any, Any]]:
+def changes(
+    old: Any, new: Any, path: str = ""
+) -> Iterator[tuple[str, dataclasses.Field, Any, Any]]:
     """The settings in which two experiments, or parts of them, differ.
 
     Yields:
-      A field's path, whether a resumed run may change it, and both values.
+      A field's path, the field, and both values.
     """
     for field in dataclasses.fields(old):
         before, after = getattr(old, field.name), getattr(new, field.name)
@@ -227,7 +230,7 @@ def changes(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, OnResume,
         if same_kind:
             yield from changes(before, after, f"{name}.")
         else:
-            yield name, settings.on_resume(field), before, after
+            yield name, field, before, after
 
 
 @contextlib.contextmanager
@@ -332,6 +335,9 @@ _CHECKS = {
     "started_from": _is_mapping,
     "unlogged": lambda value: isinstance(value, tuple) and all(map(_is_number, value)),
     "seconds": _is_number,
+    "time": lambda value: (
+        isinstance(value, Mapping) and all(_is_number(item) for item in value.values())
+    ),
     "images_per_second": _is_number,
 }
 

@@ -26,32 +26,6 @@ _RUNS_ONCE = {"xla_backend_optimization_level": 1}
 """Compiler options for a program that runs once, where optimizing would take longer than that."""
 
 
-def join_processes(distributed: str | None) -> None:
-    """Connects this process with the others of a training; must be called before JAX is used.
-
-    Args:
-      distributed: `auto` on clusters that JAX knows (TPU pods, Slurm, Open MPI, Kubernetes);
-        `HOST:PORT,COUNT,INDEX` elsewhere: address of the first process, number of processes, index
-        of this one; None for a single process.
-
-    Raises:
-      ConfigError: the processes don't find each other.
-    """
-    if distributed is None or jax.distributed.is_initialized():
-        return
-    try:
-        if distributed == "auto":
-            jax.distributed.initialize()
-        else:
-            address, count, index = distributed.split(",")
-            jax.distributed.initialize(address, int(count), int(index))
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"training.distributed {distributed}: {error}; "
-            "use auto on a cluster that JAX knows, elsewhere HOST:PORT,COUNT,INDEX"
-        ) from error
-
-
 class Compiled(Protocol):
     """A function that `jit` or `pmap` compiles when it is first called, or ahead of that."""
 

@@ -61,6 +61,18 @@ class Assembly:
             self.model, self.optimizer, self.input_shape, self.seed, ema=self.ema is not None
         )
 
+    def flops_per_image(self) -> float:
+        """Operations of a training step for an image: of the network, and twice that for gradients.
+
+        As XLA counts them in the network as it is written; a multiply-add counts as two.
+        """
+        images = jax.ShapeDtypeStruct((1, *self.input_shape), np.float32)
+        params = abstract_params(self.model, self.input_shape)
+        lowered = jax.jit(lambda params, x: self.model.apply({"params": params}, x)).lower(
+            params, images
+        )
+        return 3.0 * (lowered.cost_analysis() or {}).get("flops", 0.0)
+
     def train_step(
         self, before: TrainState, batch: Any, *, axis_name: str | None = None
     ) -> tuple[TrainState, jax.Array]:

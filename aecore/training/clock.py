@@ -1,25 +1,63 @@
-"""How long a run has taken, and how fast its steps are."""
+"""Where the time of a run goes, and how fast its steps are."""
 
+import contextlib
+import threading
 import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args
+
+import jax.monitoring
 
 from aecore.saved.descriptions import Description
 
+Activity = Literal[
+    "training", "waiting for input", "compiling", "evaluating", "saving", "starting", "lost"
+]
+"""What the main thread does. Training includes waiting for the devices; starting, imports and
+loading the data; lost is the time of an earlier process after its last checkpoint."""
+
 
 class Clock:
-    """Training time, including earlier processes of the same run, and speed of the steps.
+    """Divides a run's time, that of its earlier processes included, among what it was spent on.
 
-    The speed excludes compilation, evaluation and saving.
+    Each moment counts for one activity, so that they add up to the whole.
+
+    Args:
+      batch_size: images per step.
+      started: when this process began to work on the run, as `time.time` counts.
     """
 
-    def __init__(self, batch_size: int, description: Description):
+    def __init__(self, batch_size: int, *, started: float):
         self._batch_size = batch_size
-        self._earlier_seconds = description.seconds
-        self._earlier_speed = description.images_per_second
-        self._start = time.perf_counter()
-        self._end = None
+        self._earlier_speed = 0.0
+        self._seconds: dict[str, float] = {}
+        self._add("starting", time.time() - started)
+        self._activity: Activity = "starting"
+        self._since = time.perf_counter()
+        self._origin = self._since - sum(self._seconds.values())
         self._last_tick = None
         self._steps = 0
         self._step_seconds = 0.0
+        self._thread = threading.get_ident()
+        self._told: dict[str, float] = {}
+        self._compilations: list[tuple[float, float]] = []
+        jax.monitoring.register_event_duration_secs_listener(self._compiled)
+
+    def go_on(self, description: Description, until: float) -> None:
+        """Adds the time of the run's earlier processes.
+
+        Args:
+          description: of the checkpoint that the run goes on from.
+          until: seconds of the run when the last of them was killed, or 0.
+        """
+        self._earlier_speed = description.images_per_second
+        before = dict(description.time or {})
+        if not before:  # It was written before time was divided.
+            before["training"] = description.seconds
+        before["lost"] = before.get("lost", 0.0) + max(0.0, until - description.seconds)
+        for name, seconds in before.items():
+            self._add(name, seconds)
+            self._origin -= seconds
 
     def tick(self, steps: int) -> None:
         """Counts finished steps. The first after a pause are not timed."""
@@ -33,8 +71,51 @@ class Clock:
         """Excludes the time until the next step from the speed."""
         self._last_tick = None
 
+    def begin(self, activity: Activity) -> None:
+        """From now on, time counts for this activity."""
+        self._count()
+        self._activity = activity
+
+    @contextlib.contextmanager
+    def during(self, activity: Activity) -> Iterator[None]:
+        """Time in this context counts for an activity, then again for the one before."""
+        before = self._activity
+        self.begin(activity)
+        try:
+            yield
+        finally:
+            self.begin(before)
+
+    def move(self, seconds: float, activity: Activity) -> None:
+        """Counts some of the present activity's time for another one."""
+        self._count()
+        self._add(self._activity, -seconds)
+        self._add(activity, seconds)
+
     def stop(self) -> None:
-        self._end = time.perf_counter()
+        """Ends the count."""
+        self._count()
+        jax.monitoring.unregister_event_duration_listener(self._compiled)
+
+    def total(self) -> float:
+        """Seconds so far; other threads may ask too."""
+        return time.perf_counter() - self._origin
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What the time so far was spent on."""
+        self._count()
+        return {name: max(self._seconds.get(name, 0.0), 0.0) for name in get_args(Activity)}
+
+    def shares(self) -> dict[str, float]:
+        """Shares of the time since this was last called, and `goodput`: of all time, training's."""
+        now = self.seconds
+        spent = {name: seconds - self._told.get(name, 0.0) for name, seconds in now.items()}
+        whole = sum(spent.values()) or 1.0
+        self._told = now
+        names = ("waiting for input", "compiling", "evaluating", "saving")
+        shares = {f"share_{name.replace(' ', '_')}": spent[name] / whole for name in names}
+        return shares | {"goodput": now["training"] / (sum(now.values()) or 1.0)}
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -47,6 +128,41 @@ class Clock:
             return self._earlier_speed
         return self._steps * self._batch_size / self._step_seconds
 
-    def to_json(self) -> dict[str, float]:
-        seconds = self._earlier_seconds + (self._end or time.perf_counter()) - self._start
-        return {"seconds": seconds, "images_per_second": self.images_per_second}
+    def to_json(self) -> dict[str, Any]:
+        seconds = self.seconds
+        return {
+            "seconds": sum(seconds.values()),
+            "images_per_second": self.images_per_second,
+            "time": seconds,
+        }
+
+    def _add(self, activity: str, seconds: float) -> None:
+        self._seconds[activity] = self._seconds.get(activity, 0.0) + seconds
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        self._add(self._activity, now - self._since)
+        self._since = now
+
+    def _compiled(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        """Is told by JAX that something was compiled, or read from the cache."""
+        if not event.startswith("/jax/core/compile/") or threading.get_ident() != self._thread:
+            return
+        seconds = duration_secs
+        end = time.perf_counter()
+        start = end - seconds
+        # A function's time includes that of those it calls, which were told of before.
+        while self._compilations and self._compilations[-1][0] >= start:
+            inner_start, inner_end = self._compilations.pop()
+            seconds -= inner_end - inner_start
+        self._compilations.append((start, end))
+        self.move(max(seconds, 0.0), "compiling")
+
+
+def table(seconds: Mapping[str, float]) -> str:
+    """What a run's time was spent on, for people."""
+    total = sum(seconds.values())
+    rows = [(name, value) for name, value in seconds.items() if value > 0] + [("in all", total)]
+    return "\n".join(
+        f"{name:20}{value:10,.1f} s{100 * value / total:6.1f} %" for name, value in rows
+    )

@@ -1,13 +1,15 @@
 """The training loop: resume, launch, log late, evaluate, save, stop."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import math
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -36,14 +38,15 @@ from aecore.saved.descriptions import (
 )
 from aecore.saved.trained import TrainedNetwork
 from aecore.scoring import evaluation, reports
-from aecore.steps import memory, state
-from aecore.steps.devices import Devices, join_processes
+from aecore.steps import hardware, memory, state
+from aecore.steps.devices import Devices
 from aecore.steps.state import TrainState
 from aecore.storage import to_path, write_json
-from aecore.training import assembly, feeds, resuming, starting
+from aecore.training import assembly, claim, feeds, processes, resuming, starting
 from aecore.training.clock import Clock
 from aecore.training.interruption import Interruption
 from aecore.training.metrics_log import MetricsLog
+from aecore.training.profiling import Profile
 
 _log = logging.getLogger(__name__)
 
@@ -57,26 +60,38 @@ _PHOTOGRAPHS_LOOKED_AT = 48
 """The same of photographs, as decoding one may take a fifth of a second."""
 
 
-def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
+def train(
+    experiment: Experiment, *, progress: bool = True, started: float | None = None
+) -> dict[str, Any]:
     """Trains an experiment, or resumes it from its run directory.
 
     Args:
       experiment: what to train. Results are written to `experiment.directory`.
       progress: whether to show a progress bar on stderr.
+      started: when the program began, as `time.time` counts, from when on the run's time is
+        counted; None: now.
 
     Returns:
       The summary, as written to `summary.json`. Its scores are those of the checkpoint with the
       best validation loss, which `restore` uses.
 
     Raises:
-      ConfigError: the settings don't fit the data or the devices.
+      ConfigError: the settings don't fit the data or the devices; another process trains in this
+        run directory; of several processes that train together, not all have the same experiment.
       DataError: the data can't be loaded.
       CheckpointError: the run directory belongs to a different experiment.
       NonFiniteLossError: the loss became NaN or infinite.
       SavingError: a checkpoint can't be written, as when the disk is full.
+      ProcessError: another process that trains with this one didn't come, failed, or is gone.
       Interrupted: Ctrl-C or SIGTERM stopped it; a checkpoint was saved.
     """
-    join_processes(experiment.training.distributed)
+    started = time.time() if started is None else started
+    with processes.together(experiment):
+        return _train(experiment, progress, started)
+
+
+def _train(experiment: Experiment, progress: bool, started: float) -> dict[str, Any]:
+    clock = Clock(experiment.training.batch_size, started=started)
     # Otherwise an experiment that a checkpoint can't describe would come to light after training.
     described = describe(experiment)
     experiment_from_json(described, model=experiment.model)
@@ -89,6 +104,7 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
     if not exists(directory):
         starting.load(experiment)  # If that fails, better before the images are loaded.
     dataset = sources.load(experiment.data)
+    processes.check_data(dataset.fingerprint())
     experiment.check_images(*dataset.image_shape, dataset.scale)
     examples = dataset.examples(experiment.degradation.grid)
     if experiment.training.batch_size > len(examples):
@@ -101,15 +117,38 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{directory} can't be made: {error}; use another --run-dir") from error
     with (
+        _alone(directory) as (own, earlier),
         Interruption() as interruption,
         Checkpoints(directory / "checkpoints", experiment.training.keep) as checkpoints,
     ):
-        run = _Run(experiment, dataset, examples, devices, directory, checkpoints, interruption)
+        if own is not None:
+            own.seconds = clock.total
+        run = _Run(
+            experiment, dataset, examples, devices, directory, checkpoints, interruption, clock
+        )
+        clock.go_on(run.resumed, earlier)
         if run.is_first:
             write_json(directory / "experiment.json", described)
         with run.log, _bar(run, progress and run.is_first) as bar:
             run.fit(bar)
-    return run.summarize()
+        return run.summarize()
+
+
+@contextlib.contextmanager
+def _alone(directory: epath.Path) -> Iterator[tuple[claim.Claim | None, float]]:
+    """Claims the run directory, for the first process of a training.
+
+    Yields:
+      The claim, and the time of the run when an earlier process was killed.
+    """
+    if jax.process_index() > 0:
+        processes.check_sees(directory)
+        yield None, 0.0
+        return
+    before = claim.read(directory) or {}
+    with claim.claimed(directory) as own:
+        processes.check_sees(directory)
+        yield own, float(before.get("seconds", 0.0))
 
 
 class _Run:
@@ -128,6 +167,7 @@ class _Run:
         directory: epath.Path,
         checkpoints: Checkpoints,
         interruption: Interruption,
+        clock: Clock,
     ):
         training = experiment.training
         self.experiment = experiment
@@ -135,6 +175,8 @@ class _Run:
         self.directory = directory
         self.checkpoints = checkpoints
         self.interruption = interruption
+        self.clock = clock
+        self.profile = Profile(training, directory)
         self.validation = dataset.to_validate()
         self.steps_per_epoch = len(examples) // training.batch_size
         self.last_step = training.last_step(len(examples))
@@ -178,12 +220,17 @@ class _Run:
                 self.state = self._started(trained)
         self.step = self.saved_step = int(jax.device_get(self.state.step))
         self.first_step = self.step + 1
+        self.resumed = resumed
         self.history = list(resumed.history)
-        self.clock = Clock(training.batch_size, resumed)
         self.log = MetricsLog(
             directory, self.step, resumed.unlogged, training.log_every, self.is_first
         )
         self.launched = collections.deque()
+        self.spread: dict[str, float] = {}
+        self.flops_per_image = assembled.flops_per_image()
+        self.flops_per_second = hardware.operations_per_second(
+            devices.mesh.local_devices[0], training.precision
+        )
         self.is_finite = jax.jit(
             lambda tree: jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
         )
@@ -207,7 +254,9 @@ class _Run:
             # Not of the state's own arrays, which are donated to the steps meanwhile.
             params = self.abstract_state.inference_params
             self.evaluator.compile_ahead(params, self.validation)
+        self.clock.begin("training")
         while True:
+            self._profile(bar)
             if self._evaluation_is_due():
                 self._collect_losses(bar)
                 bar.set_description(f"{self.epoch_label(self.step)}, evaluating")
@@ -220,23 +269,48 @@ class _Run:
             if self._stop_is_requested():
                 self._collect_losses(bar)
                 self._stop()
+            waited = self.feed.seconds_waited
             self.state, losses, count = self.feed.launch(
                 self.state, self.step, self._next_stop() - self.step
             )
+            self.clock.move(self.feed.seconds_waited - waited, "waiting for input")
             self.launched.append((self.step + 1, count, losses))
             self.step += count
             # Losses are read late, so that the devices always have the next step queued.
             self._collect_losses(bar, leave=2)
-        self.checkpoints.wait()
-        self.clock.stop()
-        self.log.finish(self.step, self.clock.images_per_second)
+        self.profile.end()
+        with self.clock.during("saving"):
+            self.checkpoints.wait()
+        self.log.finish(self.step, self._measured())
+        self.clock.begin("evaluating")
+
+    def _profile(self, bar: tqdm) -> None:
+        """Begins or ends the trace, if that is due."""
+        if self.profile.ends_after(self.step):
+            self._collect_losses(bar)
+            self.profile.end()
+        if self.profile.begins_after(self.step):
+            self._collect_losses(bar)
+            self.profile.begin()
+
+    def _measured(self) -> dict[str, float]:
+        """Speed, and where the time goes, for a line of the metrics."""
+        speed = self.clock.images_per_second
+        found = {"images_per_second": speed, **self.clock.shares(), **self.spread}
+        if self.flops_per_second:
+            per_device = speed * self.flops_per_image / self.devices.device_count
+            found["share_of_matrix_rate"] = per_device / self.flops_per_second
+        if (used := memory.peak(self.devices.mesh.local_devices[0])) is not None:
+            found["device_memory"] = used
+        return found
 
     def _next_stop(self) -> int:
         """The next step after which something may be due."""
         every = [self.steps_per_epoch, self.experiment.training.checkpoint_every]
         if jax.process_count() > 1:
             every.append(self.experiment.training.log_every)
-        return min(self.last_step, *((self.step // n + 1) * n for n in every))
+        edges = [edge for edge in self.profile.edges() if edge > self.step]
+        return min(self.last_step, *edges, *((self.step // n + 1) * n for n in every))
 
     def _stop_is_requested(self) -> bool:
         """Whether any process was asked to stop. All processes stop after the same step."""
@@ -245,7 +319,11 @@ class _Run:
             return requested
         if self.step % self.experiment.training.log_every:
             return False
-        return bool(multihost_utils.process_allgather(np.bool_(requested)).any())
+        told = np.array([requested, self.clock.seconds_per_step or 0.0], np.float32)
+        told = np.asarray(multihost_utils.process_allgather(told))
+        slowest, fastest = told[:, 1].max(), told[:, 1].min()
+        self.spread = {"step_seconds_least": float(fastest), "step_seconds_most": float(slowest)}
+        return bool(told[:, 0].any())
 
     def epoch_label(self, step: int) -> str:
         """Names the epoch that a step belongs to."""
@@ -260,6 +338,7 @@ class _Run:
             params = self.devices.replicate(restorer.params)
             values = self.evaluator.per_image(params, self.validation)
             scores = {"step": restorer.description.step, **evaluation.summarize(values)}
+        self.clock.stop()
         summary = {
             "name": self.experiment.name,
             "steps": self.step,
@@ -314,10 +393,9 @@ class _Run:
             first, count, losses = self.launched.popleft()
             losses = np.atleast_1d(jax.device_get(losses))[:count]
             self.clock.tick(count)
-            speed = self.clock.images_per_second
             for step, loss in enumerate(losses.tolist(), first):
                 self._check_finite("loss", loss, step)
-                self.log.add_loss(step, loss, speed)
+                self.log.add_loss(step, loss, self._measured)
             if first == self.first_step:
                 bar.unpause()  # The remaining time is estimated without the compilation.
             if self.clock.seconds_per_step:
@@ -350,9 +428,10 @@ class _Run:
 
     def _evaluate(self) -> None:
         try:
-            scores = self.evaluator(
-                self.state.inference_params, self.validation, self._evaluation_may_stop
-            )
+            with self.clock.during("evaluating"):
+                scores = self.evaluator(
+                    self.state.inference_params, self.validation, self._evaluation_may_stop
+                )
         except evaluation.Stopped:
             self._stop()
         self._check_finite("validation loss", scores["mse"], self.step)
@@ -374,6 +453,11 @@ class _Run:
         return self.interruption.requested and jax.process_count() == 1
 
     def _save(self) -> None:
+        with self.clock.during("saving"):
+            self._write_checkpoint()
+        self.clock.pause()
+
+    def _write_checkpoint(self) -> None:
         finite = jax.device_get(self.is_finite(self.state))
         self._check_finite("state", 0.0 if finite else math.nan, self.step)
         self.checkpoints.save(
@@ -388,7 +472,6 @@ class _Run:
             ),
         )
         self.saved_step = self.step
-        self.clock.pause()
 
     def _stop(self) -> NoReturn:
         if self.step > self.saved_step:

@@ -1,7 +1,7 @@
 """`metrics.jsonl` and TensorBoard's event files."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -58,21 +58,27 @@ class MetricsLog:
         """Losses that no line has averaged yet."""
         return tuple(self._losses)
 
-    def add_loss(self, step: int, loss: float, images_per_second: float) -> None:
-        """Records a step's loss; writes the mean since the last line if one is due."""
+    def add_loss(self, step: int, loss: float, measured: Callable[[], Mapping[str, float]]) -> None:
+        """Records a step's loss; writes the mean since the last line if one is due.
+
+        Args:
+          step: its number.
+          loss: of that step.
+          measured: gives what else belongs in a line.
+        """
         self._losses.append(loss)
         if step % self._every == 0:
-            self._write_losses(step, images_per_second)
+            self._write_losses(step, measured())
 
-    def finish(self, step: int, images_per_second: float) -> None:
+    def finish(self, step: int, measured: Mapping[str, float]) -> None:
         """Writes the mean of the losses since the last line."""
         if self._losses:
-            self._write_losses(step, images_per_second)
+            self._write_losses(step, measured)
 
-    def _write_losses(self, step: int, images_per_second: float) -> None:
+    def _write_losses(self, step: int, measured: Mapping[str, float]) -> None:
         mean = sum(self._losses) / len(self._losses)
         self._losses.clear()
-        self._write(step, {"loss": mean, "images_per_second": images_per_second})
+        self._write(step, {"loss": mean, **measured})
 
     def add_scores(self, step: int, scores: Mapping[str, float]) -> None:
         """Records an evaluation."""

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from aecore.config import Experiment
-from aecore.config.settings import OnResume
+from aecore.config.settings import OnResume, on_resume
 from aecore.errors import CheckpointError, ConfigError
 from aecore.saved import checkpoints
 from aecore.saved.descriptions import Description, changes, experiment_from_json
@@ -81,8 +81,8 @@ def _check(saved: Mapping[str, Any], experiment: Experiment, directory: epath.Pa
     old = experiment_from_json(saved, like=experiment.model)
     differing = [
         f"{name}: {before} -> {after}"
-        for name, on_resume, before, after in changes(old, experiment)
-        if on_resume is OnResume.FIXED
+        for name, field, before, after in changes(old, experiment)
+        if on_resume(field) is OnResume.FIXED
     ]
     if differing:
         raise CheckpointError(

@@ -11,7 +11,7 @@ from aecore.networks.base import abstract_params, hyperparameters
 from aecore.saved import weights
 from aecore.saved.checkpoints import exists
 from aecore.saved.trained import TrainedNetwork
-from aecore.steps.devices import join_processes
+from aecore.training import processes
 
 
 def with_its_network(experiment: Experiment, default: Any) -> Experiment:
@@ -28,7 +28,7 @@ def with_its_network(experiment: Experiment, default: Any) -> Experiment:
     source, model = experiment.training.start_from, experiment.model
     if source is None:
         return experiment
-    join_processes(experiment.training.distributed)  # Before parameters are put on a device.
+    processes.join(experiment.training)  # Before parameters are put on a device.
     try:
         run = experiment.directory
         before = weights.load(run if exists(run) else source).description.build_model()

@@ -95,12 +95,28 @@ def limits(device: Any, precision: str) -> Limits:
     return Limits(matrix_rate(device, precision), bandwidth, available)
 
 
-def matrix_rate(device: Any, precision: str) -> float:
-    """Operations per second in a product of large square matrices; a multiply-add counts as two."""
+def matrix_rate(device: Any, precision: str, *, quickly: bool = False) -> float:
+    """Operations per second in a product of large square matrices; a multiply-add counts as two.
+
+    Args:
+      device: a JAX device.
+      precision: `float32` or `bfloat16`.
+      quickly: measure within a tenth of a second, with smaller matrices.
+    """
     size = 2048 if device.platform == "cpu" else 8192
+    if quickly:
+        size //= 2
     matrix = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(precision))
-    seconds = median_seconds(jax.jit(jnp.matmul), *jax.device_put((matrix, matrix), device))
+    pair = jax.device_put((matrix, matrix), device)
+    seconds = median_seconds(jax.jit(jnp.matmul), *pair, repeats=3 if quickly else 7)
     return 2 * size**3 / seconds
+
+
+def operations_per_second(device: Any, precision: str) -> float | None:
+    """What a device can do in matrix products: of a TPU as documented, else measured quickly."""
+    if device.platform == "tpu":
+        return _TPUS.get(device.device_kind, Limits()).flops
+    return matrix_rate(device, precision, quickly=True)
 
 
 def copy_bandwidth(device: Any) -> float:

@@ -1,0 +1,154 @@
+"""A file in the run directory that says which process trains there, so that no second one does."""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from aecore.errors import ConfigError
+from aecore.storage import is_remote, naming, write_whole
+
+_log = logging.getLogger(__name__)
+
+FILE = "running.json"
+
+_BEAT = 2.0
+_REMOTE_BEAT = 20.0
+"""Seconds between signs of life; each is a request where the file is remote."""
+
+
+def read(directory: epath.Path) -> dict[str, Any] | None:
+    """What the claim in a run directory says; None without a claim."""
+    try:
+        claim = json.loads((directory / FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return claim if isinstance(claim, dict) else None
+
+
+class Claim:
+    """A process's claim of a run directory."""
+
+    def __init__(self):
+        self.token = uuid.uuid4().hex
+        """A text that is in this claim alone."""
+        self.seconds: Callable[[], float] = lambda: 0.0
+        """The time that the run has taken so far, which is noted with each sign of life."""
+
+
+@contextlib.contextmanager
+def claimed(directory: epath.Path) -> Iterator[Claim]:
+    """Trains in a run directory alone.
+
+    A claim that a process left when it was killed doesn't count: on this host one sees that the
+    process is gone, of another host's that its signs of life have ended.
+
+    Args:
+      directory: the run directory, which exists.
+
+    Raises:
+      ConfigError: another process trains here.
+    """
+    remote = is_remote(directory)
+    beat = _REMOTE_BEAT if remote else _BEAT
+    _refuse_if_alive(directory, beat)
+    own = Claim()
+    said = {
+        "token": own.token,
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "started": _started(os.getpid()),
+        "beats": 0,
+    }
+
+    def write() -> None:
+        text = json.dumps({**said, "seconds": own.seconds()}) + "\n"
+        write_whole(directory / FILE, text.encode())
+
+    write()
+    # Of several that found no claim at the same moment, the last to write has it.
+    time.sleep(3.0 if remote else 0.1)
+    if (other := read(directory)) is not None and other.get("token") != own.token:
+        raise ConfigError(_refusal(directory, other))
+    ended = threading.Event()
+
+    def live() -> None:
+        while not ended.wait(beat):
+            said["beats"] += 1
+            with contextlib.suppress(OSError):  # A sign of life may fail, such as on a full disk.
+                write()
+
+    thread = threading.Thread(target=live, daemon=True)
+    thread.start()
+    try:
+        yield own
+    finally:
+        ended.set()
+        thread.join()
+        with contextlib.suppress(OSError), naming(directory):
+            (directory / FILE).unlink(missing_ok=True)
+
+
+def _refuse_if_alive(directory: epath.Path, beat: float) -> None:
+    other = read(directory)
+    if other is None:
+        return
+    if other.get("host") == socket.gethostname():
+        if _is_alive(other):
+            raise ConfigError(_refusal(directory, other))
+        return
+    _log.warning(
+        "process %s on %s trained in %s; waiting up to %.0f s for signs that it still does",
+        other.get("process"),
+        other.get("host"),
+        directory,
+        3 * beat,
+    )
+    end = time.monotonic() + 3 * beat
+    while time.monotonic() < end:
+        time.sleep(min(1.0, beat / 2))
+        now = read(directory)
+        if now is None:
+            return
+        if now != other:
+            raise ConfigError(_refusal(directory, now))
+
+
+def _refusal(directory: epath.Path, other: dict[str, Any]) -> str:
+    return (
+        f"process {other.get('process')} on {other.get('host')} is training in {directory}; "
+        "wait until it has ended, or use another --run-dir"
+    )
+
+
+def _is_alive(claim: dict[str, Any]) -> bool:
+    """Whether a process of this host is still there, and no other one has its number."""
+    process = claim.get("process")
+    if not isinstance(process, int) or process <= 0:
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # It is another user's.
+        pass
+    return _started(process) == claim.get("started")
+
+
+def _started(process: int) -> int | None:
+    """When a process started, in the kernel's ticks; None where the system doesn't say."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return None
+    # The name in parentheses may hold spaces.
+    return int(text.rpartition(")")[2].split()[19])

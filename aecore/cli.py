@@ -1,5 +1,8 @@
 """The `aecore` command, and the `main` of experiment files: words in, exit status out."""
 
+from aecore import interrupts
+
+# isort: split
 import collections
 import contextlib
 import dataclasses
@@ -579,6 +582,7 @@ def _exit_status() -> Iterator[None]:
     warnings.filterwarnings("ignore", r"Error (reading|writing) persistent compilation cache")
     # What native threads raise, such as those of a failed save, reaches us as an exception too.
     sys.unraisablehook = lambda _: None
+    interrupts.end_if_requested()
     try:
         _prepare_jax()
         yield
@@ -594,7 +598,9 @@ def _exit_status() -> Iterator[None]:
             f"interrupted: {error}" if isinstance(error, Interrupted) else "interrupted",
             file=sys.stderr,
         )
-        _end(130, at_once=not isinstance(error, Interrupted))
+        _end(interrupts.STATUS, at_once=not isinstance(error, Interrupted))
+    finally:
+        interrupts.ignore_at_exit()
 
 
 def _end(status: int, *, at_once: bool) -> NoReturn:
@@ -607,7 +613,7 @@ def _end(status: int, *, at_once: bool) -> NoReturn:
     """
     import jax
 
-    if not at_once and (status in (0, 130) or not jax.distributed.is_initialized()):
+    if not at_once and (status in (0, interrupts.STATUS) or not jax.distributed.is_initialized()):
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -20,8 +20,8 @@ import json
 
 from etils import epath
 
-from aecore import Data, Experiment, Optimizer, Training, evaluate, train
 from aecore.cli import main
+from aecore import Data, Experiment, Optimizer, Training, evaluate, train
 from aecore.degradations import GaussianNoise
 from aecore.models import UNet
 

@@ -10,8 +10,8 @@ noisy and the restored images, for all 10,000 test images: PSNR 10.72 and 18.85 
 0.632, MSE 0.08488 and 0.01399. The trained network ships as `fashion-mnist-denoise`.
 """
 
-from aecore import Data, Experiment, Optimizer, Training
 from aecore.cli import main
+from aecore import Data, Experiment, Optimizer, Training
 from aecore.degradations import GaussianNoise
 from aecore.models import NoiseReducer
 

@@ -17,8 +17,8 @@ import json
 import numpy as np
 from etils import epath
 
-from aecore import Data, Experiment, Optimizer, Restorer, Training
 from aecore.cli import main
+from aecore import Data, Experiment, Optimizer, Restorer, Training
 from aecore.data import sources
 from aecore.degradations import Compose
 from aecore.models import LinearAutoencoder

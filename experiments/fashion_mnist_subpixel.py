@@ -8,8 +8,8 @@ noisy and the restored images, for all 10,000 test images and three seeds: PSNR 
 19.36 dB, MSE 0.08488 and 0.01251 to 0.01267. The recipe's network reaches 18.67 to 18.85 dB.
 """
 
-from aecore import Data, Experiment, Optimizer, Training
 from aecore.cli import main
+from aecore import Data, Experiment, Optimizer, Training
 from aecore.degradations import GaussianNoise
 from aecore.models import SubpixelAutoencoder
 

@@ -8,8 +8,8 @@ seeds: PSNR 10.72 and 20.54 to 20.58 dB, SSIM 0.322 and 0.725 to 0.729, MSE 0.08
 0.00982. The mean PSNR is 1.83 dB above that of the recipe's network. 5 epochs reached 20.83 dB.
 """
 
-from aecore import Data, Experiment, Optimizer, Training
 from aecore.cli import main
+from aecore import Data, Experiment, Optimizer, Training
 from aecore.degradations import GaussianNoise
 from aecore.models import UNet
 

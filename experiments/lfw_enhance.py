@@ -16,8 +16,8 @@ three steps) to 0.023. The default split holds out 1,036 images. Pixelated, thes
 0.00529 (22.76 dB), a mean PSNR per image of 23.16 dB, and an SSIM of 0.799.
 """
 
-from aecore import Data, Experiment, Optimizer, Training
 from aecore.cli import main
+from aecore import Data, Experiment, Optimizer, Training
 from aecore.degradations import Pixelate
 from aecore.models import ResolutionEnhancer
 

@@ -10,8 +10,8 @@ pixelated and the restored images, for 1,036 images of people who are not in the
 network has not been trained to its end on this split.
 """
 
-from aecore import Data, Experiment, Optimizer, Training
 from aecore.cli import main
+from aecore import Data, Experiment, Optimizer, Training
 from aecore.degradations import Pixelate
 from aecore.models import UNet
 

@@ -6,8 +6,8 @@ PAIRS/degraded and PAIRS/original hold pictures of the same names, pixel on pixe
 are twice as large, add `--model.scale 2`. Nothing more is done to the degraded ones.
 """
 
-from aecore import Data, Experiment, Optimizer, Training
 from aecore.cli import main
+from aecore import Data, Experiment, Optimizer, Training
 from aecore.degradations import Compose
 from aecore.models import Upscaler
 

@@ -8,8 +8,8 @@ camera's noise comes after the shuffled ones, as more than four can't be shuffle
 trained yet.
 """
 
-from aecore import Data, Experiment, Optimizer, Training
 from aecore.cli import main
+from aecore import Data, Experiment, Optimizer, Training
 from aecore.degradations import (
     JPEG,
     Blur,

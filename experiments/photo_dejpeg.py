@@ -19,8 +19,8 @@ a CPU. PSNR on LIVE1, before and after: 25.69 and 27.21 dB at quality 10, 28.06 
 30.28 and 31.72 at 40.
 """
 
-from aecore import Data, Experiment, Optimizer, Training
 from aecore.cli import main
+from aecore import Data, Experiment, Optimizer, Training
 from aecore.degradations import JPEG
 from aecore.models import UNet
 

@@ -21,8 +21,8 @@ were half a level of 255 too dark. PSNR on CBSD68, before and after: 24.61 and 3
 20.17 and 31.08 at 25, 14.15 and 27.89 at 50.
 """
 
-from aecore import Data, Experiment, Optimizer, Training
 from aecore.cli import main
+from aecore import Data, Experiment, Optimizer, Training
 from aecore.degradations import GaussianNoise
 from aecore.models import UNet
 

@@ -9,8 +9,8 @@ resizing is undone at once, and noise is added after it. It has not been trained
 
 import math
 
-from aecore import Data, Experiment, Optimizer, Training
 from aecore.cli import main
+from aecore import Data, Experiment, Optimizer, Training
 from aecore.degradations import (
     JPEG,
     Blur,

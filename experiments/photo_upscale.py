@@ -25,8 +25,8 @@ PSNR on luma of what bicubic interpolation and the network make of Set5: 33.68 a
 28.43 and 31.73 (×4); of Set14: 30.33 and 33.16 (×2), 26.09 and 28.25 (×4).
 """
 
-from aecore import Data, Experiment, Optimizer, Training
 from aecore.cli import main
+from aecore import Data, Experiment, Optimizer, Training
 from aecore.degradations import Downscale
 from aecore.models import Upscaler
 

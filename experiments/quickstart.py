@@ -7,8 +7,8 @@ restored images, for the 1,000 test images: PSNR 10.75 and 17.90 dB, SSIM 0.325 
 0.0845 and 0.0171.
 """
 
-from aecore import Data, Experiment, Training
 from aecore.cli import main
+from aecore import Data, Experiment, Training
 from aecore.degradations import GaussianNoise
 from aecore.models import NoiseReducer
 

@@ -1,10 +1,13 @@
 """Two processes train together, each on one CPU device, over a loopback connection."""
 
+import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,14 +17,31 @@ import pytest
 from test_photographs import save
 from test_training import newest
 
+from aecore import Training
+from aecore.errors import ProcessError
+from aecore.training import processes as processes_module
+
 EXPERIMENT = Path(__file__).with_name("tiny_experiment.py")
 
 
-def start(run, *flags, processes=1):
-    """Processes that train the tiny experiment together."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start(run, *flags, processes=1, second=(), output=None, pause=0):
+    """Processes that train the tiny experiment together.
+
+    Args:
+      run: the run directory.
+      flags: of all processes.
+      processes: how many there are.
+      second: further flags of the second one.
+      output: a file for what they print, if it is to be read while they run.
+      pause: seconds between the starts of the first and the second one.
+    """
+    port = free_port()
     environment = os.environ | {"XLA_FLAGS": ""}
     commands = [[sys.executable, str(EXPERIMENT), "--run-dir", str(run), *flags]] * processes
     if processes > 1:
@@ -29,16 +49,26 @@ def start(run, *flags, processes=1):
             [*command, "--training.distributed", f"127.0.0.1:{port},{processes},{index}"]
             for index, command in enumerate(commands)
         ]
-    return [
-        subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        commands[1] += second
+    started = []
+    for command in commands:
+        time.sleep(pause if started else 0)
+        target = subprocess.PIPE if output is None else output.open("a")
+        started.append(
+            subprocess.Popen(
+                command, env=environment, stdout=target, stderr=subprocess.STDOUT, text=True
+            )
         )
-        for command in commands
-    ]
+    return started
+
+
+def due(run, moment, output):
+    """Whether a training is where a test wants it."""
+    if moment == "evaluation":
+        return "evaluating" in output.read_text()
+    if moment == "checkpoint":
+        return any(run.glob("checkpoints/*tmp*"))
+    return (run / "metrics.jsonl").exists() and "loss" in (run / "metrics.jsonl").read_text()
 
 
 def finish(processes, status=0):
@@ -98,3 +128,125 @@ def test_two_processes_train_on_crops_as_one_does(feed, tmp_path):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
     assert other.metrics["images"] == description.metrics["images"] == 2
     assert other.metrics["mse"] == pytest.approx(description.metrics["mse"], rel=1e-4)
+
+
+@pytest.mark.parametrize("moment", ["step", "evaluation", "checkpoint"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_and_the_run_goes_on_exactly(
+    victim, moment, together, tmp_path
+):
+    run, output = tmp_path / "run", tmp_path / "output"
+    output.touch()
+    flags = ["--training.steps", "100"]
+    processes = start(run, *flags, processes=2, output=output)
+    while not due(run, moment, output):
+        assert processes[0].poll() is None, output.read_text()
+        time.sleep(0.002)
+    processes[victim].kill()
+    begin = time.monotonic()
+    assert processes[1 - victim].wait(timeout=60) == 1
+    assert time.monotonic() - begin < 20
+    processes[victim].wait()
+    lines = [line for line in output.read_text().splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    assert f"process {victim} (on " in lines[0] and "is gone" in lines[0]
+    assert "Check failure" not in output.read_text()
+    finish(start(run, *flags, processes=2))
+    state, description = newest(run)
+    assert description.step == 100
+    jax.tree.map(np.testing.assert_array_equal, state, together)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["time"]["lost"] > 0
+    assert sum(summary["time"].values()) == pytest.approx(summary["seconds"])
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """The state that two undisturbed processes reach."""
+    run = tmp_path_factory.mktemp("together") / "run"
+    finish(start(run, "--training.steps", "100", processes=2))
+    return newest(run)[0]
+
+
+def test_a_process_without_a_sign_of_life(tmp_path):
+    output = tmp_path / "output"
+    output.touch()
+    flags = ["--training.loss-timeout", "3"]
+    processes = start(tmp_path / "run", *flags, processes=2, output=output)
+    while not due(tmp_path / "run", "step", output):
+        assert processes[0].poll() is None, output.read_text()
+        time.sleep(0.01)
+    processes[0].send_signal(signal.SIGSTOP)
+    assert processes[1].wait(timeout=60) == 1
+    processes[0].kill()
+    processes[0].wait()
+    assert "process 0 (on 127.0.0.1) has given no sign of life for 3 s" in output.read_text()
+
+
+@pytest.mark.parametrize(
+    "different, message",
+    [
+        (["--training.seed", "1"], "process 1 has another experiment: training.seed 1 (process 0"),
+        (["--run-dir", "elsewhere"], "process 1 has another experiment: run_dir elsewhere"),
+        (["--data.dataset", "folder"], "process 1 has another experiment: data.dataset folder"),
+    ],
+)
+def test_processes_with_different_experiments(different, message, tmp_path):
+    for output in finish(start(tmp_path / "run", processes=2, second=different), status=2):
+        assert message in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_different_images(tmp_path):
+    for name in "ab":
+        save(tmp_path / name, [(16, 16)] * (80 if name == "a" else 81))
+    data = ["--data.dataset", "folder", "--data.channels", "1", "--data.data-dir"]
+    processes = start(
+        tmp_path / "run",
+        *data,
+        str(tmp_path / "a"),
+        processes=2,
+        second=["--data.data-dir", str(tmp_path / "b")],
+    )
+    for output in finish(processes, status=2):
+        assert "process 1 has other images than process 0" in output
+
+
+def test_a_process_that_comes_late(tmp_path):
+    flags = ["--training.steps", "10"]
+    processes = start(tmp_path / "run", *flags, processes=2, pause=3)
+    assert "2 x cpu" in finish(processes)[0]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_never_comes(index, monkeypatch, caplog):
+    monkeypatch.setattr(processes_module, "_REPORT_EVERY", 0.1)
+    address = f"127.0.0.1:{free_port()}"
+    training = Training(distributed=f"{address},2,{index}", join_timeout=1)
+    begin = time.monotonic()
+    with pytest.raises(ProcessError) as raised:
+        processes_module.join(training)
+    assert 1 <= time.monotonic() - begin < 5
+    missing = "of 2 processes, 1 did not come" if index == 0 else "process 1 could not reach"
+    assert missing in str(raised.value)
+    assert address in str(raised.value)
+    assert "firewall" in str(raised.value)
+    waiting = "1 of 2 processes have come" if index == 0 else "process 1 can't reach process 0"
+    assert waiting in caplog.text
+    assert not jax.distributed.is_initialized()
+
+
+def test_strangers_at_the_port_are_ignored(monkeypatch):
+    port = free_port()
+    training = Training(distributed=f"127.0.0.1:{port},2,0", join_timeout=3)
+
+    def knock():
+        with contextlib.suppress(OSError):
+            while True:
+                with socket.create_connection(("127.0.0.1", port)) as connection:
+                    connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                time.sleep(0.2)
+
+    threading.Timer(0.5, knock).start()
+    with pytest.raises(ProcessError, match="1 did not come"):
+        processes_module.join(training)

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 import jax
 from etils import epath
+from tqdm import tqdm
 
 import aecore
 from aecore.config import Experiment, Training, settings
@@ -282,7 +283,8 @@ class Group:
     def _end(self) -> None:
         if self._leaving:
             return
-        print(f"error: {self._loss}", file=sys.stderr, flush=True)
+        tqdm.write(f"error: {self._loss}", file=sys.stderr)
+        sys.stderr.flush()
         os._exit(ProcessError.exit_status)
 
 

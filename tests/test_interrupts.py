@@ -1,0 +1,42 @@
+"""Ctrl-C and SIGTERM, from a command's first imports on."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+ASK = "import os, signal, time\nos.kill(os.getpid(), signal.{})\ntime.sleep(5)\n"
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("importing", [True, False])
+def test_a_command_that_has_not_begun_ends_in_one_line(number, importing, tmp_path):
+    ask = ASK.format(number)
+    (tmp_path / "slow.py").write_text(ask)
+    program = "from aecore.cli import main\n" + ("import slow\n" if importing else ask)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
+
+
+def test_a_library_that_turns_ctrl_c_into_an_error_of_its_own(tmp_path):
+    program = f"""
+from aecore.cli import main
+try:
+    {"; ".join(ASK.format("SIGINT").splitlines())}
+except KeyboardInterrupt:
+    raise ImportError("can't be loaded")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -6,11 +6,11 @@ from aecore import interrupts
 import collections
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import json
 import logging
 import os
-import runpy
 import signal
 import sys
 import threading
@@ -34,6 +34,7 @@ def main(
     experiment: Experiment,
     args: Sequence[str] | None = None,
     then: Callable[[Experiment], None] | None = None,
+    prog: str | None = None,
 ) -> None:
     """Trains an experiment whose settings the command line may change; exits if that fails.
 
@@ -41,9 +42,10 @@ def main(
       experiment: the defaults of all flags.
       args: words of the command line; by default those of the process.
       then: called after training with the experiment as trained, in the first process only.
+      prog: the words of the command line before `args`, for `--help`; by default the program's.
     """
     with _exit_status():
-        chosen = tyro.cli(Experiment, default=experiment, args=args)
+        chosen = tyro.cli(Experiment, default=experiment, args=args, prog=prog)
         import jax
 
         from aecore.scoring import evaluation
@@ -70,6 +72,59 @@ def main(
         )
         if then is not None:
             then(chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Trains an experiment that comes with aecore, or one of your own.
+
+    Settings of the experiment may follow, such as --data PHOTOS --training.steps 500; --help after
+    its name lists them. It does what `python` does with the experiment's file.
+    """
+
+    experiment: tyro.conf.Positional[str]
+    """An experiment's name, or a file, such as `aecore init` writes."""
+
+    def run(self, flags: Sequence[str]) -> int:
+        from aecore.experiments import catalogue
+
+        defined = catalogue.load(self.experiment)
+        main(defined.experiment, flags, defined.then, prog=f"aecore train {self.experiment}")
+        return 0
+
+    @classmethod
+    def help(cls) -> str:
+        """The docstring, and a line about each experiment."""
+        from aecore.experiments import catalogue
+
+        known = catalogue.entries()
+        width = max(len(entry.name) for entry in known)
+        lines = [f"  {entry.name:{width}}  {entry.about}" for entry in known]
+        return "\n".join([inspect.getdoc(cls) or "", "", *lines])
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """Writes an experiment file to change and to train."""
+
+    file: tyro.conf.Positional[str]
+    """The file to write, such as mine.py."""
+    experiment: str = "denoise"
+    """The experiment that it begins as; `aecore train --help` lists them."""
+
+    def run(self) -> int:
+        from aecore.experiments import catalogue
+        from aecore.storage import exists, to_path, write_whole
+
+        path = to_path(self.file)
+        if path.suffix != ".py":
+            raise ConfigError(f"{path} doesn't end in .py; name a Python file, such as mine.py")
+        if exists(path):
+            raise ConfigError(f"{path} exists; name another file")
+        text = catalogue.template(self.experiment, path)
+        write_whole(path, text.encode())
+        print(f"{path}: change what you like, then: aecore train {path}")
+        return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,7 +433,7 @@ class Plan:
     """
 
     experiment: tyro.conf.Positional[str]
-    """The experiment's file, such as experiments/lfw_enhance.py."""
+    """An experiment's file, or its name; `aecore train --help` lists them."""
     topology: str
     """A TPU slice, such as v5e:4x4 or tpu7x:2x2x1; or cpu or gpu for this machine's devices."""
     json: str | None = None
@@ -416,7 +471,7 @@ class Bench:
     """
 
     experiment: tyro.conf.Positional[str]
-    """The experiment's file, such as experiments/lfw_enhance.py."""
+    """An experiment's file, or its name; `aecore train --help` lists them."""
     json: str | None = None
     """File to write the figures to."""
     seconds: float = 2.0
@@ -505,17 +560,11 @@ def _notes_on_stdout() -> Iterator[None]:
         logger.propagate = True
 
 
-def _experiment(file: str, flags: Sequence[str]) -> Experiment:
-    """The `experiment` that a file defines, changed by flags."""
-    path = epath.Path(file)
-    if not path.is_file():
-        raise ConfigError(
-            f"{path} is not a file; name an experiment file such as experiments/quickstart.py"
-        )
-    experiment = runpy.run_path(str(path)).get("experiment")
-    if not isinstance(experiment, Experiment):
-        raise ConfigError(f"{path} doesn't define `experiment`; see experiments/quickstart.py")
-    return tyro.cli(Experiment, default=experiment, args=flags)
+def _experiment(source: str, flags: Sequence[str]) -> Experiment:
+    """The experiment of a file or a name, changed by flags."""
+    from aecore.experiments import catalogue
+
+    return tyro.cli(Experiment, default=catalogue.load(source).experiment, args=flags)
 
 
 def _image_shape(experiment: Experiment) -> tuple[int, int, int]:
@@ -542,6 +591,8 @@ def _write_json(report: Mapping[str, Any], file: str) -> None:
 
 
 _COMMANDS = {
+    "train": Train,
+    "init": Init,
     "restore": Restore,
     "export": Export,
     "summary": Summary,
@@ -553,21 +604,33 @@ _COMMANDS = {
 
 def run(args: Sequence[str] | None = None) -> None:
     """The `aecore` command."""
-    words = sys.argv[1:] if args is None else args
-    if list(words) == ["--version"]:
+    words = list(sys.argv[1:] if args is None else args)
+    if words == ["--version"]:
         from aecore import __version__
 
         print(f"aecore {__version__}")
         return
-    commands: Any = Union[  # noqa: UP007 as it is made of a list
-        tuple(Annotated[command, tyro.conf.subcommand(name)] for name, command in _COMMANDS.items())
-    ]
+    # What follows the name of an experiment to train, --help too, is the experiment's.
+    is_training = words[:1] == ["train"]
+    words, flags = (words[:2], words[2:]) if is_training else (words, [])
     with _exit_status():
-        command, flags = tyro.cli(commands, prog="aecore", args=args, return_unknown_args=True)
-        if isinstance(command, (Bench, Plan)):  # Other flags belong to the experiment.
-            sys.exit(command.run(flags))
-        if flags:
-            raise ConfigError(f"{flags[0]} is not an option of this command; see --help")
+        commands: Any = Union[  # noqa: UP007 as it is made of a list
+            tuple(
+                Annotated[
+                    command,
+                    tyro.conf.subcommand(
+                        name,
+                        description=Train.help() if is_training and command is Train else None,
+                    ),
+                ]
+                for name, command in _COMMANDS.items()
+            )
+        ]
+        command, unknown = tyro.cli(commands, prog="aecore", args=words, return_unknown_args=True)
+        if isinstance(command, (Bench, Plan, Train)):  # Other flags belong to the experiment.
+            sys.exit(command.run([*unknown, *flags]))
+        if unknown:
+            raise ConfigError(f"{unknown[0]} is not an option of this command; see --help")
         sys.exit(command.run())
 
 

@@ -36,7 +36,7 @@ experiment = Experiment(
 )
 
 
-def compare(blind: Experiment) -> None:
+def then(blind: Experiment) -> None:
     """Trains one network for each σ, and prints its PSNR next to that of the blind network."""
     rows = []
     directory = epath.Path(blind.directory)
@@ -62,4 +62,4 @@ def compare(blind: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    main(experiment, then=compare)
+    main(experiment, then=then)

@@ -34,7 +34,7 @@ experiment = Experiment(
 )
 
 
-def compare(trained: Experiment) -> None:
+def then(trained: Experiment) -> None:
     """Prints how near a run is to PCA, and draws both bases."""
     import scipy.linalg
     from sklearn.decomposition import PCA
@@ -76,4 +76,4 @@ def compare(trained: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    main(experiment, then=compare)
+    main(experiment, then=then)

@@ -7,7 +7,9 @@ import dataclasses
 import math
 import os
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from aecore.config import settings
 from aecore.config.settings import OnResume, setting
@@ -35,7 +37,9 @@ class Data:
     dataset: str = "sample"
     """sample, fashion_mnist, lfw, folder, pairs, or the name of any TFDS dataset with images.
     pairs: DIR/degraded and DIR/original hold images with the same names."""
-    data_dir: str | None = setting(None, on_resume=OnResume.FREE, of_host=True)
+    data_dir: Annotated[str | None, tyro.conf.arg(aliases=["--data"])] = setting(
+        None, on_resume=OnResume.FREE, of_host=True
+    )
     """Folder of prepared TFDS data, of IDX files, or of images; None: TFDS's own folder."""
     image_size: tuple[int, int] | None = setting(None, at_least=1)
     """Height and width to resize whole images to; None: their own, if they all have one size."""

@@ -3,14 +3,12 @@
 import collections
 import logging
 import os
-import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax import core
 
 from aecore.errors import ConfigError, ImageError
 from aecore.media import images
@@ -18,6 +16,7 @@ from aecore.networks.network import Network
 from aecore.networks.receptive_field import ReceptiveField
 from aecore.restoring import engine, expectations
 from aecore.restoring.engine import Engine
+from aecore.restoring.tensors import like, to_numpy
 from aecore.restoring.tiling import Size
 from aecore.saved import weights
 from aecore.saved.descriptions import Description
@@ -147,11 +146,11 @@ class Restorer:
             [0, 1]; a Pillow image; or a path to a picture, of which the first frame is taken.
 
         Returns:
-          The same kind, dtype, shape and mode (for a path, a Pillow image; for a JAX or torch
-          array, such an array on the same device), rounded and clipped to what the dtype can hold;
-          floats are clipped to [0, 1]. A network that enlarges gives `s` times the height and
-          width. Alpha is left as it was. Of Pillow's modes, P becomes RGB or RGBA, and CMYK, YCbCr,
-          LAB and HSV become RGB.
+          The same kind, dtype, shape and mode (for a path, a Pillow image; for an array of JAX,
+          PyTorch or TensorFlow, such an array on the same device, without gradients), rounded and
+          clipped to what the dtype can hold; floats are clipped to [0, 1]. A network that enlarges
+          gives `s` times the height and width. Alpha is left as it was. Of Pillow's modes, P
+          becomes RGB or RGBA, and CMYK, YCbCr, LAB and HSV become RGB.
 
         Raises:
           ImageError: the picture can't be read; its dtype, shape, values or number of channels
@@ -162,7 +161,7 @@ class Restorer:
             return images.to_pillow(frame.restored(self(frame.values)))
         array = _checked(image)
         self._notice(array)
-        return _like(image, next(self._restored([array])))
+        return like(image, next(self._restored([array])))
 
     def each(self, arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Restores images as they come; consecutive ones of one shape are batched.
@@ -188,7 +187,7 @@ class Restorer:
                 yield array
 
         for restored in self._restored(checked()):
-            yield _like(given.popleft(), restored)
+            yield like(given.popleft(), restored)
 
     def many(
         self,
@@ -223,7 +222,7 @@ class Restorer:
 
         for restored in self._restored(checked(), plan.shapes):
             key, image = given.popleft()
-            yield key, _like(image, restored)
+            yield key, like(image, restored)
 
     def _restored(
         self, arrays: Iterable[np.ndarray], shapes: Sequence[Size] = ()
@@ -265,7 +264,8 @@ class Restorer:
         """The codes `(N, h, w, K)` float32 of images, which are given as for calling.
 
         N is 1 for a single image; h and w are the sides divided by the stride, rounded up. The
-        number of channels must be the network's. Of JAX and torch arrays, the codes are such too.
+        number of channels must be the network's. Of an array of JAX, PyTorch or TensorFlow, the
+        codes are such too.
         """
         frame = self._frame(image)
         array = _checked(image if frame is None else frame.values)
@@ -276,14 +276,14 @@ class Restorer:
             raise self._channels_error(array, batch.shape[3])
         sides = [(0, -size % self.network.stride) for size in batch.shape[1:3]]
         batch = np.pad(batch, [(0, 0), *sides, (0, 0)], mode="reflect")
-        return _like(image, self._engine.in_parts("encode", batch, batch.shape[1:3]))
+        return like(image, self._engine.in_parts("encode", batch, batch.shape[1:3]))
 
     def decode(self, codes: Any) -> Any:
         """The images `(N, H, W, C)` of codes `(N, h, w, K)`, float32 clipped to [0, 1].
 
         Where the network enlarges, they are larger than those that were encoded, by its scale.
         """
-        given, codes = codes, _to_array(codes)
+        given, codes = codes, to_numpy(codes)
         if codes.ndim != 4 or codes.size == 0 or codes.dtype.kind != "f":
             raise ImageError(
                 f"a {codes.dtype} array of shape {codes.shape} holds no codes; use floats "
@@ -296,7 +296,7 @@ class Restorer:
             )
         shape = tuple(side * self.network.stride for side in codes.shape[1:3])
         decoded = self._engine.in_parts("decode", codes.astype(np.float32), shape)
-        return _like(given, np.clip(decoded, 0, 1))
+        return like(given, np.clip(decoded, 0, 1))
 
     def _code_features(self) -> int:
         side = 8 * self.network.stride
@@ -360,9 +360,11 @@ class Restorer:
         raise self._channels_error(array, channels)
 
     def _channels_error(self, array: np.ndarray, channels: int) -> ImageError:
+        is_first = array.ndim >= 3 and array.shape[-3] == self.network.channels
+        hint = "channels come last, as after movedim(-3, -1)" if is_first else "convert the image"
         return ImageError(
             f"the image has {channels} channel{'s' * (channels != 1)}, the model "
-            f"{self.network.name} takes {self.network.channels}; convert the image "
+            f"{self.network.name} takes {self.network.channels}; {hint} "
             f"(of shape {array.shape}; several gray ones are (N, H, W, 1))"
         )
 
@@ -410,43 +412,9 @@ def _rebuild(
     return cls(trained, **settings, device=device)
 
 
-def _is_torch(value: Any) -> bool:
-    # Whoever has a tensor has imported torch.
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
-
-
-def _to_array(value: Any) -> np.ndarray:
-    if isinstance(value, core.Tracer):
-        raise ImageError(
-            "arrays can't be restored within jit, vmap or grad; use restorer.apply there"
-        )
-    if isinstance(value, np.ma.MaskedArray):
-        raise ImageError("masked arrays are not supported; fill them first, as by filled(0)")
-    try:
-        array = np.asarray(value.detach().cpu() if _is_torch(value) else value)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ImageError(f"not an array: {error}") from error
-    if array.dtype.kind == "O":
-        raise ImageError(
-            f"{type(value).__name__} of objects is not an image; use an array of numbers, a Pillow "
-            "image, or a path"
-        )
-    return array
-
-
-def _like(value: Any, array: np.ndarray) -> Any:
-    """An array as the kind that a value is, where it is: NumPy's, JAX's or torch's."""
-    if isinstance(value, jax.Array):
-        return jax.device_put(array, value.sharding)
-    if _is_torch(value):
-        return sys.modules["torch"].from_numpy(array).to(value.device)
-    return array
-
-
 def _checked(image: Any) -> np.ndarray:
     """An array; refuses what is not one image or several."""
-    array = _to_array(image)
+    array = to_numpy(image)
     if array.ndim not in (2, 3, 4) or array.size == 0:
         raise ImageError(
             f"an array of shape {array.shape} is no image; use (H, W), (H, W, C), (N, H, W, C)"

@@ -45,7 +45,7 @@ from aecore.storage import to_path, write_json
 from aecore.training import assembly, claim, feeds, processes, resuming, starting
 from aecore.training.clock import Clock
 from aecore.training.interruption import Interruption
-from aecore.training.metrics_log import MetricsLog
+from aecore.training.metrics_log import Callback, MetricsLog
 from aecore.training.profiling import Profile
 
 _log = logging.getLogger(__name__)
@@ -61,7 +61,11 @@ _PHOTOGRAPHS_LOOKED_AT = 48
 
 
 def train(
-    experiment: Experiment, *, progress: bool = True, started: float | None = None
+    experiment: Experiment,
+    *,
+    progress: bool = True,
+    started: float | None = None,
+    callback: Callback | None = None,
 ) -> dict[str, Any]:
     """Trains an experiment, or resumes it from its run directory.
 
@@ -70,6 +74,11 @@ def train(
       progress: whether to show a progress bar on stderr.
       started: when the program began, as `time.time` counts, from when on the run's time is
         counted; None: now.
+      callback: called with the step and its scores, in the first process, when a line is added to
+        `metrics.jsonl`: every `training.log_every` steps with `loss` and what was measured, and
+        after evaluations with `validation_mse`, `validation_psnr` and `validation_ssim`. A resumed
+        run tells again what came after its checkpoint. `experiments/other_tools.py` has callbacks
+        for Weights & Biases and MLflow.
 
     Returns:
       The summary, as written to `summary.json`. Its scores are those of the checkpoint with the
@@ -87,10 +96,12 @@ def train(
     """
     started = time.time() if started is None else started
     with processes.together(experiment):
-        return _train(experiment, progress, started)
+        return _train(experiment, progress, started, callback)
 
 
-def _train(experiment: Experiment, progress: bool, started: float) -> dict[str, Any]:
+def _train(
+    experiment: Experiment, progress: bool, started: float, callback: Callback | None
+) -> dict[str, Any]:
     clock = Clock(experiment.training.batch_size, started=started)
     # Otherwise an experiment that a checkpoint can't describe would come to light after training.
     described = describe(experiment)
@@ -124,7 +135,15 @@ def _train(experiment: Experiment, progress: bool, started: float) -> dict[str, 
         if own is not None:
             own.seconds = clock.total
         run = _Run(
-            experiment, dataset, examples, devices, directory, checkpoints, interruption, clock
+            experiment,
+            dataset,
+            examples,
+            devices,
+            directory,
+            checkpoints,
+            interruption,
+            clock,
+            callback,
         )
         clock.go_on(run.resumed, earlier)
         if run.is_first:
@@ -168,6 +187,7 @@ class _Run:
         checkpoints: Checkpoints,
         interruption: Interruption,
         clock: Clock,
+        callback: Callback | None,
     ):
         training = experiment.training
         self.experiment = experiment
@@ -223,7 +243,7 @@ class _Run:
         self.resumed = resumed
         self.history = list(resumed.history)
         self.log = MetricsLog(
-            directory, self.step, resumed.unlogged, training.log_every, self.is_first
+            directory, self.step, resumed.unlogged, training.log_every, self.is_first, callback
         )
         self.launched = collections.deque()
         self.spread: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""`metrics.jsonl` and TensorBoard's event files."""
+"""`metrics.jsonl`, TensorBoard's event files, and whoever else wants to know the scores."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -7,6 +7,12 @@ from typing import Any
 from etils import epath
 
 from aecore.storage import write_whole
+
+
+Callback = Callable[[int, Mapping[str, float]], None]
+"""Called with a step and what `metrics.jsonl` holds of it: `loss` and what was measured with it; or,
+of an evaluation, `validation_mse`, `validation_psnr` and `validation_ssim`.
+"""
 
 
 class MetricsLog:
@@ -19,6 +25,7 @@ class MetricsLog:
       unlogged: losses of the steps before it that no line has averaged yet.
       every: steps that a line averages.
       writes: whether this process writes; of several, one does.
+      callback: called in that process with each line, once it is written.
     """
 
     def __init__(
@@ -28,8 +35,10 @@ class MetricsLog:
         unlogged: Sequence[float],
         every: int,
         writes: bool,
+        callback: Callback | None = None,
     ):
         self._writes = writes
+        self._callback = callback
         self._path = directory / "metrics.jsonl"
         self._directory = directory
         self._every = every
@@ -96,6 +105,8 @@ class MetricsLog:
         self._file.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
+        if self._callback is not None:
+            self._callback(step, values)
 
     def _read(self) -> list[dict[str, float]]:
         lines = []

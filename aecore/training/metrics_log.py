@@ -8,11 +8,9 @@ from etils import epath
 
 from aecore.storage import write_whole
 
-
 Callback = Callable[[int, Mapping[str, float]], None]
-"""Called with a step and what `metrics.jsonl` holds of it: `loss` and what was measured with it; or,
-of an evaluation, `validation_mse`, `validation_psnr` and `validation_ssim`.
-"""
+"""Called with a step and what `metrics.jsonl` holds of it: `loss` and what was measured with it; of
+an evaluation, `validation_mse`, `validation_psnr` and `validation_ssim`."""
 
 
 class MetricsLog:

@@ -136,7 +136,7 @@ class Restore:
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """A file, if there is one input; otherwise a folder, with subfolders as in the inputs."""
     model: Annotated[str, tyro.conf.arg(aliases=["-m"])]
-    """A run directory, an exported file, or the name of weights that ship with aecore."""
+    """A run directory, an exported file or folder, or the name of weights that ship with aecore."""
     recursive: bool = False
     """Also restore files in subfolders."""
     suffix: str = ""
@@ -308,22 +308,27 @@ class Export:
     """
 
     model: tyro.conf.Positional[str]
-    """A run directory, an exported file, or the name of weights that ship with aecore."""
+    """A run directory, an exported file or folder, or the name of weights that ship with aecore."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
-    """The file to write."""
-    format: Literal["auto", "stablehlo", "onnx", "weights"] = "auto"
+    """The file to write; for safetensors, a new folder."""
+    format: Literal["auto", "stablehlo", "onnx", "weights", "safetensors"] = "auto"
     """stablehlo: the network's functions, compiled by JAX on any machine. onnx: for ONNX Runtime
     and other programs. weights: parameters alone, small and lasting; a model of your own must then
     be given when they are loaded. auto: onnx if the file's name ends in .onnx, else stablehlo."""
     parameters: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the parameters, except in ONNX; bfloat16 makes the file half as large."""
+    """Number format of the parameters, except in ONNX and safetensors; bfloat16 makes the file half
+    as large."""
 
     def run(self) -> int:
-        from aecore.saved import exported, weights
+        from aecore.saved import exported, hub, weights
         from aecore.storage import to_path
 
         trained = weights.load(self.model)
         path = to_path(self.output)
+        if self.format == "safetensors":
+            hub.save(path, trained)
+            print(f"{path}: {hub.WEIGHTS}, {hub.CONFIG}, {hub.CARD}")
+            return 0
         if path.is_dir():
             raise ConfigError(f"{path} is a folder; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -345,7 +350,7 @@ class Summary:
     """Prints a network's layers, what it was trained on, and its scores."""
 
     model: tyro.conf.Positional[str]
-    """A run directory, an exported file, or the name of weights that ship with aecore."""
+    """A run directory, an exported file or folder, or the name of weights that ship with aecore."""
 
     def run(self) -> int:
         from aecore.restoring.restorer import Restorer

@@ -91,7 +91,7 @@ class Restorer:
         """Loads a run's best checkpoint, an exported file, or weights that ship with aecore.
 
         Args:
-          run: a run directory, local or `gs://`; a file that `aecore export` wrote; or one of
+          run: a run directory, local or `gs://`; what `aecore export` wrote; or one of
             `aecore.saved.weights.CARDS`.
           model: needed if a run's model is not in `aecore.models.REGISTRY`.
           **settings: as for the class, such as `tile` and `strength`.

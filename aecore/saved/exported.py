@@ -9,15 +9,15 @@ A file may come from anywhere, so everything in it is data: nothing is unpickled
 from it, and StableHLO that calls anything outside itself is refused.
 """
 
+import contextlib
 import dataclasses
-import functools
 import hashlib
 import io
 import json
 import math
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -30,6 +30,7 @@ from aecore.errors import CheckpointError, ConfigError
 from aecore.networks.network import LinenNetwork, Network, Precision
 from aecore.networks.receptive_field import ReceptiveField
 from aecore.saved.descriptions import Description
+from aecore.saved.parameters import fitting, flatten, registered, unflatten
 from aecore.saved.trained import TrainedNetwork
 from aecore.storage import write_whole
 
@@ -69,7 +70,7 @@ def save(
     params = trained.params
     if parameters == "bfloat16":
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
-    arrays = {name: np.asarray(jax.device_get(leaf)) for name, leaf in _flatten(params).items()}
+    arrays = {name: np.asarray(jax.device_get(leaf)) for name, leaf in flatten(params).items()}
     members = {f"params/{name}": array.tobytes() for name, array in arrays.items()}
     field = network.receptive_field(params)
     head = {
@@ -228,13 +229,33 @@ def load(path: epath.Path, *, sha256: str | None = None, model: Any = None) -> T
         parameters don't fit the model; or the model is not known.
       ConfigError: a package that is needed to read it is not installed.
     """
-    try:
-        if path.stat().length > _MOST_BYTES:
-            raise CheckpointError("too large for a file that `aecore export` wrote; name another")
-        data = path.read_bytes()
+    with reading(path, "is not an exported network"):
+        data = read(path)
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
             raise CheckpointError(f"damaged: its SHA-256 is not {sha256}; install aecore again")
         return _parse(data, model)
+
+
+def read(path: epath.Path) -> bytes:
+    """The bytes of a file; refuses one that is too large to be a network."""
+    if path.stat().length > _MOST_BYTES:
+        raise CheckpointError("too large for a file that `aecore export` wrote; name another")
+    return path.read_bytes()
+
+
+@contextlib.contextmanager
+def reading(path: epath.Path, otherwise: str) -> Iterator[None]:
+    """Turns whatever fails while a network is read into one line.
+
+    Args:
+      path: what is read.
+      otherwise: what it is if it isn't damaged, such as "is not an exported network".
+
+    Raises:
+      CheckpointError, ConfigError: as for `load`.
+    """
+    try:
+        yield
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except OSError as error:
@@ -253,7 +274,7 @@ def load(path: epath.Path, *, sha256: str | None = None, model: Any = None) -> T
     except Exception as error:  # Damage shows in many ways, here and within the deserializer.
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{path} is not an exported network, or is damaged ({reason:.200}); export it again"
+            f"{path} {otherwise}, or is damaged ({reason:.200}); export it again"
         ) from error
 
 
@@ -273,7 +294,7 @@ def _parse(data: bytes, model: Any) -> TrainedNetwork:
                 raise ValueError(f"the checksum of {name} is wrong")
             return data
 
-        params = _unflatten(
+        params = unflatten(
             {name: _array(read(f"params/{name}"), **leaf) for name, leaf in head["params"].items()}
         )
         functions = {
@@ -285,7 +306,7 @@ def _parse(data: bytes, model: Any) -> TrainedNetwork:
         network = _network(head, functions)
         _check_functions(network, params)
     else:
-        network = LinenNetwork(_fitting(model or _registered(description), params))
+        network = LinenNetwork(fitting(model or registered(description), params))
         params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
     return TrainedNetwork(network, params, description)
 
@@ -351,51 +372,3 @@ def _check_functions(network: ExportedNetwork, params: Any) -> None:
         (enlarged, "float32")
     }:
         raise ValueError("its functions don't map images to images")
-
-
-def _registered(description: Description) -> Any:
-    from aecore import models
-
-    name = (description.model or {}).get("type", "unnamed")
-    if name not in models.REGISTRY:
-        raise CheckpointError(
-            f"it holds parameters alone, and their model {name!r:.40} is not known; pass it as "
-            "model=, or export the network with its functions (--format stablehlo)"
-        )
-    try:
-        return description.build_model()
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _fitting(model: Any, params: Any) -> Any:
-    """The model, if it takes such parameters."""
-    from aecore.networks.base import abstract_params
-
-    size = (8 * model.stride, 8 * model.stride, model.channels)
-    expected = _flatten(abstract_params(model, size))
-    given = _flatten(params)
-    for name in sorted(expected.keys() | given.keys()):
-        shapes = [tree[name].shape if name in tree else None for tree in (expected, given)]
-        if shapes[0] != shapes[1]:
-            raise CheckpointError(
-                f"{name} has shape {shapes[1]} in the file and {shapes[0]} in "
-                f"{type(model).__name__}; use the model that the file was made with"
-            )
-    return model
-
-
-def _flatten(params: Any) -> dict[str, Any]:
-    """Nested dictionaries as one, with names such as `encoder_0/kernel`."""
-    flat = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        flat["/".join(str(key.key) for key in path)] = leaf
-    return flat
-
-
-def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    params = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, params)[last] = leaf
-    return params

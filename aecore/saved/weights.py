@@ -1,4 +1,4 @@
-"""Where a trained network comes from: a run directory, an exported file, or aecore itself."""
+"""Where a trained network comes from: a run directory, an exported file or folder, or aecore."""
 
 import dataclasses
 import os
@@ -11,7 +11,7 @@ from etils import epath
 
 from aecore.errors import CheckpointError
 from aecore.networks.network import LinenNetwork
-from aecore.saved import exported
+from aecore.saved import exported, hub
 from aecore.saved.trained import TrainedNetwork
 from aecore.storage import absolute
 
@@ -88,7 +88,7 @@ def load(source: str | os.PathLike, *, model: Any = None) -> TrainedNetwork:
     """Loads a trained network; the parameters of a run are put on the default device.
 
     Args:
-      source: a run directory, local or `gs://`; an exported file; or one of `CARDS`.
+      source: a run directory, local or `gs://`; an exported file or folder; or one of `CARDS`.
       model: needed if the model is not in `aecore.models.REGISTRY`, except for exported files that
         hold the network's functions.
 
@@ -107,7 +107,7 @@ def load(source: str | os.PathLike, *, model: Any = None) -> TrainedNetwork:
             f"{source} does not exist; name a run directory, a file that `aecore export` wrote, "
             f"or one of {', '.join(CARDS)}"
         )
-    return _of_run(path, model)
+    return hub.load(path, model=model) if hub.holds(path) else _of_run(path, model)
 
 
 def _path(source: str | os.PathLike) -> epath.Path:
@@ -123,7 +123,7 @@ class Version(NamedTuple):
 
     path: str
     files: tuple[tuple[str, int, int], ...]
-    """Name, time of change and size of the file, or of each of a run's checkpoints."""
+    """Name, time of change and size of the file, or of each of a folder's files or checkpoints."""
 
 
 def version(source: str | os.PathLike) -> Version:
@@ -132,6 +132,8 @@ def version(source: str | os.PathLike) -> Version:
     if not path.exists():
         return Version(str(source), ())
     files = [path] if path.is_file() else [*(path / "checkpoints").glob("*")]
+    if hub.holds(path):
+        files = [path / hub.CONFIG, path / hub.WEIGHTS]
     return Version(str(path), tuple(sorted(map(_stamp, files))))
 
 

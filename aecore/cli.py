@@ -156,6 +156,9 @@ class Restore:
     """Number format for computing; auto: bfloat16 on TPUs, float32 elsewhere."""
     strength: float = 1.0
     """How much of the correction is applied, from 0 (none) to 1."""
+    consistent: bool = False
+    """Change results so that degrading them gives the inputs again; for networks that enlarge, or
+    were trained on pixelated or masked images."""
     alpha: Literal["keep", "drop"] = "keep"
     """Whether outputs keep the input's alpha channel, which is never restored."""
     if_exists: Literal["fail", "skip", "overwrite"] = "fail"
@@ -272,6 +275,7 @@ class Restore:
             precision=self.precision,
             device=None if self.device == "auto" else self.device,
             strength=self.strength,
+            consistent=self.consistent,
         )
         if restorer.network.channels not in (1, 3):
             raise ConfigError(

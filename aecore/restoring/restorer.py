@@ -14,7 +14,8 @@ from aecore.errors import ConfigError, ImageError
 from aecore.media import images
 from aecore.networks.network import Network
 from aecore.networks.receptive_field import ReceptiveField
-from aecore.restoring import engine, expectations
+from aecore.restoring import consistency, engine, expectations, projection
+from aecore.restoring.consistency import Consistency
 from aecore.restoring.engine import Engine
 from aecore.restoring.tensors import like, to_numpy
 from aecore.restoring.tiling import Size
@@ -46,6 +47,9 @@ class Restorer:
         by interpolation where the network enlarges, 1 what the network makes of it.
       in_range: whether floats must lie in [0, 1]. False: others are taken as they are, such as
         noise that benchmarks don't clip.
+      consistent: whether results are changed so that degrading them gives their images. Only of
+        networks that were trained to undo `Downscale`, `Pixelate` or `Mask`; on images that were
+        degraded otherwise, it brings their faults back.
 
     A restorer can be copied and pickled; a copy compiles anew. JAX does not survive a fork: in a
     process that was forked after the first restorer was made, restoring raises a ConfigError.
@@ -64,6 +68,7 @@ class Restorer:
         device: jax.Device | str | None = None,  # pyright: ignore[reportInvalidTypeForm]
         strength: float = 1.0,
         in_range: bool = True,
+        consistent: bool = False,
     ):
         engine.refuse_fork()
         _check_strength(strength)
@@ -74,7 +79,11 @@ class Restorer:
             "precision": precision,
             "strength": strength,
             "in_range": in_range,
+            "consistent": consistent,
         }
+        self._project = (
+            projection.onto(self.description.build_degradation()) if consistent else None
+        )
         self._has_device = device is not None
         self._engine = Engine(
             trained.network,
@@ -245,7 +254,7 @@ class Restorer:
             sides = (self._engine.scale * height, self._engine.scale * width)
             shape = (*count, *sides, *array.shape[3 if count else 2 :])
             result = result.reshape(shape).astype(array.dtype, copy=False)
-            yield self._blended(array, result)
+            yield self._agreeing(array, self._blended(array, result))
 
     def _blended(self, array: np.ndarray, restored: np.ndarray) -> np.ndarray:
         """Mixes the restored image with the input, as `strength` says."""
@@ -259,6 +268,35 @@ class Restorer:
             plain = np.stack(larger).reshape(restored.shape)
         blended = (1 - strength) * plain.astype(np.float32) + strength * restored
         return (np.rint(blended) if array.dtype.kind == "u" else blended).astype(array.dtype)
+
+    def _agreeing(self, array: np.ndarray, restored: np.ndarray) -> np.ndarray:
+        """The restored image such that degrading it gives the input, if that was asked for."""
+        if self._project is None:
+            return restored
+        pairs = zip(_pictures(restored), _pictures(array), strict=True)
+        agreeing = np.stack([self._project(after, before) for after, before in pairs])
+        if restored.dtype.kind == "u":
+            agreeing = np.rint(agreeing * np.iinfo(restored.dtype).max)
+        return agreeing.reshape(restored.shape).astype(restored.dtype)
+
+    def consistency(self, restored: Any, original: Any) -> Consistency:
+        """How far a result is from explaining the image that it was made of.
+
+        Args:
+          restored: what this restorer made, or any other picture.
+          original: the degraded image that came in. Both are given as for calling.
+
+        Raises:
+          ConfigError: nothing can be said, as it isn't known what degraded the image.
+          ImageError: as for calling; or the sizes don't fit.
+        """
+        frames = self._frame(restored), self._frame(original)
+        arrays = [
+            _checked(value if frame is None else frame.values)
+            for value, frame in zip((restored, original), frames, strict=True)
+        ]
+        after, before = map(_pictures, arrays)
+        return consistency.measure(self.description.build_degradation(), after, before)
 
     def encode(self, image: Any) -> Any:
         """The codes `(N, h, w, K)` float32 of images, which are given as for calling.
@@ -447,6 +485,12 @@ def _to_float(array: np.ndarray) -> np.ndarray:
     return np.clip(array, 0, 1).astype(np.float32)
 
 
+def _pictures(array: np.ndarray) -> np.ndarray:
+    """An image, or several, as `(N, H, W, C)` float32 in [0, 1]."""
+    array = array[..., None] if array.ndim == 2 else array
+    return _to_float(array if array.ndim == 4 else array[None])
+
+
 def _check_strength(strength: float) -> None:
     if not (isinstance(strength, (int, float)) and 0 <= strength <= 1):
         raise ConfigError(f"strength {strength!r} is not possible; use a number from 0 to 1")
@@ -483,7 +527,7 @@ def restore(image: Any, run: str | os.PathLike, *, model: Any = None, strength: 
     """Restores an image with a trained network.
 
     The last few networks are kept, and loaded again when their files have changed. To choose tiles,
-    precision or device, use a `Restorer`.
+    precision or device, or consistent results, use a `Restorer`.
 
     Args:
       image: what `Restorer` takes.

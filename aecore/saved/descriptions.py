@@ -145,6 +145,20 @@ class Description:
         with _described():
             return _build(self.model or {}, models.REGISTRY, "model", "aecore.models")
 
+    def build_degradation(self) -> Degradation:
+        """Rebuilds the degradation from the registry.
+
+        Raises:
+          ConfigError: there is none, it is not registered, or a field is unknown or invalid.
+        """
+        if self.degradation is None or (self.data or {}).get("dataset") == "pairs":
+            raise ConfigError(
+                "what the network was trained to undo is not known: it was trained on pairs, or "
+                "says nothing of its training"
+            )
+        with _described():
+            return _degradation(self.degradation)
+
 
 def describe(experiment: Experiment) -> Json:
     """An experiment as JSON values; models and degradations carry their registered `type`.

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from aecore.config import Experiment
 from aecore.errors import AecoreError, ConfigError, Interrupted, SavingError
+from aecore.serving.limits import Limits
 
 _STARTED = time.time()
 """When the program began, nearly."""
@@ -266,9 +267,7 @@ class Restore:
                     raise KeyboardInterrupt
 
     def _restorer(self) -> Any:
-        from aecore.restoring.restorer import Restorer
-
-        restorer = Restorer.load(
+        return _of_pictures(
             self.model,
             tile=self.tile,
             batch_size=self.batch_size,
@@ -277,12 +276,6 @@ class Restore:
             strength=self.strength,
             consistent=self.consistent,
         )
-        if restorer.network.channels not in (1, 3):
-            raise ConfigError(
-                f"{self.model} is for images of {restorer.network.channels} channels; "
-                "pictures have 1 or 3"
-            )
-        return restorer
 
     def _without_existing(self, jobs: list[Any]) -> tuple[list[Any], list[Any]]:
         """Jobs to do, and those to skip because their output exists."""
@@ -301,6 +294,67 @@ class Restore:
             [job for job in jobs if job not in existing],
             [job for job in jobs if job in existing],
         )
+
+
+def _of_pictures(model: str, **settings: Any) -> Any:
+    """A restorer of pictures; refuses a network for other images."""
+    from aecore.restoring.restorer import Restorer
+
+    restorer = Restorer.load(model, **settings)
+    if restorer.network.channels not in (1, 3):
+        raise ConfigError(
+            f"{model} is for images of {restorer.network.channels} channels; pictures have 1 or 3"
+        )
+    return restorer
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve:
+    """Serves a page on which pictures are dropped, restored, compared and downloaded."""
+
+    model: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(aliases=["-m"])]
+    """A run directory, an exported file, or the name of weights that ship with aecore. Given
+    several times, visitors choose; the first is the default."""
+    host: str = "127.0.0.1"
+    """Address to listen on; by default only this machine can reach the page. 0.0.0.0: others can,
+    without a password."""
+    port: int = 8000
+    """Port to listen on; 0: any that is free."""
+    limits: Limits = Limits()
+    """What visitors may ask for."""
+    tile: Literal["auto"] | int = "auto"
+    """Large pictures are restored in tiles of this many pixels a side; 0: never."""
+    batch_size: int | None = None
+    """How many pictures to restore at once, at most; None: chosen for speed."""
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """The kind of device to compute on."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format for computing; auto: bfloat16 on TPUs, float32 elsewhere."""
+
+    def run(self) -> int:
+        from aecore.media import images
+
+        try:
+            from aecore.serving import server
+        except ImportError as error:
+            raise ConfigError(
+                f'serving needs the package {error.name}: pip install "aecore[serve]"'
+            ) from error
+        if not self.model:
+            raise ConfigError("no network; name one, as by -m photo-denoise")
+        restorers = {
+            model: _of_pictures(
+                model,
+                tile=self.tile,
+                batch_size=self.batch_size,
+                precision=self.precision,
+                device=None if self.device == "auto" else self.device,
+            )
+            for model in self.model
+        }
+        images.silence_pillow()
+        server.serve(restorers, host=self.host, port=self.port, limits=self.limits)
+        return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -603,6 +657,7 @@ _COMMANDS = {
     "train": Train,
     "init": Init,
     "restore": Restore,
+    "serve": Serve,
     "export": Export,
     "summary": Summary,
     "evaluate": Evaluate,

@@ -36,6 +36,7 @@ __all__ = [
     "Picture",
     "at_working_size",
     "can_write",
+    "ending",
     "enlarged",
     "from_array",
     "from_float",
@@ -84,6 +85,12 @@ def walk(folder: epath.Path) -> list[epath.Path]:
 def can_write(suffix: str) -> bool:
     """Whether pictures can be written with an ending, such as `.png`."""
     return Image.registered_extensions().get(suffix.lower()) in FORMATS
+
+
+def ending(file_format: str) -> str:
+    """The usual ending of files in a format, in Pillow's terms; `.png` if it can't be written."""
+    usual = {"JPEG": ".jpg", "JPEG2000": ".jp2", "TIFF": ".tif"}
+    return usual.get(file_format, f".{file_format.lower()}" if file_format in FORMATS else ".png")
 
 
 def is_picture(value: Any) -> bool:

@@ -140,7 +140,10 @@ class Engine:
         self._lock = threading.RLock()
 
     def run(
-        self, images: Iterable[np.ndarray], shapes: Sequence[Size] = ()
+        self,
+        images: Iterable[np.ndarray],
+        shapes: Sequence[Size] = (),
+        progress: Callable[[float], None] = lambda _: None,
     ) -> Iterator[np.ndarray]:
         """Restores images, of which consecutive ones of one shape are batched.
 
@@ -148,6 +151,8 @@ class Engine:
           images: `(N, H, W, C)`, taken as they are needed, some ahead. If taking some fails, those
             before them are restored first.
           shapes: those of the images' `Schedule`, if their sizes were known beforehand.
+          progress: called when more is done, with how much that is, 1 for each item of `images`.
+            What it raises ends the work.
 
         Yields:
           The restored images `(N, s H, s W, C)`, in order, where s is the network's scale.
@@ -156,7 +161,7 @@ class Engine:
           ImageError: the device's memory doesn't suffice.
         """
         refuse_fork()
-        return _Pass(self, shapes)(images)
+        return _Pass(self, shapes, progress)(images)
 
     def plan(self, sizes: Mapping[Any, Size]) -> Schedule:
         """In which order to restore images of these sizes, and in arrays of which few shapes.
@@ -449,9 +454,12 @@ class _Piece(NamedTuple):
 class _Pass:
     """One pass over images: collects windows in batches, computes them, puts results together."""
 
-    def __init__(self, engine: Engine, shapes: Sequence[Size]):
+    def __init__(
+        self, engine: Engine, shapes: Sequence[Size], progress: Callable[[float], None]
+    ):
         self._engine = engine
         self._shapes = shapes
+        self._progress = progress
         self._tile = engine.tile
         self._waiting = collections.deque()
         self._stacks = collections.deque()
@@ -572,6 +580,7 @@ class _Pass:
             top, left = scale * (rows.first - rows.start), scale * (columns.first - columns.start)
             target[:] = restored[place, top : top + height, left : left + width]
             stack.missing -= len(piece)
+            self._progress(len(piece) / (len(stack.array) * len(stack.windows)))
 
 
 def _places(pieces: list[_Piece]) -> Iterator[tuple[_Piece, slice]]:

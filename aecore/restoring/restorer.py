@@ -143,7 +143,7 @@ class Restorer:
         """What the network says of itself."""
         return self.trained.description
 
-    def __call__(self, image: Any) -> Any:
+    def __call__(self, image: Any, *, progress: Callable[[float], None] | None = None) -> Any:
         """Restores an image, or several.
 
         A gray image is given to a network for colour as three equal channels, whose mean is taken;
@@ -153,6 +153,8 @@ class Restorer:
         Args:
           image: an array `(H, W)`, `(H, W, C)` or `(N, H, W, C)`, uint8, uint16 or float in
             [0, 1]; a Pillow image; or a path to a picture, of which the first frame is taken.
+          progress: called with the share that is done, up to 1, whenever another part of a large
+            picture is. What it raises ends the work, and is raised here.
 
         Returns:
           The same kind, dtype, shape and mode (for a path, a Pillow image; for an array of JAX,
@@ -167,10 +169,11 @@ class Restorer:
         """
         frame = self._frame(image)
         if frame is not None:
-            return images.to_pillow(frame.restored(self(frame.values)))
+            restored = self(frame.values, progress=progress)
+            return images.to_pillow(frame.restored(restored))
         array = _checked(image)
         self._notice(array)
-        return like(image, next(self._restored([array])))
+        return like(image, next(self._restored([array], progress=progress)))
 
     def each(self, arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Restores images as they come; consecutive ones of one shape are batched.
@@ -234,18 +237,30 @@ class Restorer:
             yield key, like(image, restored)
 
     def _restored(
-        self, arrays: Iterable[np.ndarray], shapes: Sequence[Size] = ()
+        self,
+        arrays: Iterable[np.ndarray],
+        shapes: Sequence[Size] = (),
+        progress: Callable[[float], None] | None = None,
     ) -> Iterator[np.ndarray]:
         """Restores arrays that are each an image, or several."""
         under_way = collections.deque()
+        begun = done = 0
 
         def adapted():
+            nonlocal begun
             for array in arrays:
                 parts = self._adapt(array)
                 under_way.append((array, len(parts)))
+                begun += len(parts)
                 yield from parts
 
-        restored = self._engine.run(adapted(), shapes)
+        def count(share):
+            nonlocal done
+            done += share
+            if progress is not None:  # Where memory ran out, parts are done again.
+                progress(min(done / begun, 1.0))
+
+        restored = self._engine.run(adapted(), shapes, count)
         for first in restored:
             array, count = under_way.popleft()
             parts = [first, *(next(restored) for _ in range(count - 1))]
@@ -254,10 +269,15 @@ class Restorer:
             sides = (self._engine.scale * height, self._engine.scale * width)
             shape = (*count, *sides, *array.shape[3 if count else 2 :])
             result = result.reshape(shape).astype(array.dtype, copy=False)
-            yield self._agreeing(array, self._blended(array, result))
+            yield self._agreeing(array, self.blended(array, result))
 
-    def _blended(self, array: np.ndarray, restored: np.ndarray) -> np.ndarray:
-        """Mixes the restored image with the input, as `strength` says."""
+    def blended(self, array: np.ndarray, restored: np.ndarray) -> np.ndarray:
+        """What this restorer's strength makes of images and of what full strength made of them.
+
+        Args:
+          array: one image or several, as for calling.
+          restored: the result for it, of the same dtype, by a restorer of strength 1.
+        """
         strength = self._settings["strength"]
         if strength == 1:
             return restored

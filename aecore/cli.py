@@ -320,7 +320,7 @@ class Serve:
     without a password."""
     port: int = 8000
     """Port to listen on; 0: any that is free."""
-    limits: Limits = Limits()
+    limits: Limits = dataclasses.field(default_factory=Limits)
     """What visitors may ask for."""
     tile: Literal["auto"] | int = "auto"
     """Large pictures are restored in tiles of this many pixels a side; 0: never."""

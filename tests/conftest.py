@@ -1,6 +1,8 @@
 """Eight virtual CPU devices for all tests, and data that several of them share."""
 
+import contextlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -50,6 +52,38 @@ def _test_data(name: str) -> str:
     if "AECORE_TEST_DATA" not in os.environ or not folder.is_dir():
         pytest.skip(f"AECORE_TEST_DATA does not name a folder that holds {name}")
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless Chromium, where there is one.
+
+    It is closed after each module, as asyncio can't be used in this thread meanwhile.
+    """
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("there is no Chromium; Debian's package is called chromium")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def open_page(chromium, address):
+    """A page, of which it is checked at the end that all that it loaded came from its address."""
+    context = chromium.new_context(viewport={"width": 1000, "height": 700})
+    page, loaded, failures = context.new_page(), [], []
+    page.on("request", lambda request: loaded.append(request.url))
+    page.on("pageerror", lambda error: failures.append(error))
+    page.goto(address)
+    page.wait_for_selector("[data-ready]")
+    yield page
+    context.close()
+    assert not failures
+    assert len(loaded) > 4
+    assert all(url.startswith((f"{address}/", f"blob:{address}/")) for url in loaded)
 
 
 def save_pictures(folder: Path, count: int, size=(16, 16), mode="L", seed=0) -> None:

@@ -51,6 +51,9 @@ def opened(path: epath.Path) -> Iterator[ImageFile.ImageFile]:
         message = str(error)
         named = message.startswith(str(path))
         raise ImageError(message if named else f"{path} can't be read: {message}") from error
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise ImageError(f"{path} can't be read: it has more than {most:,} pixels") from error
     except Exception as error:  # Damaged files make Pillow's decoders fail in many ways.
         raise ImageError(f"{path} can't be read: {reason(error)}") from error
 

@@ -454,9 +454,7 @@ class _Piece(NamedTuple):
 class _Pass:
     """One pass over images: collects windows in batches, computes them, puts results together."""
 
-    def __init__(
-        self, engine: Engine, shapes: Sequence[Size], progress: Callable[[float], None]
-    ):
+    def __init__(self, engine: Engine, shapes: Sequence[Size], progress: Callable[[float], None]):
         self._engine = engine
         self._shapes = shapes
         self._progress = progress

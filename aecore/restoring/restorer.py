@@ -254,13 +254,13 @@ class Restorer:
                 begun += len(parts)
                 yield from parts
 
-        def count(share):
+        def report(share):
             nonlocal done
             done += share
             if progress is not None:  # Where memory ran out, parts are done again.
                 progress(min(done / begun, 1.0))
 
-        restored = self._engine.run(adapted(), shapes, count)
+        restored = self._engine.run(adapted(), shapes, report)
         for first in restored:
             array, count = under_way.popleft()
             parts = [first, *(next(restored) for _ in range(count - 1))]

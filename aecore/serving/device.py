@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -24,7 +24,7 @@ _LOOK_EVERY = 0.1
 """Seconds after which whoever waits looks again whether it still should."""
 
 
-class Abandoned(Exception):
+class AbandonedError(Exception):
     """Nobody waits for the picture any more."""
 
 
@@ -37,9 +37,9 @@ class Visit:
         self.is_abandoned = False
 
     def check(self) -> None:
-        """Raises Abandoned if nobody waits any more."""
+        """Raises AbandonedError if nobody waits any more."""
         if self.is_abandoned:
-            raise Abandoned
+            raise AbandonedError
 
 
 @dataclasses.dataclass(eq=False)
@@ -77,7 +77,7 @@ class Device:
         """Waits until there is memory for a picture, and keeps it meanwhile.
 
         Raises:
-          Abandoned: nobody waits for it any more.
+          AbandonedError: nobody waits for it any more.
         """
         with self._changed:
             while self._held and self._held + pixels > _MOST_HELD:
@@ -102,7 +102,7 @@ class Device:
           visit: whose share grows meanwhile.
 
         Raises:
-          Abandoned: nobody waits for it any more.
+          AbandonedError: nobody waits for it any more.
           ImageError: as for calling a restorer.
         """
         waiting = [_Waiting(visit, restorer, image) for image in images]
@@ -144,7 +144,7 @@ class Device:
 def _restore(together: Sequence[_Waiting]) -> list[np.ndarray]:
     def progress(share):
         if all(one.visit.is_abandoned for one in together):
-            raise Abandoned
+            raise AbandonedError
         for one in together:
             one.share = share
 

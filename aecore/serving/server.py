@@ -16,7 +16,6 @@ import concurrent.futures
 import dataclasses
 import json
 import logging
-import math
 import mimetypes
 import socket
 import tempfile
@@ -37,9 +36,9 @@ from aecore.media import images
 from aecore.media.images import Picture
 from aecore.restoring import expectations
 from aecore.restoring.restorer import Restorer
-from aecore.serving.device import Abandoned, Device, Visit
-from aecore.serving.limits import Limits
 from aecore.serving import PAGE
+from aecore.serving.device import AbandonedError, Device, Visit
+from aecore.serving.limits import Limits
 from aecore.storage import reason
 
 _log = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ _LOOK_EVERY = 0.2
 _BAD_REQUEST, _NOT_FOUND, _TOO_LARGE, _FAILED, _BUSY = 400, 404, 413, 500, 503
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """A request that is answered by a sentence instead of a picture."""
 
     def __init__(self, status: int, sentence: str):
@@ -102,13 +101,13 @@ def application(restorers: Mapping[str, Restorer], limits: Limits) -> Starlette:
             Route("/restore.js", lambda _: FileResponse(PAGE / "remote.js")),
             Mount("/", StaticFiles(directory=PAGE, html=True)),
         ],
-        exception_handlers={Refusal: _refused},
+        exception_handlers={RefusedError: _refused},
     )
 
 
 async def _refused(request: Request, refusal: Exception) -> Response:
     del request
-    assert isinstance(refusal, Refusal)
+    assert isinstance(refusal, RefusedError)
     return PlainTextResponse(str(refusal), refusal.status)
 
 
@@ -139,7 +138,7 @@ class _Service:
     async def progress(self, request: Request) -> Response:
         key = request.query_params.get("visit", "")
         if key not in self._visits:
-            raise Refusal(_NOT_FOUND, "No picture of this name is being restored.")
+            raise RefusedError(_NOT_FOUND, "No picture of this name is being restored.")
         # Visits are in the order in which they came.
         ahead = list(self._visits).index(key)
         return JSONResponse({"share": self._visits[key].share, "ahead": ahead})
@@ -147,14 +146,14 @@ class _Service:
     async def restore(self, request: Request) -> Response:
         name = request.query_params.get("network", next(iter(self._restorers)))
         if name not in self._restorers:
-            raise Refusal(
+            raise RefusedError(
                 _NOT_FOUND, f"There is no network {name}; use {' or '.join(self._restorers)}."
             )
         restorer = self._restorers[name]
         try:
             blending = restorer.with_strength(float(request.query_params.get("strength", 1)))
         except (AecoreError, ValueError):
-            raise Refusal(_BAD_REQUEST, "The strength must be a number from 0 to 1.") from None
+            raise RefusedError(_BAD_REQUEST, "The strength must be a number from 0 to 1.") from None
 
         def work(source, visit):
             with self._device.room_for(self._pixels(source, restorer.network.scale), visit):
@@ -183,12 +182,12 @@ class _Service:
         """How many pixels a file's picture has once it is enlarged, decoding none.
 
         Raises:
-          Refusal: they are more than are allowed.
+          RefusedError: they are more than are allowed.
         """
         pixels = scale**2 * images.read_extent(epath.Path(source))[1]
         if pixels > self._limits.pixels:
             has = "has" if scale == 1 else f"would, {scale} times as large, have"
-            raise Refusal(
+            raise RefusedError(
                 _TOO_LARGE,
                 f"The picture {has} {pixels / 1e6:,.1f} million pixels; the most that this server "
                 f"takes are {self._limits.megapixels:,.4g} million.",
@@ -199,11 +198,11 @@ class _Service:
         """Receives a file and has it worked on in a thread.
 
         Raises:
-          Refusal: the file can't be restored, or not in time; too many are waiting; or the visitor
+          RefusedError: the file can't be restored, or not in time; too many are waiting; or the visitor
             has left.
         """
         if len(self._visits) >= self._limits.pictures:
-            raise Refusal(_BUSY, "Too many pictures are waiting; try again in a minute.")
+            raise RefusedError(_BUSY, "Too many pictures are waiting; try again in a minute.")
         visit = Visit()
         key = request.query_params.get("visit", "")
         if not key or key in self._visits:
@@ -216,17 +215,21 @@ class _Service:
                     return await self._worked(request, work, source, visit)
                 except AecoreError as error:
                     sentence = str(error).replace(str(source), "the file")
-                    raise Refusal(_BAD_REQUEST, f"{sentence[:1].upper()}{sentence[1:]}.") from None
-        except (Refusal, asyncio.CancelledError):
+                    raise RefusedError(
+                        _BAD_REQUEST, f"{sentence[:1].upper()}{sentence[1:]}."
+                    ) from None
+        except (RefusedError, asyncio.CancelledError):
             raise
         except Exception:
             _log.exception("a picture could not be restored")
-            raise Refusal(_FAILED, "Something failed on the server; its log says what.") from None
+            raise RefusedError(
+                _FAILED, "Something failed on the server; its log says what."
+            ) from None
         finally:
             self._visits.pop(key, None)
 
     async def _worked(self, request: Request, work: Work, source: Path, visit: Visit) -> Response:
-        late = Refusal(
+        late = RefusedError(
             _BUSY,
             f"The picture took longer than {self._limits.seconds:g} seconds, so that it was given "
             "up; try a smaller one, or later.",
@@ -247,7 +250,7 @@ class _Service:
             visit.is_abandoned = refusal is not None
         try:
             return working.result()
-        except Abandoned:
+        except AbandonedError:
             raise refusal or late from None
 
     async def _receive(self, request: Request, source: Path) -> None:
@@ -257,14 +260,14 @@ class _Service:
             async for chunk in _body(request):
                 size += len(chunk)
                 if size > self._limits.bytes:
-                    raise Refusal(
+                    raise RefusedError(
                         _TOO_LARGE,
                         "The file is too large; the most that this server takes are "
                         f"{self._limits.megabytes:,.4g} million bytes.",
                     )
                 file.write(chunk)
         if not size:
-            raise Refusal(_BAD_REQUEST, "The request has no picture; send a file as its body.")
+            raise RefusedError(_BAD_REQUEST, "The request has no picture; send a file as its body.")
 
 
 async def _body(request: Request) -> AsyncIterator[bytes]:
@@ -275,8 +278,8 @@ async def _body(request: Request) -> AsyncIterator[bytes]:
         raise _left() from None
 
 
-def _left() -> Refusal:
-    return Refusal(_BAD_REQUEST, "The visitor left.")
+def _left() -> RefusedError:
+    return RefusedError(_BAD_REQUEST, "The visitor left.")
 
 
 def _written(picture: Picture, path: Path, notes: list[str]) -> Response:

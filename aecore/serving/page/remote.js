@@ -8,7 +8,7 @@ export function about() {
   const code = document.createElement("code");
   const address = new URL("restore", location.href);
   code.textContent = `curl --data-binary @photo.jpg '${address}?strength=1' -o restored.jpg`;
-  return ["The picture is restored on the server, which keeps no copy. For programs: ", code];
+  return ["Restored on the server, which keeps no copy. For programs: ", code];
 }
 
 export async function networks() {

@@ -198,8 +198,8 @@ class _Service:
         """Receives a file and has it worked on in a thread.
 
         Raises:
-          RefusedError: the file can't be restored, or not in time; too many are waiting; or the visitor
-            has left.
+          RefusedError: the file can't be restored, or not in time; too many are waiting; or the
+            visitor has left.
         """
         if len(self._visits) >= self._limits.pictures:
             raise RefusedError(_BUSY, "Too many pictures are waiting; try again in a minute.")

@@ -26,13 +26,15 @@ export class Viewer {
     new ResizeObserver(() => this.fit()).observe(viewer);
   }
 
-  // Both are addresses of images that are loaded already; `after` may be the larger one.
+  // Both are addresses of images; `after` may be the larger one. If they are the same, there is
+  // nothing to compare yet.
   async show(before, after) {
     const sameSize = this.after.naturalWidth;
     this.before.src = before;
     this.after.src = after;
     await Promise.all([this.before.decode(), this.after.decode()]);
     this.pictures.hidden = false;
+    this.pictures.classList.toggle("single", before === after);
     for (const image of [this.before, this.after]) {
       image.style.width = `${this.after.naturalWidth}px`;
       image.style.height = `${this.after.naturalHeight}px`;

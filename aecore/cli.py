@@ -359,7 +359,8 @@ class Serve:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Writes a trained network to one file, which runs without Flax and orbax, or in ONNX Runtime.
+    """Writes a trained network to one file, which runs without Flax and orbax, or in ONNX Runtime;
+    or as a page, in which visitors' browsers restore their pictures themselves.
 
     An ONNX file needs no JAX either. It takes images of any size, `(batch, height, width,
     channels)` float32 in [0, 1], and restores them as `aecore.Restorer` does.
@@ -368,14 +369,18 @@ class Export:
     model: tyro.conf.Positional[str]
     """A run directory, an exported file or folder, or the name of weights that ship with aecore."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
-    """The file to write; for safetensors, a new folder."""
-    format: Literal["auto", "stablehlo", "onnx", "weights", "safetensors"] = "auto"
+    """The file to write; for safetensors and web, a folder."""
+    format: Literal["auto", "stablehlo", "onnx", "weights", "safetensors", "web"] = "auto"
     """stablehlo: the network's functions, compiled by JAX on any machine. onnx: for ONNX Runtime
     and other programs. weights: parameters alone, small and lasting; a model of your own must then
-    be given when they are loaded. auto: onnx if the file's name ends in .onnx, else stablehlo."""
+    be given when they are loaded. safetensors: a folder with a model card, as hubs take it. web: a
+    folder that any web server can serve, in which the browser computes everything, with ONNX
+    Runtime. auto: onnx if the file's name ends in .onnx, else stablehlo."""
     parameters: Literal["float32", "bfloat16"] = "float32"
     """Number format of the parameters, except in ONNX and safetensors; bfloat16 makes the file half
     as large."""
+    runtime: str | None = None
+    """For web, the file that `npm pack onnxruntime-web@1.30.0` writes; None: it is downloaded."""
 
     def run(self) -> int:
         from aecore.saved import exported, hub, weights
@@ -387,6 +392,8 @@ class Export:
             hub.save(path, trained)
             print(f"{path}: {hub.WEIGHTS}, {hub.CONFIG}, {hub.CARD}")
             return 0
+        if self.format == "web":
+            return self._write_page(path, trained)
         if path.is_dir():
             raise ConfigError(f"{path} is a folder; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -400,6 +407,13 @@ class Export:
                 parameters=self.parameters,
             )
         print(f"{path}: {path.stat().length:,} bytes")
+        return 0
+
+    def _write_page(self, folder: Any, trained: Any) -> int:
+        from aecore.serving import site
+
+        site.write(folder, trained, name=self.model, package=self.runtime)
+        print(f"{folder}: try it with python -m http.server --bind 127.0.0.1 -d {folder}")
         return 0
 
 

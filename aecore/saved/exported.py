@@ -127,14 +127,15 @@ def _exported(network: Network, params: Any) -> dict[str, bytes]:
     }
 
 
-def export_onnx(path: epath.Path, trained: TrainedNetwork) -> None:
+def export_onnx(path: epath.Path, trained: TrainedNetwork, *, clipped: bool = True) -> None:
     """Writes a network as an ONNX graph, with its description as metadata.
 
-    The graph takes images of any size and gives what a `Restorer` gives, clipped to [0, 1].
+    The graph takes images of any size and gives what a `Restorer` gives.
 
     Args:
       path: where to write it.
       trained: what to write.
+      clipped: whether the graph clips what it gives to [0, 1].
 
     Raises:
       ConfigError: onnx is not installed, or the network can't be written.
@@ -151,8 +152,13 @@ def export_onnx(path: epath.Path, trained: TrainedNetwork) -> None:
             "an exported file that holds compiled functions can't be written as ONNX; export the "
             "run that it was made from"
         )
+
+    def restore(images):
+        restored = network.apply(params, images)
+        return jnp.clip(restored, 0.0, 1.0) if clipped else restored
+
     graph = onnx.convert(
-        lambda images: jnp.clip(network.apply(params, images), 0.0, 1.0),
+        restore,
         channels=network.channels,
         stride=network.stride,
         scale=network.scale,

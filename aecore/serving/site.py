@@ -56,7 +56,8 @@ def write(
         )
     runtime = read_runtime(download() if package is None else _read(to_path(package)))
     (folder / "runtime").mkdir(parents=True, exist_ok=True)
-    exported.export_onnx(folder / "network.onnx", trained)
+    # Clipped by the page, after it has taken the mean of the channels of gray pictures.
+    exported.export_onnx(folder / "network.onnx", trained, clipped=False)
     for script in _SCRIPTS:
         write_whole(folder / script, (PAGE / script).read_bytes())
     write_whole(folder / "restore.js", (PAGE / "local.js").read_bytes())

@@ -1,7 +1,7 @@
 """Scores, cost and speed of the weights for photographs, on the benchmarks that everybody knows.
 
     python experiments/photo_results.py --photos DIR            # prints the tables
-    python experiments/photo_results.py --photos DIR --write    # puts them into README.md
+    python experiments/photo_results.py --photos DIR --write    # puts them into experiments/README.md
 
 DIR holds the folders `cbsd68`, `live1`, `set5` and `set14`, with the pictures of the test sets of
 these names. They are scored as `aecore evaluate` does it. Speeds are of restoring one picture of
@@ -24,7 +24,7 @@ import aecore
 from aecore.degradations import JPEG, Degradation, Downscale, GaussianNoise
 from aecore.saved import exported, weights
 
-_README = Path(__file__).parent.parent / "README.md"
+_README = Path(__file__).with_name("README.md")
 _START, _END = (
     "<!-- photographs: made by experiments/photo_results.py -->",
     "<!-- end of photographs -->",
@@ -127,11 +127,11 @@ def _peers(
 
 
 def main(photos: Path, write: bool = False) -> None:
-    """Prints the tables, or puts them into README.md.
+    """Prints the tables, or puts them into experiments/README.md.
 
     Args:
         photos: Folder of the test sets.
-        write: Whether to change README.md.
+        write: Whether to change experiments/README.md.
     """
     present = [benchmark for benchmark in BENCHMARKS if benchmark.weights in weights.CARDS]
     lines = [

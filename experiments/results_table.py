@@ -1,7 +1,7 @@
-"""Makes the results table in the README from summaries, so that no figure is typed by hand.
+"""Makes the results table in experiments/README.md from summaries, so that no figure is typed by hand.
 
     python experiments/results_table.py           # prints the table
-    python experiments/results_table.py --write   # puts it into README.md
+    python experiments/results_table.py --write   # puts it into experiments/README.md
 
 `experiments/results/` holds the `summary.json` of finished runs, with the scores of classical
 methods where `aecore evaluate RUN --save` has added them. Runs with the same name and different
@@ -19,7 +19,7 @@ from typing import Any
 import tyro
 
 _HERE = Path(__file__).parent
-_README = _HERE.parent / "README.md"
+_README = _HERE / "README.md"
 _START, _END = "<!-- results: made by experiments/results_table.py -->", "<!-- end of results -->"
 
 _TASKS = {
@@ -114,7 +114,7 @@ def main(write: bool = False) -> None:
     """Prints the table.
 
     Args:
-        write: Put it into README.md instead.
+        write: Put it into experiments/README.md instead.
     """
     table = tables(load(_HERE / "results"))
     if write:

@@ -87,7 +87,7 @@ def test_the_table_is_made_of_summaries(tmp_path):
 
 def test_the_readmes_table_is_the_one_that_the_script_makes():
     results = script("results_table")
-    readme = (EXPERIMENTS.parent / "README.md").read_text()
+    readme = (EXPERIMENTS / "README.md").read_text()
     table = results["tables"](results["load"](EXPERIMENTS / "results"))
     assert table
     assert results["inserted"](readme, table) == readme

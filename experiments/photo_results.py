@@ -1,7 +1,7 @@
 """Scores, cost and speed of the weights for photographs, on the benchmarks that everybody knows.
 
     python experiments/photo_results.py --photos DIR            # prints the tables
-    python experiments/photo_results.py --photos DIR --write    # puts them into experiments/README.md
+    python experiments/photo_results.py --photos DIR --write    # into experiments/README.md
 
 DIR holds the folders `cbsd68`, `live1`, `set5` and `set14`, with the pictures of the test sets of
 these names. They are scored as `aecore evaluate` does it. Speeds are of restoring one picture of
@@ -127,7 +127,7 @@ def _peers(
 
 
 def main(photos: Path, write: bool = False) -> None:
-    """Prints the tables, or puts them into experiments/README.md.
+    """Prints the tables, or into experiments/README.md.
 
     Args:
         photos: Folder of the test sets.

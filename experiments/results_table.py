@@ -1,4 +1,4 @@
-"""Makes the results table in experiments/README.md from summaries, so that no figure is typed by hand.
+"""Makes the table in experiments/README.md from summaries, so that no figure is typed by hand.
 
     python experiments/results_table.py           # prints the table
     python experiments/results_table.py --write   # puts it into experiments/README.md

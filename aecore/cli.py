@@ -164,6 +164,10 @@ class Restore:
     """Whether outputs keep the input's alpha channel, which is never restored."""
     if_exists: Literal["fail", "skip", "overwrite"] = "fail"
     """What to do if output files exist; fail: stop before restoring anything."""
+    shard: str | None = None
+    """Restore one part of the inputs, such as 1/4, 2/4, 3/4 or 4/4, so that several machines can
+    divide them. A file's name alone decides to which part it belongs. In Slurm, with --array=1-4:
+    $SLURM_ARRAY_TASK_ID/4."""
     on_error: Literal["continue", "stop"] = "continue"
     """What to do when a file can't be restored."""
     compare: bool = False
@@ -179,6 +183,7 @@ class Restore:
 
         if self.quality is not None and not 1 <= self.quality <= 100:
             raise ConfigError(f"--quality {self.quality} is out of range; use 1 to 100")
+        shard = files.Shard.parse("1/1" if self.shard is None else self.shard)
         jobs, failures = files.find(
             self.inputs,
             self.output,
@@ -192,7 +197,8 @@ class Restore:
             overwrite=self.if_exists == "overwrite",
             report=self.report,
         )
-        jobs, skipped = self._without_existing(jobs)
+        failures = [failure for failure in failures if shard.holds(failure)]
+        jobs, skipped = self._without_existing([job for job in jobs if shard.holds(job)])
         if self.dry_run:
             for job in jobs:
                 _say(f"{job.source} -> {job.target}")

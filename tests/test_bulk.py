@@ -467,6 +467,33 @@ def test_a_list_may_be_cut_off(tmp_path):
     assert process.wait(60) == 0
 
 
+def test_shards_divide_the_inputs(unchanged, tmp_path, capfd):
+    save_pictures(tmp_path / "in", 20)
+    save_pictures(tmp_path / "in" / "deep", 20)
+    (tmp_path / "in" / "broken.png").write_text("text")
+    args = [tmp_path / "in", tmp_path / "missing.png", "-o", tmp_path / "out", "-m", unchanged]
+    args += ["--recursive", "--report", tmp_path / "report.json"]
+    sources = []
+    for shard in ("1/3", "2/3", "3/3"):
+        # Outputs of the other shards are neither in the way nor looked at.
+        run(capfd, *args, "--shard", shard)
+        entries = json.loads((tmp_path / "report.json").read_text())["files"]
+        assert 5 < len(entries) < 25
+        assert not any(entry["status"] == "skipped" for entry in entries)
+        sources += [entry["source"] for entry in entries]
+    assert len(sources) == len(set(sources)) == 42
+    assert len(names(tmp_path / "out")) == 40
+
+
+@pytest.mark.parametrize("text", ["3/2", "0/2", "1", "1/0", "a/b", "-1/2", "1/2/3"])
+def test_impossible_shards(unchanged, tmp_path, capfd, text):
+    status, _, errors = run(capfd, tmp_path, "-o", tmp_path, "-m", unchanged, f"--shard={text}")
+    assert status == 2
+    assert errors == (
+        f"error: shard {text} is not possible; use I/N with I from 1 to N, such as 1/4 to 4/4\n"
+    )
+
+
 def test_skipping_takes_linear_time(tmp_path, monkeypatch):
     hashed = []
     real = files.Job.__hash__

@@ -1,7 +1,10 @@
 """Finds the files to restore and names their outputs, without reading or writing any."""
 
+import dataclasses
 import glob
 import os
+import re
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -48,6 +51,33 @@ class Failure(NamedTuple):
         # A file's name may contain line breaks.
         text = f"{self.source}: {self.reason}"
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One of several parts into which inputs are divided, by their names alone."""
+
+    number: int
+    """From 1 to `count`."""
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """Reads `I/N`, such as `1/4` for the first of four.
+
+        Raises:
+          ConfigError: it is something else.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise ConfigError(
+                f"shard {text} is not possible; use I/N with I from 1 to N, such as 1/4 to 4/4"
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    def holds(self, item: Job | Failure) -> bool:
+        """Whether a file, or an input that can't be restored, belongs to this part."""
+        return zlib.crc32(os.fsencode(item.source)) % self.count == self.number - 1
 
 
 def find(

@@ -41,6 +41,7 @@ __all__ = [
     "losses",
     "metrics",
     "models",
+    "ray",
     "restore",
     "train",
 ]

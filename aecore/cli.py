@@ -207,7 +207,15 @@ class Restore:
             return 1 if failures else 0
         images.silence_pillow()
         with _notes_on_stdout(), _interruptible() as is_interrupted:
-            restorer = self._restorer()
+            restorer = bulk.load(
+                self.model,
+                tile=self.tile,
+                batch_size=self.batch_size,
+                precision=self.precision,
+                device=None if self.device == "auto" else self.device,
+                strength=self.strength,
+                consistent=self.consistent,
+            )
             outcomes = []
 
             def finished_late(outcome):
@@ -272,17 +280,6 @@ class Restore:
                 if is_interrupted():
                     raise KeyboardInterrupt
 
-    def _restorer(self) -> Any:
-        return _of_pictures(
-            self.model,
-            tile=self.tile,
-            batch_size=self.batch_size,
-            precision=self.precision,
-            device=None if self.device == "auto" else self.device,
-            strength=self.strength,
-            consistent=self.consistent,
-        )
-
     def _without_existing(self, jobs: list[Any]) -> tuple[list[Any], list[Any]]:
         """Jobs to do, and those to skip because their output exists."""
         from aecore.storage import exists
@@ -300,18 +297,6 @@ class Restore:
             [job for job in jobs if job not in existing],
             [job for job in jobs if job in existing],
         )
-
-
-def _of_pictures(model: str, **settings: Any) -> Any:
-    """A restorer of pictures; refuses a network for other images."""
-    from aecore.restoring.restorer import Restorer
-
-    restorer = Restorer.load(model, **settings)
-    if restorer.network.channels not in (1, 3):
-        raise ConfigError(
-            f"{model} is for images of {restorer.network.channels} channels; pictures have 1 or 3"
-        )
-    return restorer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,6 +324,7 @@ class Serve:
 
     def run(self) -> int:
         from aecore.media import images
+        from aecore.restoring import bulk
 
         try:
             from aecore.serving import server
@@ -349,7 +335,7 @@ class Serve:
         if not self.model:
             raise ConfigError("no network; name one, as by -m photo-denoise")
         restorers = {
-            model: _of_pictures(
+            model: bulk.load(
                 model,
                 tile=self.tile,
                 batch_size=self.batch_size,

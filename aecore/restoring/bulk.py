@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from aecore.errors import ImageError
+from aecore.errors import ConfigError, ImageError
 from aecore.media import images, videos
 from aecore.media.images import Picture
 from aecore.restoring import expectations
@@ -39,6 +39,21 @@ class Done:
     """What was changed besides restoring, each a few words."""
 
 
+def load(run: str | os.PathLike, **settings: Any) -> Restorer:
+    """Loads a network that restores files; as `Restorer.load`.
+
+    Raises:
+      CheckpointError: as there.
+      ConfigError: the network is for images that no picture file holds.
+    """
+    restorer = Restorer.load(run, **settings)
+    if restorer.network.channels not in (1, 3):
+        raise ConfigError(
+            f"{run} is for images of {restorer.network.channels} channels; pictures have 1 or 3"
+        )
+    return restorer
+
+
 def restore(
     jobs: Sequence[Job],
     restorer: Restorer,
@@ -46,6 +61,7 @@ def restore(
     alpha: Literal["keep", "drop"] = "keep",
     compare: bool = False,
     quality: int | None = None,
+    more_follow: bool = False,
     late: Callable[[Done | Failure], None] = lambda _: None,
 ) -> Generator[Done | Failure]:
     """Restores files; each output appears whole or not at all.
@@ -57,6 +73,7 @@ def restore(
       compare: whether to write each input beside its output, in one picture, too; enlarged by
         interpolation if the output is larger.
       quality: of JPEG, WebP and AVIF files, 1 to 100; None for the input's, as far as it is known.
+      more_follow: whether the restorer is given other jobs afterwards; as for `Restorer.many`.
       late: if the iterator is closed early, files that are being written are finished; this is
         called with what became of each.
 
@@ -75,7 +92,7 @@ def restore(
     ):
         try:
             yield from _restore_pictures(
-                pictures, restorer, readers, writers, alpha, compare, quality, writing
+                pictures, restorer, readers, writers, alpha, compare, quality, more_follow, writing
             )
             for job in jobs:
                 if job.is_video:
@@ -101,6 +118,7 @@ def _restore_pictures(
     alpha: str,
     compare: bool,
     quality: int | None,
+    more_follow: bool,
     writing: _Writing,
 ) -> Iterator[Done | Failure]:
     sizes, pixels = {}, {}
@@ -137,7 +155,7 @@ def _restore_pictures(
             writing.popleft()
             yield outcome
 
-    for _, values in restorer.many(sizes, frames):
+    for _, values in restorer.many(sizes, frames, more_follow=more_follow):
         job, content, restored = under_way[0]
         restored.append(values)
         if len(restored) == len(content.frames):

@@ -163,15 +163,19 @@ class Engine:
         refuse_fork()
         return _Pass(self, shapes, progress)(images)
 
-    def plan(self, sizes: Mapping[Any, Size]) -> Schedule:
+    def plan(self, sizes: Mapping[Any, Size], more_follow: bool = False) -> Schedule:
         """In which order to restore images of these sizes, and in arrays of which few shapes.
 
         Args:
           sizes: height and width of each image, by any key.
+          more_follow: whether the shapes should stay few over all calls, of which each has other
+            sizes. They waste more than shapes chosen for these sizes alone.
         """
         parts = [window.size for size in sizes.values() for window in self.windows(size)]
         shapes = []
-        if len(set(parts)) <= _SHARED_SHAPES or self._can_share:
+        if more_follow:
+            shapes = sorted(set(map(self.shape_for, parts)))
+        elif len(set(parts)) <= _SHARED_SHAPES or self._can_share:
             shapes = tiling.shared_shapes(parts, _SHARED_SHAPES)
 
         def shape(key):

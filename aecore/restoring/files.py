@@ -122,15 +122,20 @@ def find(
         return [job], failures
     jobs = {}
     for source, relative in found:
-        job = Job(source, folder / relative)
-        ending = source.suffix if extension == "auto" or job.is_video else f".{extension}"
-        if not job.is_video and not images.can_write(ending):
-            ending = _FALLBACK
-        target = job.target.with_name(f"{source.stem}{suffix}{ending}")
+        target = output_path(folder / relative, suffix=suffix, extension=extension)
         jobs.setdefault((resolved(source), target), Job(source, target))
     # Outputs of an earlier run that lie beside their inputs aren't restored again.
     outputs = {resolved(job.target) for job in jobs.values()} if suffix else set()
     return [job for job in jobs.values() if resolved(job.source) not in outputs], failures
+
+
+def output_path(path: epath.Path, *, suffix: str = "", extension: str = "auto") -> epath.Path:
+    """What an output is called that would have the name of its input, with `find`'s options."""
+    is_video = path.suffix.lower() in videos.SUFFIXES
+    ending = path.suffix if extension == "auto" or is_video else f".{extension}"
+    if not is_video and not images.can_write(ending):
+        ending = _FALLBACK
+    return path.with_name(f"{path.stem}{suffix}{ending}")
 
 
 def check(jobs: Sequence[Job], *, comparing: bool, overwrite: bool, report: str | None) -> None:

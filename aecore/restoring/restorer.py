@@ -205,6 +205,8 @@ class Restorer:
         self,
         sizes: Mapping[Key, Size],
         read: Callable[[Sequence[Key]], Iterable[tuple[Key, np.ndarray]]],
+        *,
+        more_follow: bool = False,
     ) -> Iterator[tuple[Key, np.ndarray]]:
         """Restores images whose sizes are known beforehand, in the order that is fastest.
 
@@ -216,6 +218,8 @@ class Restorer:
             its image, `(H, W)` or `(H, W, C)`, as for calling. It may leave out images that can't
             be read, and yield several images of a key. Its images are taken as they are needed, a
             few ahead; it may read further ahead itself, in threads of its own.
+          more_follow: whether this is called again for images of other sizes, so that few shapes
+            are compiled in all.
 
         Yields:
           Each key with the restored image, in the order in which `read` gave them.
@@ -223,7 +227,7 @@ class Restorer:
         Raises:
           ImageError: as for calling; the images before the one in question are yielded first.
         """
-        plan = self._engine.plan(sizes)
+        plan = self._engine.plan(sizes, more_follow)
         given = collections.deque()
 
         def checked():

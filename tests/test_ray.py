@@ -1,0 +1,168 @@
+"""Restoring on a cluster of Ray, which here is a few processes of this machine."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import save_pictures
+from PIL import Image
+from test_bulk import names, run, save_video
+
+import aecore
+from aecore.errors import CheckpointError, ConfigError
+from aecore.media import images
+
+ray = pytest.importorskip("ray")
+pytest.importorskip("ray.data")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=4, object_store_memory=2**28, include_dashboard=False, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
+
+
+def workers():
+    """Processes of this cluster that hold a network."""
+    children = {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            lines = dict(
+                line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line
+            )
+            command = (status.parent / "cmdline").read_text()
+        except OSError:  # It has ended meanwhile.
+            continue
+        children.setdefault(int(lines["PPid"]), []).append((int(status.parent.name), command))
+    found, parents = [], [os.getpid()]
+    while parents:
+        for pid, command in children.get(parents.pop(), []):
+            parents.append(pid)
+            if command.startswith("ray::MapWorker(MapBatches(_Worker"):
+                found.append(pid)
+    return found
+
+
+def summary(dataset):
+    rows = dataset.take_all()
+    return rows, [row["status"] for row in rows]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")  # noqa: PTH110
+def test_a_worker_that_dies_loses_nothing(cluster, trained, tmp_path, capfd):
+    source, out = tmp_path / "in", tmp_path / "out"
+    for number in range(10):
+        save_pictures(source / str(number), 500, (28, 28), seed=number)
+        for index in range(6):
+            content = (source / str(number) / f"{index}.png").read_bytes()
+            (source / str(number) / f"{index}.png").write_bytes(content[: 20 * index])
+    killed = []
+
+    def kill_one():
+        while len(list(out.glob("*/*.png"))) < 1500:
+            time.sleep(0.05)
+        killed.append(workers()[0])
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    dataset = aecore.ray.restore(source, trained, out, recursive=True, workers=3, at_a_time=100)
+    killer.join()
+    assert killed
+    rows, status = summary(dataset)
+    assert len(rows) == 5000
+    assert status.count("failed") == 60
+    assert all(row["reason"] for row in rows if row["status"] == "failed")
+    # What the worker had finished before it died is skipped when its pictures are done again.
+    assert status.count("restored") > 4800
+    assert status.count("restored") + status.count("skipped") == 4940
+    alone = tmp_path / "alone"
+    args = [source, "-o", alone, "-m", trained, "--recursive", "--report", tmp_path / "r.json"]
+    assert run(capfd, *args)[0] == 1
+    assert names(out) == names(alone)
+    for name in names(alone):
+        assert (out / name).read_bytes() == (alone / name).read_bytes()
+    entries = json.loads((tmp_path / "r.json").read_text())["files"]
+    reasons = {entry["source"]: entry["reason"] for entry in entries if "reason" in entry}
+    assert reasons == {row["source"]: row["reason"] for row in rows if row["reason"]}
+    _, status = summary(aecore.ray.restore(source, trained, out, recursive=True))
+    assert status.count("skipped") == 4940
+
+
+def test_sizes_kinds_and_what_is_missing(cluster, trained, tmp_path):
+    av = pytest.importorskip("av")
+    random = np.random.default_rng(0)
+    for index in range(12):
+        save_pictures(tmp_path / "in" / str(index), 1, tuple(random.integers(4, 100, 2)))
+    save_video(av, tmp_path / "in" / "video.mkv")
+    inputs = [str(tmp_path / "in"), str(tmp_path / "missing.png"), str(tmp_path / "no*.png")]
+    options = {"recursive": True, "suffix": "_new", "extension": "tiff", "strength": 0.5}
+    dataset = aecore.ray.restore(inputs, trained, tmp_path / "out", **options, workers=2, at_a_time=4)
+    rows, status = summary(dataset)
+    assert status.count("restored") == 13
+    failed = {row["source"]: row["reason"] for row in rows if row["status"] == "failed"}
+    assert failed[str(tmp_path / "no*.png")] == "matches no file"
+    assert "No such file" in failed[str(tmp_path / "missing.png")]
+    restorer = aecore.Restorer.load(trained, strength=0.5)
+    for index in range(12):
+        expected = restorer(tmp_path / "in" / str(index) / "0.png")
+        found = images.read_picture(tmp_path / "out" / str(index) / "0_new.tiff").frames[0].values
+        np.testing.assert_array_equal(found, expected)
+    assert (tmp_path / "out" / "video_new.mkv").exists()
+
+
+def test_parquet(cluster, trained, tmp_path):
+    save_pictures(tmp_path / "in", 20)
+    paths = sorted((tmp_path / "in").iterdir())
+    items = [{"bytes": path.read_bytes(), "label": path.name} for path in paths]
+    items += [{"bytes": b"text", "label": "text"}, {"bytes": None, "label": "nothing"}]
+    ray.data.from_items(items).write_parquet(str(tmp_path / "parquet"))
+    dataset = ray.data.read_parquet(str(tmp_path / "parquet"))
+    restored = aecore.ray.restore(dataset, trained, workers=2, at_a_time=8)
+    restored.write_parquet(str(tmp_path / "restored"))
+    rows = ray.data.read_parquet(str(tmp_path / "restored")).take_all()
+    assert len(rows) == 22
+    restorer = aecore.Restorer.load(trained)
+    for row in rows:
+        if row["status"] == "failed":
+            assert row["label"] in ("text", "nothing")
+            assert row["bytes"] is None
+            assert "not a picture" in row["reason"]
+            continue
+        (tmp_path / "picture.png").write_bytes(row["bytes"])
+        expected = restorer(tmp_path / "in" / row["label"])
+        np.testing.assert_array_equal(Image.open(tmp_path / "picture.png"), expected)
+
+
+def test_files_named_by_a_dataset(cluster, trained, tmp_path):
+    save_pictures(tmp_path / "in", 2)
+    content = (tmp_path / "in" / "0.png").read_bytes()
+    items = [{"bytes": content, "path": name} for name in ("a/b.bmp", "c.jpg", "../../d.png")]
+    for expected in ("restored", "skipped"):
+        dataset = aecore.ray.restore(ray.data.from_items(items), trained, tmp_path / "out")
+        rows, status = summary(dataset)
+        assert sorted(status) == sorted(["failed", expected, expected])
+        assert all(set(row) >= {"path", "target"} and "bytes" not in row for row in rows)
+        assert names(tmp_path / "out") == ["a/b.bmp", "c.jpg"]
+    assert Image.open(tmp_path / "out" / "c.jpg").format == "JPEG"
+
+
+def test_what_cannot_work_is_said_at_once(cluster, tmp_path, trained, monkeypatch):
+    save_pictures(tmp_path / "in", 2)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        aecore.ray.restore(tmp_path / "in", tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(ConfigError, match="no output"):
+        aecore.ray.restore(tmp_path / "in", trained)
+    with pytest.raises(ConfigError, match="the dataset has no column bytes, but id"):
+        aecore.ray.restore(ray.data.range(3), trained)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"pip install 'aecore\[ray\]'"):
+        aecore.ray.restore(tmp_path / "in", trained, tmp_path / "out")

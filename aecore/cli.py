@@ -282,9 +282,10 @@ class Restore:
 
     def _without_existing(self, jobs: list[Any]) -> tuple[list[Any], list[Any]]:
         """Jobs to do, and those to skip because their output exists."""
-        from aecore.storage import exists
+        from aecore.storage import sizes
 
-        existing = {job for job in jobs if any(map(exists, job.outputs(self.compare)))}
+        there = sizes(path for job in jobs for path in job.outputs(self.compare))
+        existing = {job for job in jobs if any(p in there for p in job.outputs(self.compare))}
         if existing and self.if_exists == "fail":
             first = next(job for job in jobs if job in existing)
             others = f", and {len(existing) - 1} others do" if len(existing) > 1 else ""
@@ -656,7 +657,9 @@ def _show(
 
 
 def _write_json(report: Mapping[str, Any], file: str) -> None:
-    epath.Path(file).write_text(json.dumps(report, indent=2) + "\n")
+    from aecore.storage import to_path
+
+    to_path(file).write_text(json.dumps(report, indent=2) + "\n")
 
 
 _COMMANDS = {
@@ -708,9 +711,10 @@ def run(args: Sequence[str] | None = None) -> None:
 def _exit_status() -> Iterator[None]:
     """Ends the process with one line on stderr instead of a traceback for expected errors."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    # Orbax and TFDS report through absl what a user can't act on; failures are raised besides.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # Orbax and TFDS report through absl, and others by themselves, what a user can't act on;
+    # failures are raised besides.
+    for library in ("absl", "asyncio", "gcsfs"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     # Where the cache of compiled programs can't be used, they are compiled anew.
     warnings.filterwarnings("ignore", r"Error (reading|writing) persistent compilation cache")
     # What native threads raise, such as those of a failed save, reaches us as an exception too.
@@ -725,6 +729,13 @@ def _exit_status() -> Iterator[None]:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        from aecore.storage import explained
+
+        if (line := explained(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as error:
         print(

@@ -2,29 +2,52 @@
 
 import contextlib
 import errno
+import functools
+import importlib.util
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
 
 from aecore.errors import AecoreError, ConfigError
 
+# Otherwise etils reads `gs://` with TensorFlow, where that is installed: it would be imported to
+# restore a picture, tells errors apart by their text, and can't be pointed to another server.
+os.environ.setdefault("EPATH_USE_TF", "false")
+
+_REQUESTS = 32
+"""Requests to a remote file system at the same time, as each takes long to be answered."""
+
 
 def to_path(path: epath.PathLike) -> epath.Path:
     """A path with `~` expanded; addresses such as `gs://bucket/folder` are paths too.
 
     Raises:
-      ConfigError: it is an address of a kind that can't be read, such as `https://`.
+      ConfigError: it is an address of a kind that can't be read, such as `https://`, or the package
+        that reads it is missing.
     """
+    if os.fspath(path).startswith("gs://"):
+        _prepare_gcs()
     try:
         return epath.Path(path).expanduser()
     except KeyError as error:  # That's how etils reports a scheme it doesn't know.
         raise ConfigError(
             f"{os.fspath(path)}: {error.args[0]} addresses can't be read; download the file first"
         ) from error
+
+
+@functools.cache
+def _prepare_gcs() -> None:
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ConfigError("gs:// addresses need gcsfs: pip install 'aecore[gcs]'")
+    import fsspec.config
+
+    # What other processes write must be seen.
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -50,9 +73,12 @@ def resolved(path: epath.Path) -> str:
 
 
 def is_free(path: epath.PathLike) -> bool:
-    """Whether a file can be written here: nothing has the name, or a regular file does."""
+    """Whether a file can be written here: nothing has the name, or a regular file does.
+
+    Buckets hold a file and a folder of one name side by side.
+    """
     if is_remote(path):
-        return not epath.Path(path).is_dir()
+        return True
     return not os.path.exists(path) or os.path.isfile(path)  # noqa: PTH110, PTH113
 
 
@@ -79,16 +105,31 @@ def naming(path: epath.PathLike) -> Iterator[None]:
         yield
     except AecoreError:
         raise
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     except Exception as error:  # Of a remote file system, any.
+        if isinstance(error, OSError) and error.errno is not None:
+            if error.filename is not None:
+                raise
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         if not is_remote(path):
             raise
-        why = " ".join(reason(error).split())
-        message = f"can't be reached; check the network and your credentials ({why})"
-        raise OSError(errno.EIO, message, os.fspath(path)) from error
+        if isinstance(error, FileNotFoundError):
+            message = os.strerror(errno.ENOENT)
+            raise FileNotFoundError(errno.ENOENT, message, os.fspath(path)) from error
+        raise OSError(errno.EIO, _remote_reason(error), os.fspath(path)) from error
+
+
+def _remote_reason(error: BaseException) -> str:
+    why = " ".join(reason(error).split())
+    return f"can't be reached; check the network and your credentials ({why:.300})"
+
+
+def explained(error: Exception) -> str | None:
+    """One line about an exception of a remote file system; None for any other exception."""
+    library = type(error).__module__.partition(".")[0]
+    return f"gs:// {_remote_reason(error)}" if library in _REMOTE_LIBRARIES else None
+
+
+_REMOTE_LIBRARIES = ("aiohttp", "gcsfs", "google")
 
 
 def exists(path: epath.Path) -> bool:
@@ -97,8 +138,81 @@ def exists(path: epath.Path) -> bool:
         return path.exists()
 
 
+def entries(folder: epath.Path) -> list[tuple[epath.Path, bool]]:
+    """What a folder holds, ordered by name, each with whether it is a folder, too.
+
+    Raises:
+      OSError: it can't be read.
+    """
+    if not is_remote(folder):
+        return [(path, path.is_dir()) for path in sorted(folder.iterdir())]
+    with naming(folder):
+        found = _listed(folder)
+    return sorted((path, entry["type"] == "directory") for path, entry in found.items())
+
+
+def walk(folder: epath.Path) -> list[epath.Path]:
+    """The files in a folder and in those within it; of a bucket, in few requests."""
+    if not is_remote(folder):
+        return [root / name for root, _, names in folder.walk() for name in names]
+    with naming(folder):
+        files, place = _remote(folder)
+        return [epath.Path(files.unstrip_protocol(name)) for name in files.find(place)]
+
+
+def sizes(paths: Iterable[epath.Path]) -> dict[epath.Path, int]:
+    """The sizes in bytes of those files that exist. Many in one folder of a bucket are listed.
+
+    Raises:
+      OSError: a remote file system can't tell.
+    """
+    paths = list(paths)
+    wanted = set(paths)
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        if len(paths) <= _REQUESTS or not is_remote(paths[0]):
+            found = zip(paths, pool.map(_size, paths), strict=True)
+            return {path: size for path, size in found if size is not None}
+        listed = pool.map(_listed_sizes, {path.parent for path in paths})
+        return {path: size for found in listed for path, size in found.items() if path in wanted}
+
+
+def _size(path: epath.Path) -> int | None:
+    with naming(path):
+        try:
+            return path.stat().length
+        except FileNotFoundError:
+            return None
+
+
+def _listed_sizes(folder: epath.Path) -> dict[epath.Path, int]:
+    with naming(folder):
+        try:
+            found = _listed(folder).items()
+        except FileNotFoundError:
+            return {}
+    return {path: entry["size"] for path, entry in found if entry["type"] == "file"}
+
+
+def _remote(path: epath.PathLike) -> tuple[Any, str]:
+    """The file system of an address, and the address within it."""
+    import fsspec
+
+    return fsspec.url_to_fs(os.fspath(path))
+
+
+def _listed(folder: epath.Path) -> dict[epath.Path, dict[str, Any]]:
+    """What a bucket says of everything in a folder."""
+    files, place = _remote(folder)
+    found = {epath.Path(files.unstrip_protocol(e["name"])): e for e in files.ls(place, detail=True)}
+    found.pop(folder, None)  # An empty object may stand for it.
+    return found
+
+
 def write_whole(path: epath.PathLike, data: bytes) -> None:
-    """Writes a file by way of a temporary one beside it, which is removed whatever happens.
+    """Writes a file that appears whole or not at all, whatever happens.
+
+    It is written under another name, which it loses when it is complete. In buckets that isn't
+    needed, as there a file exists when all of it has arrived.
 
     Raises:
       OSError: the file can't be written, or something other than a regular file, such as a device,
@@ -110,6 +224,10 @@ def write_whole(path: epath.PathLike, data: bytes) -> None:
             raise FileExistsError(
                 errno.EEXIST, "there is a directory, device or pipe of that name", str(path)
             )
+        if is_remote(path):
+            files, place = _remote(path)
+            files.pipe_file(place, data)
+            return
         temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.tmp")
         try:
             with temporary.open("wb") as file:

@@ -623,8 +623,7 @@ class Bucket(backend._OsPathBackend):
 def bucket(tmp_path, monkeypatch):
     """The folder behind `gs://bucket`."""
     fake = Bucket(str(tmp_path / "remote"))
-    monkeypatch.setattr(backend, "tf_backend", fake)
-    monkeypatch.setattr(gpath, "_GCS_BACKENDS", (fake,))
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", fake)
     (tmp_path / "remote" / "bucket").mkdir(parents=True)
     return tmp_path / "remote" / "bucket"
 

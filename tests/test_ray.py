@@ -105,7 +105,9 @@ def test_sizes_kinds_and_what_is_missing(cluster, trained, tmp_path):
     save_video(av, tmp_path / "in" / "video.mkv")
     inputs = [str(tmp_path / "in"), str(tmp_path / "missing.png"), str(tmp_path / "no*.png")]
     options = {"recursive": True, "suffix": "_new", "extension": "tiff", "strength": 0.5}
-    dataset = aecore.ray.restore(inputs, trained, tmp_path / "out", **options, workers=2, at_a_time=4)
+    dataset = aecore.ray.restore(
+        inputs, trained, tmp_path / "out", **options, workers=2, at_a_time=4
+    )
     rows, status = summary(dataset)
     assert status.count("restored") == 13
     failed = {row["source"]: row["reason"] for row in rows if row["status"] == "failed"}

@@ -8,18 +8,15 @@ import io
 import threading
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
 
+from aecore import storage
 from aecore.data import jpeg
 from aecore.errors import ImageError
 from aecore.media import images
-
-_REQUESTS = 32
-"""Files that are asked about at the same time."""
 
 Shape = tuple[int, int, int]
 """Height, width and channels."""
@@ -231,16 +228,11 @@ class FileSource:
 
     def checksum(self, crc: int) -> int:
         """Of the files' names and sizes, as their content would take long to read."""
-        # Remote file systems take long to answer.
-        with ThreadPoolExecutor(_REQUESTS) as pool:
-            for line in pool.map(_identity, self._files):
-                crc = zlib.crc32(line.encode(), crc)
+        sizes = storage.sizes(file for file in self._files if isinstance(file, epath.Path))
+        for file in self._files:
+            line = f"{file.name} {sizes[file]}\n" if file in sizes else f"{file}\n"
+            crc = zlib.crc32(line.encode(), crc)
         return crc
-
-
-def _identity(file: Any) -> str:
-    """The name of a file in its folder, and its size."""
-    return f"{file.name} {file.stat().length}\n" if isinstance(file, epath.Path) else f"{file}\n"
 
 
 class Pairs:

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageOps
 
+from aecore import storage
 from aecore.errors import ConfigError, ImageError
 from aecore.media import decoders
 from aecore.media.decoders import from_pillow
@@ -75,10 +76,9 @@ def walk(folder: epath.Path) -> list[epath.Path]:
     """The files under a folder, recursively, sorted; names that begin with a dot are left out."""
     depth = len(folder.parts)
     return sorted(
-        root / name
-        for root, _, names in folder.walk()
-        for name in names
-        if not any(part.startswith(".") for part in (root / name).parts[depth:])
+        path
+        for path in storage.walk(folder)
+        if not any(part.startswith(".") for part in path.parts[depth:])
     )
 
 

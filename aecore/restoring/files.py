@@ -12,7 +12,7 @@ from etils import epath
 
 from aecore.errors import ConfigError
 from aecore.media import images, videos
-from aecore.storage import is_free, is_remote, naming, reason, resolved, to_path
+from aecore.storage import entries, is_free, is_remote, naming, reason, resolved, to_path
 
 COMPARISON = "_compare.png"
 """Appended to an output's stem to name the picture that compares it with its input."""
@@ -213,25 +213,25 @@ def _in_folder(
     folder: epath.Path, within: str, recursive: bool, excluded: str
 ) -> Iterator[tuple[epath.Path, str] | Failure]:
     try:
-        paths = sorted(folder.iterdir())
+        found = entries(folder)
     except OSError as error:
         yield Failure(folder, f"can't be read: {reason(error)}")
         return
-    found = False
-    for path in paths:
+    holds_pictures = False
+    for path, is_folder in found:
         relative = os.path.join(within, path.name)  # noqa: PTH118
         if path.name.startswith("."):
             continue
-        if path.is_dir() and not os.path.islink(path):  # noqa: PTH114
+        if is_folder and not os.path.islink(path):  # noqa: PTH114
             if recursive and resolved(path) != excluded:
-                found = True
+                holds_pictures = True
                 yield from _in_folder(path, relative, recursive, excluded)
             elif _looks_like_picture(path):
                 yield Failure(path, "is a folder; with --recursive, it is searched too")
         elif _looks_like_picture(path):
-            found = True
+            holds_pictures = True
             yield path, relative
-    if not found and (_looks_like_picture(folder) or not within):
+    if not holds_pictures and (_looks_like_picture(folder) or not within):
         hint = "" if recursive else "; with --recursive, folders within it are searched too"
         yield Failure(folder, f"is a folder that holds no pictures{hint}")
 

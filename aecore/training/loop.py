@@ -480,6 +480,7 @@ class _Run:
     def _write_checkpoint(self) -> None:
         finite = jax.device_get(self.is_finite(self.state))
         self._check_finite("state", 0.0 if finite else math.nan, self.step)
+        self.log.flush()
         self.checkpoints.save(
             self.state,
             dataclasses.replace(

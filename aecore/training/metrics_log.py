@@ -1,12 +1,16 @@
 """`metrics.jsonl`, TensorBoard's event files, and whoever else wants to know the scores."""
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from aecore.storage import write_whole
+from aecore.storage import is_remote, write_whole
+
+_SECONDS = 30
+"""How often a file in a bucket, to which nothing can be appended, is written anew."""
 
 Callback = Callable[[int, Mapping[str, float]], None]
 """Called with a step and what `metrics.jsonl` holds of it: `loss` and what was measured with it; of
@@ -42,23 +46,35 @@ class MetricsLog:
         self._every = every
         self._losses = list(unlogged)
         self._step = step
+        self._text = ""
         if writes and self._path.exists():
             kept = [line for line in self._read() if line["step"] <= step]
-            write_whole(self._path, "".join(map(_json_line, kept)).encode())
+            self._text = "".join(map(_json_line, kept))
+            write_whole(self._path, self._text.encode())
 
     def __enter__(self) -> "MetricsLog":
         if not self._writes:
             return self
         from tensorboardX import SummaryWriter
 
-        self._file = self._path.open("a")
+        self._file = None if is_remote(self._path) else self._path.open("a")
+        self._written = time.monotonic()
         self._tensorboard = SummaryWriter(str(self._directory), purge_step=self._step + 1)
         return self
 
     def __exit__(self, *_) -> None:
-        if self._writes:
+        if not self._writes:
+            return
+        self.flush()
+        if self._file is not None:
             self._file.close()
-            self._tensorboard.close()
+        self._tensorboard.close()
+
+    def flush(self) -> None:
+        """Has all lines written, so that a checkpoint may follow that goes on after them."""
+        if self._writes and self._file is None:
+            write_whole(self._path, self._text.encode())
+            self._written = time.monotonic()
 
     @property
     def unlogged(self) -> tuple[float, ...]:
@@ -99,8 +115,14 @@ class MetricsLog:
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         if not self._writes:
             return
-        self._file.write(_json_line({"step": step, **values}))
-        self._file.flush()
+        line = _json_line({"step": step, **values})
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+        else:
+            self._text += line
+            if time.monotonic() > self._written + _SECONDS:
+                self.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._callback is not None:

@@ -1,0 +1,76 @@
+"""Cloud storage on this machine: an emulator that counts its requests, and lets some fail."""
+
+import contextlib
+import functools
+import http.server
+import threading
+from urllib.parse import unquote
+
+from gcp_storage_emulator.handlers import buckets
+from gcp_storage_emulator.server import RequestHandler
+from gcp_storage_emulator.storage import Storage
+
+BUCKET = "bucket"
+
+
+class Emulator:
+    """A server with one bucket.
+
+    Attributes:
+      requests: method and path of each request, by the port that it came to.
+      drop_every: of so many requests, one is answered by closing the connection.
+    """
+
+    def __init__(self):
+        self.requests = {}
+        self.drop_every = None
+        self.dropped = 0
+        self._storage = Storage(use_memory_fs=True)
+        buckets.create_bucket(BUCKET, self._storage)
+        self._lock = threading.Lock()
+        self._servers = []
+
+    def listen(self) -> str:
+        """Opens another port; returns its address."""
+        emulator = self
+
+        class Handler(RequestHandler):
+            def handle_one_request(self):
+                with contextlib.suppress(ConnectionError):
+                    super().handle_one_request()
+
+            def parse_request(self):
+                if not super().parse_request():
+                    return False
+                seen = emulator.requests.setdefault(self.server.server_port, [])
+                with emulator._lock:
+                    seen.append((self.command, unquote(self.path)))
+                    count = sum(map(len, emulator.requests.values()))
+                    drop = emulator.drop_every and count % emulator.drop_every == 0
+                    emulator.dropped += bool(drop)
+                return not drop
+
+            def do_HEAD(self):  # noqa: N802 as http.server looks for this name
+                self.send_error(404)
+
+        handler = functools.partial(Handler, self._storage)
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self._servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    def close(self):
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+
+
+def environment(address: str) -> dict[str, str]:
+    """What has gcsfs, TensorStore and TensorBoard use a server."""
+    return {
+        "STORAGE_EMULATOR_HOST": address,
+        "TENSORSTORE_GCS_HTTP_URL": address,
+        # The emulator has no gRPC, through which gcsfs would ask what kind a bucket is of.
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    }

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +15,11 @@ __version__ = "0.1.0"
 
 # Without a handler of the program's own, nothing is printed.
 logging.getLogger("aecore").addHandler(logging.NullHandler())
+
+# Otherwise etils reads `gs://` with TensorFlow, where that is installed: it would be imported to
+# restore a picture, tells errors apart by their text, and can't be pointed to another server.
+# It looks once, at its first path.
+os.environ.setdefault("EPATH_USE_TF", "false")
 
 # Names are resolved at first use, so that `import aecore` costs nothing and each program
 # imports only what it needs of JAX, orbax and TensorFlow.

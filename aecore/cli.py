@@ -726,14 +726,14 @@ def _exit_status() -> Iterator[None]:
     except AecoreError as error:
         print(f"error: {error}", file=sys.stderr)
         _end(error.exit_status, at_once=isinstance(error, SavingError))
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        sys.exit(1)
     except Exception as error:
         from aecore.storage import explained
 
-        if (line := explained(error)) is None:
+        line = explained(error)
+        if line is None and isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            line = f"{where}{error.strerror or error}"
+        if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
         sys.exit(1)

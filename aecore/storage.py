@@ -15,10 +15,6 @@ from etils import epath
 
 from aecore.errors import AecoreError, ConfigError
 
-# Otherwise etils reads `gs://` with TensorFlow, where that is installed: it would be imported to
-# restore a picture, tells errors apart by their text, and can't be pointed to another server.
-os.environ.setdefault("EPATH_USE_TF", "false")
-
 _REQUESTS = 32
 """Requests to a remote file system at the same time, as each takes long to be answered."""
 
@@ -125,8 +121,11 @@ def _remote_reason(error: BaseException) -> str:
 
 def explained(error: Exception) -> str | None:
     """One line about an exception of a remote file system; None for any other exception."""
-    library = type(error).__module__.partition(".")[0]
-    return f"gs:// {_remote_reason(error)}" if library in _REMOTE_LIBRARIES else None
+    if isinstance(error, OSError):
+        is_remote_error = error.errno is None  # Those of this machine have a number.
+    else:
+        is_remote_error = type(error).__module__.partition(".")[0] in _REMOTE_LIBRARIES
+    return f"gs:// {_remote_reason(error)}" if is_remote_error else None
 
 
 _REMOTE_LIBRARIES = ("aiohttp", "gcsfs", "google")

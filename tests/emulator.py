@@ -13,18 +13,26 @@ from gcp_storage_emulator.storage import Storage
 BUCKET = "bucket"
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+
+
 class Emulator:
     """A server with one bucket.
 
     Attributes:
       requests: method and path of each request, by the port that it came to.
       drop_every: of so many requests, one is answered by closing the connection.
+      dropped: how many were.
+      refuses: whether nobody is let in.
     """
 
     def __init__(self):
         self.requests = {}
         self.drop_every = None
         self.dropped = 0
+        self.refuses = False
         self._storage = Storage(use_memory_fs=True)
         buckets.create_bucket(BUCKET, self._storage)
         self._lock = threading.Lock()
@@ -50,12 +58,30 @@ class Emulator:
                     emulator.dropped += bool(drop)
                 return not drop
 
-            def do_HEAD(self):  # noqa: N802 as http.server looks for this name
-                self.send_error(404)
+            def answer(self, method):
+                if emulator.refuses:
+                    self.send_error(403)
+                    return
+                with emulator._lock:  # The emulator's storage is for one request at a time.
+                    getattr(super(), f"do_{method}")()
+
+            def do_GET(self):  # noqa: N802
+                self.answer("GET")
+
+            def do_POST(self):  # noqa: N802
+                self.answer("POST")
+
+            def do_PUT(self):  # noqa: N802
+                self.answer("PUT")
+
+            def do_DELETE(self):  # noqa: N802
+                self.answer("DELETE")
+
+            def do_PATCH(self):  # noqa: N802
+                self.answer("PATCH")
 
         handler = functools.partial(Handler, self._storage)
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        server.daemon_threads = True
+        server = _Server(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         self._servers.append(server)
         return f"http://127.0.0.1:{server.server_port}"

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from conftest import save_pictures
 from etils import epath
-from etils.epath import backend, gpath
 from PIL import ExifTags, Image, ImageCms
 
 import aecore
@@ -499,7 +498,8 @@ def test_skipping_takes_linear_time(tmp_path, monkeypatch):
     real = files.Job.__hash__
     monkeypatch.setattr(files.Job, "__hash__", lambda job: hashed.append(1) or real(job))
     jobs = [
-        files.Job(epath.Path(f"{index}.png"), tmp_path / f"{index % 2}.png") for index in range(300)
+        files.Job(epath.Path(f"{index}.png"), epath.Path(tmp_path) / f"{index % 2}.png")
+        for index in range(300)
     ]
     (tmp_path / "0.png").touch()
     command = cli.Restore(inputs=(), output="out", model="none", if_exists="skip")
@@ -587,82 +587,6 @@ def test_addresses_are_refused_in_one_line(unchanged, tmp_path, capfd):
         assert errors == (
             f"error: {address}: https:// addresses can't be read; download the file first\n"
         )
-
-
-class Bucket(backend._OsPathBackend):
-    """A remote file system whose buckets are folders of this machine."""
-
-    def __init__(self, folder):
-        self._folder = folder
-
-    def __getattribute__(self, name):
-        method = super().__getattribute__(name)
-        if name.startswith("_"):
-            return method
-
-        def local(path):
-            if isinstance(path, str) and path.startswith("gs://"):
-                return path.replace("gs:/", self._folder, 1)
-            return path
-
-        def remote(result):
-            if isinstance(result, str):
-                return result.replace(self._folder, "gs:/", 1)
-            return [remote(item) for item in result] if isinstance(result, list) else result
-
-        def call(*args, **options):
-            result = method(*map(local, args), **options)
-            if name == "walk":
-                return [(remote(root), folders, names) for root, folders, names in result]
-            return remote(result)
-
-        return call
-
-
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    """The folder behind `gs://bucket`."""
-    fake = Bucket(str(tmp_path / "remote"))
-    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", fake)
-    (tmp_path / "remote" / "bucket").mkdir(parents=True)
-    return tmp_path / "remote" / "bucket"
-
-
-def test_pictures_in_a_bucket(unchanged, bucket, capfd):
-    save_pictures(bucket / "in" / "deep", 2)
-    save_pictures(bucket / "in" / ".hidden", 1)
-    args = ["gs://bucket/in", "-o", "gs://bucket/out", "-m", unchanged, "--recursive"]
-    for extra in (["--report", "gs://bucket/report.json"], ["--if-exists", "overwrite"]):
-        status, output, errors = run(capfd, *args, *extra)
-        assert (status, errors) == (0, "")
-        assert "2 restored" in output
-        assert names(bucket / "out") == ["deep/0.png", "deep/1.png"]
-    assert run(capfd, *args)[0] == 2
-    pattern = ["gs://bucket/in/*/0.png", "-o", "gs://bucket/out2", "-m", unchanged]
-    assert run(capfd, *pattern)[::2] == (0, "")
-    assert names(bucket / "out2") == ["deep/0.png"]
-    walked = images.walk(epath.Path("gs://bucket/in"))
-    assert list(map(str, walked)) == [f"gs://bucket/in/deep/{index}.png" for index in range(2)]
-
-
-def test_a_bucket_that_cannot_be_reached(unchanged, tmp_path, capfd, monkeypatch, bucket):
-    class Unreachable:
-        def __getattr__(self, name):
-            def fail(*_, **__):
-                raise RuntimeError("could not\nresolve the host")
-
-            return fail if name != "isdir" else lambda *_: False
-
-    save_pictures(tmp_path, 1)
-    monkeypatch.setattr(backend, "tf_backend", Unreachable())
-    reason = "check the network and your credentials (could not resolve the host)"
-    with pytest.raises(ImageError, match="gs://bucket/a.png can't be read: .*check the network"):
-        images.read_picture("gs://bucket/a.png")
-    for source, target in (("gs://bucket/a.png", tmp_path / "b.png"), (tmp_path / "0.png", None)):
-        status, _, errors = run(capfd, source, "-o", target or "gs://bucket/b.png", "-m", unchanged)
-        assert status == 1
-        assert errors.count("\n") == 1
-        assert reason in errors
 
 
 def test_a_path_means_the_same_anywhere(tmp_path, monkeypatch):

@@ -1,0 +1,102 @@
+"""Runs, pictures and data in a bucket, of an emulator on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import save_pictures
+from PIL import Image
+
+pytest.importorskip("gcp_storage_emulator")
+pytest.importorskip("gcsfs")
+import emulator
+
+EXPERIMENT = str(Path(__file__).with_name("tiny_experiment.py"))
+AECORE = ["-m", "aecore"]
+
+
+@pytest.fixture
+def cloud():
+    server = emulator.Emulator()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def python(cloud):
+    """Runs a Python program that uses the bucket; returns what it printed."""
+    environment = os.environ | emulator.environment(cloud.listen()) | {"XLA_FLAGS": ""}
+
+    def run(*words, status=0):
+        done = subprocess.run(
+            [sys.executable, *map(str, words)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == status, done.stderr
+        return done
+
+    return run
+
+
+COPY = "import sys; from aecore.storage import to_path, walk, write_whole\n"
+UPLOAD = COPY + "for p in walk(to_path(sys.argv[1])): write_whole("
+UPLOAD += "to_path(sys.argv[2]) / p.relative_to(sys.argv[1]), p.read_bytes())"
+DOWNLOAD = COPY + "for p in walk(to_path(sys.argv[1])):\n"
+DOWNLOAD += " t = to_path(sys.argv[2]) / p.relative_to(sys.argv[1])\n"
+DOWNLOAD += " t.parent.mkdir(parents=True, exist_ok=True); write_whole(t, p.read_bytes())"
+
+
+def test_a_run_in_a_bucket(python, cloud, tmp_path):
+    run = "gs://bucket/runs/tiny"
+    flags = ["--run-dir", run, "--training.steps"]
+    python(EXPERIMENT, *flags, 30)
+    python(EXPERIMENT, *flags, 50)
+    assert "NoiseReducer" in python(*AECORE, "summary", run).stdout
+    python(*AECORE, "restore", f"{run}/example.png", "-o", "gs://bucket/out.png", "-m", run)
+    python(*AECORE, "export", run, "-o", "gs://bucket/exported.aecore", "--format", "weights")
+    python("-c", DOWNLOAD, "gs://bucket", tmp_path)
+    summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
+    assert summary["steps"] == 50
+    lines = (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
+    assert [e["step"] for e in map(json.loads, lines) if "loss" in e] == [10, 20, 30, 40, 50]
+    assert list((tmp_path / "runs" / "tiny").glob("events*"))
+    assert Image.open(tmp_path / "out.png").size == (28, 28)
+    assert (tmp_path / "exported.aecore").exists()
+
+
+@pytest.mark.parametrize("drop_every", [None, 20])
+def test_pictures_in_a_bucket(python, cloud, tmp_path, drop_every):
+    save_pictures(tmp_path / "in" / "deep", 12)
+    save_pictures(tmp_path / "in" / ".hidden", 1)
+    python("-c", UPLOAD, tmp_path / "in", "gs://bucket/in")
+    cloud.drop_every = drop_every
+    args = [*AECORE, "restore", "gs://bucket/in", "-m", "fashion-mnist-denoise", "--recursive"]
+    remote = [*args, "-o", "gs://bucket/out"]
+    assert "12 restored" in python(*remote, "--report", "gs://bucket/report.json").stdout
+    assert python(*remote, status=2).stderr.count("\n") == 1
+    assert "12 skipped" in python(*remote, "--if-exists", "skip").stdout
+    python(*args, "-o", tmp_path / "local")
+    cloud.drop_every = None
+    python("-c", DOWNLOAD, "gs://bucket/out", tmp_path / "out")
+    for index in range(12):
+        name = f"deep/{index}.png"
+        found, expected = (Image.open(tmp_path / where / name) for where in ("out", "local"))
+        np.testing.assert_array_equal(found, expected)
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 12
+    assert (cloud.dropped > 0) == (drop_every is not None)
+
+
+def test_a_bucket_that_lets_nobody_in(python, cloud, tmp_path):
+    cloud.refuses = True
+    args = ["-o", tmp_path / "out.png", "-m", "photo-denoise"]
+    for words in (["restore", "gs://bucket/a.png", *args], ["summary", "gs://bucket/run"]):
+        errors = python(*AECORE, *words, status=1).stderr
+        assert errors.count("\n") == 1
+        assert "check the network and your credentials" in errors

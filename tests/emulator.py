@@ -4,8 +4,9 @@ import contextlib
 import functools
 import http.server
 import threading
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote, urlparse
 
+from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
@@ -63,7 +64,36 @@ class Emulator:
                     self.send_error(403)
                     return
                 with emulator._lock:  # The emulator's storage is for one request at a time.
+                    status = self.precondition(method)
+                    if status != 200:
+                        self.send_response(status)
+                        self.send_header("Content-Length", "0")
+                        self.end_headers()
+                        return
                     getattr(super(), f"do_{method}")()
+
+            # What TensorStore asks for besides, and the emulator leaves out.
+
+            def generation(self):
+                url = urlparse(self.path)
+                name = parse_qs(url.query).get("name", [unquote(url.path.partition("/o/")[2])])[0]
+                try:
+                    return emulator._storage.get_file_obj(BUCKET, name)["generation"]
+                except NotFound:
+                    return "0"
+
+            def precondition(self, method):
+                query = parse_qs(urlparse(self.path).query)
+                if "name" not in query and method == "POST":
+                    return 200
+                if query.get("ifGenerationMatch", [self.generation()])[0] != self.generation():
+                    return 412
+                return 304 if query.get("ifGenerationNotMatch") == [self.generation()] else 200
+
+            def end_headers(self):
+                if "alt=media" in self.path:
+                    self.send_header("x-goog-generation", self.generation())
+                super().end_headers()
 
             def do_GET(self):  # noqa: N802
                 self.answer("GET")

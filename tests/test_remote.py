@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from conftest import save_pictures
 from PIL import Image
+from test_photographs import save as save_photographs
+from test_processes import free_port
 
 pytest.importorskip("gcp_storage_emulator")
 pytest.importorskip("gcsfs")
@@ -100,3 +103,38 @@ def test_a_bucket_that_lets_nobody_in(python, cloud, tmp_path):
         errors = python(*AECORE, *words, status=1).stderr
         assert errors.count("\n") == 1
         assert "check the network and your credentials" in errors
+
+
+def test_processes_that_train_on_photographs_in_a_bucket_each_read_their_share(
+    python, cloud, tmp_path
+):
+    save_photographs(tmp_path / "photos", [(24, 32), (32, 24)] * 80)
+    python("-c", UPLOAD, tmp_path / "photos", "gs://bucket/photos")
+    flags = ["--data.dataset", "folder", "--data.data-dir", "gs://bucket/photos"]
+    flags += ["--data.crop", "16", "--data.channels", "1", "--training.batch-size", "8"]
+    flags += ["--training.steps", "4", "--run-dir", "gs://bucket/run"]
+    port = free_port()
+    addresses = [cloud.listen() for _ in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, EXPERIMENT, *flags]
+            + ["--training.distributed", f"127.0.0.1:{port},2,{index}"],
+            env=os.environ | emulator.environment(address) | {"XLA_FLAGS": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index, address in enumerate(addresses)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    read = []
+    for address in addresses:
+        requests = cloud.requests[int(address.rpartition(":")[2])]
+        whole = [path for method, path in requests if method == "GET" and "alt=media" in path]
+        read.append({name.group() for path in whole if (name := re.search(r"photos/\w+", path))})
+    validation = 16
+    # Batches are made ahead, but the first epoch's are all for one process or the other.
+    assert len(read[0] & read[1]) == validation
+    for names in read:
+        assert validation < len(names) <= validation + (160 - validation) // 2

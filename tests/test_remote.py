@@ -113,12 +113,11 @@ def test_processes_that_train_on_photographs_in_a_bucket_each_read_their_share(
     flags = ["--data.dataset", "folder", "--data.data-dir", "gs://bucket/photos"]
     flags += ["--data.crop", "16", "--data.channels", "1", "--training.batch-size", "8"]
     flags += ["--training.steps", "4", "--run-dir", "gs://bucket/run"]
-    port = free_port()
+    flags += ["--training.distributed", f"127.0.0.1:{free_port()},2,"]
     addresses = [cloud.listen() for _ in range(2)]
     processes = [
         subprocess.Popen(
-            [sys.executable, EXPERIMENT, *flags]
-            + ["--training.distributed", f"127.0.0.1:{port},2,{index}"],
+            [sys.executable, EXPERIMENT, *flags[:-1], f"{flags[-1]}{index}"],
             env=os.environ | emulator.environment(address) | {"XLA_FLAGS": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

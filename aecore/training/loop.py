@@ -358,6 +358,8 @@ class _Run:
             params = self.devices.replicate(restorer.params)
             values = self.evaluator.per_image(params, self.validation)
             scores = {"step": restorer.description.step, **evaluation.summarize(values)}
+        if self.is_first:
+            self._draw(restorer)
         self.clock.stop()
         summary = {
             "name": self.experiment.name,
@@ -371,9 +373,13 @@ class _Run:
             "devices": self.devices.device_count,
             "seed": self.experiment.training.seed,
         }
-        if not self.is_first:
-            return summary
-        summary |= self._classical_scores()
+        if self.is_first:
+            summary |= self._classical_scores()
+            write_json(self.directory / "summary.json", summary)
+        return summary
+
+    def _draw(self, restorer: Restorer) -> None:
+        """Writes the pictures of the run."""
         degraded = self.degraded_samples.clip(0, 1)
         reports.save_samples(
             {
@@ -386,13 +392,11 @@ class _Run:
         reports.save_curves(
             self.log.read("loss"),
             self.history,
-            summary["baseline"],
+            self.baseline,
             self.directory / "curves.png",
             self.experiment.training.loss,
         )
         images.save(images.from_float(degraded[0]), self.directory / "example.png")
-        write_json(self.directory / "summary.json", summary)
-        return summary
 
     @functools.cached_property
     def baseline(self) -> evaluation.Scores:

@@ -1,0 +1,123 @@
+"""Which process trains in a run directory, and where a run's time goes."""
+
+import gzip
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from etils import epath
+from test_training import change
+
+import aecore
+from aecore.errors import ConfigError
+from aecore.training import claim
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return epath.Path(tmp_path)
+
+
+def left(folder, **fields):
+    """A claim that another process has left."""
+    said = {"token": "other", "host": socket.gethostname(), "process": os.getpid(), "started": 1}
+    (folder / claim.FILE).write_text(json.dumps(said | fields))
+
+
+def test_a_second_training_in_a_run_directory_is_refused(folder):
+    with (
+        claim.claimed(folder),
+        pytest.raises(ConfigError, match=f"process {os.getpid()} on {socket.gethostname()}"),
+        claim.claimed(folder),
+    ):
+        pass
+    assert not (folder / claim.FILE).exists()
+
+
+def test_two_trainings_that_start_at_once(tiny):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": ""}
+    script = Path(__file__).with_name("tiny_experiment.py")
+    command = [sys.executable, script, "--run-dir", tiny.run_dir, "--training.steps", "40"]
+    started = [
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    errors = [process.communicate()[1] for process in started]
+    statuses = [process.returncode for process in started]
+    assert sorted(statuses) == [0, 2]
+    first, second = statuses.index(0), statuses.index(2)
+    assert f"process {started[first].pid} on" in errors[second]
+
+
+def test_a_claim_of_a_process_that_is_gone_does_not_count(folder):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left(folder, process=ended.pid)
+    with claim.claimed(folder):
+        pass
+    left(folder)  # The number is another process's now.
+    with claim.claimed(folder):
+        pass
+
+
+def test_a_claim_of_another_host_counts_while_it_shows_signs_of_life(folder, monkeypatch):
+    monkeypatch.setattr(claim, "_BEAT", 0.2)
+    left(folder, host="elsewhere")
+    with claim.claimed(folder):
+        pass
+    left(folder, host="elsewhere", beats=0)
+    threading.Timer(0.2, left, [folder], {"host": "elsewhere", "beats": 1}).start()
+    with pytest.raises(ConfigError, match="on elsewhere is training"), claim.claimed(folder):
+        pass
+
+
+def test_the_time_of_a_run_adds_up(tiny):
+    begin = time.perf_counter()
+    summary = aecore.train(tiny, progress=False)
+    wall = time.perf_counter() - begin
+    spent = summary["time"]
+    assert sum(spent.values()) == pytest.approx(summary["seconds"])
+    assert sum(spent.values()) == pytest.approx(wall, rel=0.02, abs=0.05)
+    for name in ("training", "compiling", "evaluating", "saving", "starting"):
+        assert spent[name] > 0
+    again = aecore.train(change(tiny, steps=12), progress=False)
+    assert again["seconds"] > summary["seconds"]
+    assert again["time"]["lost"] < 0.1
+
+
+def test_the_time_of_a_killed_process_after_its_last_checkpoint_is_lost(tiny):
+    before = aecore.train(tiny, progress=False)
+    run = epath.Path(tiny.run_dir)
+    left(run, process=2**22 + 1, seconds=before["seconds"] + 100)
+    after = aecore.train(change(tiny, steps=12), progress=False)
+    assert after["time"]["lost"] == pytest.approx(100, abs=before["seconds"])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line for line in lines if "goodput" in line][-1]["goodput"] < 0.1
+
+
+def test_lines_of_the_metrics_say_where_the_time_went(tiny):
+    aecore.train(tiny, progress=False)
+    text = (Path(tiny.run_dir) / "metrics.jsonl").read_text()
+    lines = [line for line in map(json.loads, text.splitlines()) if "loss" in line]
+    for line in lines:
+        shares = [line[name] for name in line if name.startswith("share_") and "matrix" not in name]
+        assert len(shares) == 4
+        assert 0 <= sum(shares) <= 1.001
+        assert 0 < line["goodput"] <= 1
+        assert 0 < line["share_of_matrix_rate"] < 1
+
+
+def test_a_trace_of_some_steps(tiny):
+    aecore.train(change(tiny, profile="3,2"), progress=False)
+    folder = Path(tiny.run_dir) / "profile"
+    assert list(folder.rglob("*.xplane.pb"))
+    (trace,) = folder.rglob("perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = {event.get("name", "") for event in events}
+    assert any("train_steps" in name for name in names)

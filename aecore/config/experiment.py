@@ -256,7 +256,11 @@ class Experiment:
             smaller == self.model_scale,
             f"the degraded images are {smaller} times smaller than the originals, but the model "
             f"{type(self.model).__name__} makes them {self.model_scale} times larger; "
-            "use the same scale in both, such as --model.scale 2 --degradation.scale 2",
+            + (
+                f"use --model.scale {smaller}"
+                if self.degradation.reduction == 1
+                else "use the same scale in both, such as --model.scale 2 --degradation.scale 2"
+            ),
         )
         stride = self.model.stride * self.model_scale
         least = math.ceil(SSIM_WINDOW / stride) * stride

@@ -232,7 +232,7 @@ def _folder(data: Data) -> epath.Path:
 
 
 def _no_pictures(folder: epath.Path) -> DataError:
-    return DataError(f"{folder} holds no pictures; use --data.data-dir with a folder of some")
+    return DataError(f"{folder} holds no pictures; name a folder that does")
 
 
 def _prepared(data: Data) -> tfds.Prepared:

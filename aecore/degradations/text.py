@@ -28,8 +28,10 @@ def parse(text: str) -> Degradation:
     try:
         degradation = _value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
+        # Of a syntax error, without a file and a line that nobody wrote.
+        why = error.msg if isinstance(error, SyntaxError) else error
         raise ConfigError(
-            f"degradation {text!r} can't be read: {error}; write it as in Python, such as "
+            f"degradation {text!r} can't be read: {why}; write it as in Python, such as "
             "'GaussianNoise(25 / 255, clip=False)'"
         ) from error
     if not isinstance(degradation, Degradation):

@@ -273,12 +273,13 @@ def _name(source: Source, index: int) -> str:
 def protocol(job: ScoringJob) -> str:
     """What was done, for people."""
     noise = "noise depends on a picture's place in the order of names; "
+    unclipped = ", but noise beyond [0, 1] is kept" if job.degradation.is_random else ""
     lines = [
         f"degraded by {job.degradation!r}"
         if job.degradation != Compose()
         else "degraded beforehand",
         f"{noise if job.degradation.is_random else ''}degraded and restored pictures are rounded "
-        "to 8 bits, but noise beyond [0, 1] is kept",
+        f"to 8 bits{unclipped}",
         "PSNR, SSIM and MSE in all channels"
         + ("; Y: on luma (BT.601)" if job.source.channels == 3 else ""),
     ]

@@ -8,13 +8,16 @@ import pytest
 
 ASK = "import os, signal, time\nos.kill(os.getpid(), signal.{})\ntime.sleep(5)\n"
 
+# Where the tests run in the background, a shell may have told them to ignore it.
+START = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("importing", [True, False])
 def test_a_command_that_has_not_begun_ends_in_one_line(number, importing, tmp_path):
     ask = ASK.format(number)
     (tmp_path / "slow.py").write_text(ask)
-    program = "from aecore.cli import main\n" + ("import slow\n" if importing else ask)
+    program = START + "from aecore.cli import main\n" + ("import slow\n" if importing else ask)
     path = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -26,7 +29,7 @@ def test_a_command_that_has_not_begun_ends_in_one_line(number, importing, tmp_pa
 
 
 def test_a_library_that_turns_ctrl_c_into_an_error_of_its_own(tmp_path):
-    program = f"""
+    program = f"""{START}
 from aecore.cli import main
 try:
     {"; ".join(ASK.format("SIGINT").splitlines())}

@@ -154,7 +154,7 @@ def test_the_step_compiles_for_tpus(model, degradation, shape, topology, form):
     ("args", "message"),
     [
         (["plan", EXPERIMENT, "--topology", "v99:2x2"], "v99:2x2"),
-        (["plan", "nowhere.py", "--topology", "cpu"], "nowhere.py is not a file"),
+        (["plan", "nowhere.py", "--topology", "cpu"], "nowhere.py is neither an experiment file"),
         (["bench", cli.__file__], "doesn't define `experiment`"),
         (["bench", EXPERIMENT, "--repeats", "0"], "repeats 0"),
         (["bench", EXPERIMENT, "--seconds", "-1"], "seconds -1"),

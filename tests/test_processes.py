@@ -157,7 +157,8 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on_exactly(
     assert description.step == 100
     jax.tree.map(np.testing.assert_array_equal, state, together)
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["time"]["lost"] > 0
+    if victim == 1:  # Else what is known of it is some seconds old.
+        assert summary["time"]["lost"] > 0
     assert sum(summary["time"].values()) == pytest.approx(summary["seconds"])
 
 

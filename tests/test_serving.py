@@ -333,8 +333,11 @@ def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch):
 
 def test_the_command_listens_on_this_machine_alone_until_it_is_interrupted():
     words = ["serve", "-m", "fashion-mnist-denoise", "-m", "photo-denoise", "--port", "0"]
+    # Where the tests run in the background, a shell may have told them to ignore Ctrl-C.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += "from aecore.cli import run; run()"
     with subprocess.Popen(
-        [sys.executable, "-m", "aecore", *words],
+        [sys.executable, "-c", program, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

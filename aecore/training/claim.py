@@ -89,18 +89,26 @@ def claimed(directory: epath.Path) -> Iterator[Claim]:
 
     thread = threading.Thread(target=live, daemon=True)
     thread.start()
+    failed = False
     try:
         yield own
+    except Exception:
+        failed = True
+        raise
     finally:
         ended.set()
         thread.join()
         with contextlib.suppress(OSError), naming(directory):
-            (directory / FILE).unlink(missing_ok=True)
+            if failed:  # What was not saved is lost, which is noted for whoever goes on.
+                said["process"] = None
+                write()
+            else:
+                (directory / FILE).unlink(missing_ok=True)
 
 
 def _refuse_if_alive(directory: epath.Path, beat: float) -> None:
     other = read(directory)
-    if other is None:
+    if other is None or other.get("process") is None:
         return
     if other.get("host") == socket.gethostname():
         if _is_alive(other):

@@ -72,7 +72,7 @@ def tables(runs: Mapping[str, list[Summary]]) -> str:
             minutes = statistics.mean(summary["seconds"] for summary in seeds) / 60
             lines.append(
                 _line(
-                    f"[`{name}`](experiments/{name}.py)",
+                    f"[`{name}`]({name}.py)",
                     [summary["evaluation"] for summary in seeds],
                     f"{seeds[0]['parameters']:,}",
                     f"{seeds[0]['epochs']:.3g} epochs, {minutes:.1f} min",

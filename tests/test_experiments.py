@@ -73,7 +73,7 @@ def test_the_table_is_made_of_summaries(tmp_path):
         cells[1].strip(): cells for cells in (line.split("|") for line in table.splitlines()[2:])
     }
     assert rows["median (size 5)"][3].strip() == "14.00 ± 0.05"
-    own = rows["[`fashion_mnist_denoise`](experiments/fashion_mnist_denoise.py)"]
+    own = rows["[`fashion_mnist_denoise`](fashion_mnist_denoise.py)"]
     assert own[2].strip() == "3,217"
     assert own[3].strip() == "18.50 ± 0.05"
     assert own[4].strip() == "2, 18.00 to 19.00"

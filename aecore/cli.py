@@ -759,9 +759,7 @@ def _end(status: int, *, at_once: bool) -> NoReturn:
 
     if not at_once and (status in (0, interrupts.STATUS) or not jax.distributed.is_initialized()):
         sys.exit(status)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    interrupts.end_at_once(status)
 
 
 def _prepare_jax() -> None:

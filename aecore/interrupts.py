@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 STATUS = 130
 """Exit status of a command that was interrupted."""
@@ -58,11 +58,16 @@ def _unraisable(before: Any, about: Any) -> None:
         before(about)
 
 
-def _end() -> None:
-    print("interrupted", file=sys.stderr)
+def end_at_once(status: int) -> NoReturn:
+    """Ends the process from any thread, without Python's cleanup."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(STATUS)
+    os._exit(status)
+
+
+def _end() -> NoReturn:
+    print("interrupted", file=sys.stderr)
+    end_at_once(STATUS)
 
 
 def _install() -> None:

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -52,6 +54,17 @@ def _test_data(name: str) -> str:
     if "AECORE_TEST_DATA" not in os.environ or not folder.is_dir():
         pytest.skip(f"AECORE_TEST_DATA does not name a folder that holds {name}")
     return str(folder)
+
+
+def run_program(text: str, *folders: Path) -> subprocess.CompletedProcess:
+    """Runs a Python program in a process of its own, which also imports from these folders."""
+    path = os.pathsep.join([*map(str, folders), *sys.path])
+    return subprocess.run(
+        [sys.executable, "-c", text],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,11 @@
 import gzip
 import io
 import itertools
-import os
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import save_pictures
+from conftest import run_program, save_pictures
 from PIL import Image
 
 from aecore import Data
@@ -408,12 +405,6 @@ threads = [threading.Thread(target=load) for _ in range(4)]
 [thread.join() for thread in threads]
 print("still here", file=sys.stderr)
 """
-    path = os.pathsep.join([str(tmp_path), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_program(program, tmp_path)
+    assert done.returncode == 0
     assert "still here" in done.stderr

@@ -1,10 +1,7 @@
 """Ctrl-C and SIGTERM, from a command's first imports on."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from conftest import run_program
 
 ASK = "import os, signal, time\nos.kill(os.getpid(), signal.{})\ntime.sleep(5)\n"
 
@@ -18,17 +15,11 @@ def test_a_command_that_has_not_begun_ends_in_one_line(number, importing, tmp_pa
     ask = ASK.format(number)
     (tmp_path / "slow.py").write_text(ask)
     program = START + "from aecore.cli import main\n" + ("import slow\n" if importing else ask)
-    path = os.pathsep.join([str(tmp_path), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
+    done = run_program(program, tmp_path)
     assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
 
 
-def test_a_library_that_turns_ctrl_c_into_an_error_of_its_own(tmp_path):
+def test_a_library_that_turns_ctrl_c_into_an_error_of_its_own():
     program = f"""{START}
 from aecore.cli import main
 try:
@@ -36,10 +27,5 @@ try:
 except KeyboardInterrupt:
     raise ImportError("can't be loaded")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
+    done = run_program(program)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")

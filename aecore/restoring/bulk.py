@@ -47,11 +47,14 @@ def load(run: str | os.PathLike, **settings: Any) -> Restorer:
       ConfigError: the network is for images that no picture file holds.
     """
     restorer = Restorer.load(run, **settings)
-    if restorer.network.channels not in (1, 3):
-        raise ConfigError(
-            f"{run} is for images of {restorer.network.channels} channels; pictures have 1 or 3"
-        )
+    check_channels(restorer.network.channels, os.fspath(run))
     return restorer
+
+
+def check_channels(channels: int, name: str) -> None:
+    """Raises ConfigError if a network, of that name, is for images that no picture file holds."""
+    if channels not in (1, 3):
+        raise ConfigError(f"{name} is for images of {channels} channels; pictures have 1 or 3")
 
 
 def restore(

@@ -15,14 +15,13 @@ import numpy as np
 from aecore.degradations import (
     JPEG,
     CameraNoise,
-    Compose,
     Degradation,
     GaussianNoise,
     Mask,
     ShotNoise,
 )
 from aecore.errors import ConfigError, ImageError
-from aecore.restoring.projection import known_pixels
+from aecore.restoring.projection import known_pixels, unwrapped
 
 _BLOCK = 8
 """Side of the blocks in which removed noise is averaged."""
@@ -67,8 +66,7 @@ def measure(degradation: Degradation, restored: np.ndarray, image: np.ndarray) -
       ConfigError: it isn't known what exactly degraded the image.
       ImageError: the sizes don't fit.
     """
-    while isinstance(degradation, Compose) and len(degradation.parts) == 1:
-        degradation = degradation.parts[0]
+    degradation = unwrapped(degradation)
     factor = degradation.reduction
     count, height, width, channels = image.shape
     if restored.shape != (count, factor * height, factor * width, channels):

@@ -36,9 +36,7 @@ def onto(degradation: Degradation) -> Projection:
     Raises:
       ConfigError: there is none: it is random otherwise than a mask, or not linear.
     """
-    while isinstance(degradation, Compose) and len(degradation.parts) == 1:
-        degradation = degradation.parts[0]
-    match degradation:
+    match unwrapped(degradation):
         case Downscale(scale=scale, kernel=str(kernel)):
             return functools.partial(_reduced, scale, kernel)
         case Pixelate(scale=float(scale) | int(scale)):
@@ -49,6 +47,13 @@ def onto(degradation: Degradation) -> Projection:
         f"results can't be made consistent with images degraded by {degradation}; that is possible "
         "for Downscale, Pixelate and Mask of one kernel, scale or value"
     )
+
+
+def unwrapped(degradation: Degradation) -> Degradation:
+    """A degradation without compositions of one part around it."""
+    while isinstance(degradation, Compose) and len(degradation.parts) == 1:
+        degradation = degradation.parts[0]
+    return degradation
 
 
 def known_pixels(image: np.ndarray, value: float) -> np.ndarray:

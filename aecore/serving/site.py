@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from aecore.errors import ConfigError
-from aecore.restoring import tiling
+from aecore.restoring import bulk, tiling
 from aecore.saved import exported
 from aecore.saved.trained import TrainedNetwork
 from aecore.serving import PAGE
@@ -50,10 +50,7 @@ def write(
     Raises:
       ConfigError: the package can't be had, or the network can't be written as ONNX.
     """
-    if trained.network.channels not in (1, 3):
-        raise ConfigError(
-            f"{name} is for images of {trained.network.channels} channels; pictures have 1 or 3"
-        )
+    bulk.check_channels(trained.network.channels, name)
     runtime = read_runtime(download() if package is None else _read(to_path(package)))
     (folder / "runtime").mkdir(parents=True, exist_ok=True)
     # Clipped by the page, after it has taken the mean of the channels of gray pictures.

@@ -35,18 +35,8 @@ def read(directory: epath.Path) -> dict[str, Any] | None:
     return claim if isinstance(claim, dict) else None
 
 
-class Claim:
-    """A process's claim of a run directory."""
-
-    def __init__(self):
-        self.token = uuid.uuid4().hex
-        """A text that is in this claim alone."""
-        self.seconds: Callable[[], float] = lambda: 0.0
-        """The time that the run has taken so far, which is noted with each sign of life."""
-
-
 @contextlib.contextmanager
-def claimed(directory: epath.Path) -> Iterator[Claim]:
+def claimed(directory: epath.Path, seconds: Callable[[], float] = lambda: 0.0) -> Iterator[float]:
     """Trains in a run directory alone.
 
     A claim that a process left when it was killed doesn't count: on this host one sees that the
@@ -54,16 +44,20 @@ def claimed(directory: epath.Path) -> Iterator[Claim]:
 
     Args:
       directory: the run directory, which exists.
+      seconds: gives the time that the run has taken so far, to note with each sign of life.
+
+    Yields:
+      The time that the run had taken when an earlier process of it was killed or failed, or 0.
 
     Raises:
       ConfigError: another process trains here.
     """
     remote = is_remote(directory)
     beat = _REMOTE_BEAT if remote else _BEAT
-    _refuse_if_alive(directory, beat)
-    own = Claim()
+    earlier = _left(directory, beat)
+    token = uuid.uuid4().hex
     said = {
-        "token": own.token,
+        "token": token,
         "host": socket.gethostname(),
         "process": os.getpid(),
         "started": _started(os.getpid()),
@@ -71,13 +65,13 @@ def claimed(directory: epath.Path) -> Iterator[Claim]:
     }
 
     def write() -> None:
-        text = json.dumps({**said, "seconds": own.seconds()}) + "\n"
+        text = json.dumps({**said, "seconds": seconds()}) + "\n"
         write_whole(directory / FILE, text.encode())
 
     write()
     # Of several that found no claim at the same moment, the last to write has it.
     time.sleep(3.0 if remote else 0.1)
-    if (other := read(directory)) is not None and other.get("token") != own.token:
+    if (other := read(directory)) is not None and other.get("token") != token:
         raise ConfigError(_refusal(directory, other))
     ended = threading.Event()
 
@@ -91,7 +85,7 @@ def claimed(directory: epath.Path) -> Iterator[Claim]:
     thread.start()
     failed = False
     try:
-        yield own
+        yield float(earlier.get("seconds", 0.0))
     except Exception:
         failed = True
         raise
@@ -106,14 +100,15 @@ def claimed(directory: epath.Path) -> Iterator[Claim]:
                 (directory / FILE).unlink(missing_ok=True)
 
 
-def _refuse_if_alive(directory: epath.Path, beat: float) -> None:
+def _left(directory: epath.Path, beat: float) -> dict[str, Any]:
+    """What a process that is gone has left; refuses the claim of one that is alive."""
     other = read(directory)
     if other is None or other.get("process") is None:
-        return
+        return other or {}
     if other.get("host") == socket.gethostname():
         if _is_alive(other):
             raise ConfigError(_refusal(directory, other))
-        return
+        return other
     _log.warning(
         "process %s on %s trained in %s; waiting up to %.0f s for signs that it still does",
         other.get("process"),
@@ -126,9 +121,10 @@ def _refuse_if_alive(directory: epath.Path, beat: float) -> None:
         time.sleep(min(1.0, beat / 2))
         now = read(directory)
         if now is None:
-            return
+            return other
         if now != other:
             raise ConfigError(_refusal(directory, now))
+    return other
 
 
 def _refusal(directory: epath.Path, other: dict[str, Any]) -> str:

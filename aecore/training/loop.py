@@ -43,6 +43,7 @@ from aecore.steps.devices import Devices
 from aecore.steps.state import TrainState
 from aecore.storage import to_path, write_json
 from aecore.training import assembly, claim, feeds, processes, resuming, starting
+from aecore.training.assembly import Assembly
 from aecore.training.clock import Clock
 from aecore.training.interruption import Interruption
 from aecore.training.metrics_log import Callback, MetricsLog
@@ -115,7 +116,8 @@ def _train(
     if not exists(directory):
         starting.load(experiment)  # If that fails, better before the images are loaded.
     dataset = sources.load(experiment.data)
-    processes.check_data(dataset.fingerprint())
+    fingerprint = dataset.fingerprint()
+    processes.check_data(fingerprint)
     experiment.check_images(*dataset.image_shape, dataset.scale)
     examples = dataset.examples(experiment.degradation.grid)
     if experiment.training.batch_size > len(examples):
@@ -128,15 +130,14 @@ def _train(
     except OSError as error:
         raise ConfigError(f"{directory} can't be made: {error}; use another --run-dir") from error
     with (
-        _alone(directory) as (own, earlier),
+        _alone(directory, clock) as earlier,
         Interruption() as interruption,
         Checkpoints(directory / "checkpoints", experiment.training.keep) as checkpoints,
     ):
-        if own is not None:
-            own.seconds = clock.total
         run = _Run(
             experiment,
             dataset,
+            fingerprint,
             examples,
             devices,
             directory,
@@ -154,20 +155,13 @@ def _train(
 
 
 @contextlib.contextmanager
-def _alone(directory: epath.Path) -> Iterator[tuple[claim.Claim | None, float]]:
-    """Claims the run directory, for the first process of a training.
-
-    Yields:
-      The claim, and the time of the run when an earlier process was killed.
-    """
-    if jax.process_index() > 0:
+def _alone(directory: epath.Path, clock: Clock) -> Iterator[float]:
+    """Claims the run directory, for the first process of a training; yields as `claimed` does."""
+    is_first = jax.process_index() == 0
+    own = claim.claimed(directory, clock.total) if is_first else contextlib.nullcontext(0.0)
+    with own as earlier:
         processes.check_sees(directory)
-        yield None, 0.0
-        return
-    before = claim.read(directory) or {}
-    with claim.claimed(directory) as own:
-        processes.check_sees(directory)
-        yield own, float(before.get("seconds", 0.0))
+        yield earlier
 
 
 class _Run:
@@ -181,6 +175,7 @@ class _Run:
         self,
         experiment: Experiment,
         dataset: Dataset,
+        fingerprint: str,
         examples: np.ndarray | Crops,
         devices: Devices,
         directory: epath.Path,
@@ -222,7 +217,7 @@ class _Run:
             aecore=aecore.__version__,
             image_size=dataset.image_shape[:2],
             channels=dataset.image_shape[2],
-            fingerprint=dataset.fingerprint(),
+            fingerprint=fingerprint,
             random_streams=RANDOM_STREAMS,
             inputs=expectations.describe(degraded),
         )
@@ -247,13 +242,16 @@ class _Run:
         )
         self.launched = collections.deque()
         self.spread: dict[str, float] = {}
-        self.flops_per_image = assembled.flops_per_image()
-        self.flops_per_second = hardware.operations_per_second(
-            devices.mesh.local_devices[0], training.precision
-        )
+        self.most_images_per_second = self._matrix_limit(assembled) if self.is_first else None
         self.is_finite = jax.jit(
             lambda tree: jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
         )
+
+    def _matrix_limit(self, assembled: Assembly) -> float | None:
+        """Images per second if the devices did nothing but the network's matrix products."""
+        device, precision = self.devices.mesh.local_devices[0], self.experiment.training.precision
+        rate, flops = hardware.operations_per_second(device, precision), assembled.flops_per_image()
+        return self.devices.device_count * rate / flops if rate and flops else None
 
     def _started(self, trained: TrainedNetwork) -> TrainState:
         """The state at step 0 with the parameters of a trained network."""
@@ -317,9 +315,8 @@ class _Run:
         """Speed, and where the time goes, for a line of the metrics."""
         speed = self.clock.images_per_second
         found = {"images_per_second": speed, **self.clock.shares(), **self.spread}
-        if self.flops_per_second:
-            per_device = speed * self.flops_per_image / self.devices.device_count
-            found["share_of_matrix_rate"] = per_device / self.flops_per_second
+        if self.most_images_per_second:
+            found["share_of_matrix_rate"] = speed / self.most_images_per_second
         if (used := memory.peak(self.devices.mesh.local_devices[0])) is not None:
             found["device_memory"] = used
         return found

@@ -26,6 +26,7 @@ from etils import epath
 from tqdm import tqdm
 
 import aecore
+from aecore import interrupts
 from aecore.config import Experiment, Training, settings
 from aecore.errors import AecoreError, ConfigError, Interrupted, ProcessError, SavingError
 from aecore.saved.descriptions import changes, describe, experiment_from_json
@@ -284,8 +285,7 @@ class Group:
         if self._leaving:
             return
         tqdm.write(f"error: {self._loss}", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(ProcessError.exit_status)
+        interrupts.end_at_once(ProcessError.exit_status)
 
 
 @contextlib.contextmanager
@@ -362,6 +362,10 @@ def _place(training: Training) -> _Place:
     return _Place(host, int(port), int(count), int(index), limit, local)
 
 
+_SAME = ("aecore", "jax", "count")
+"""What all processes must say alike."""
+
+
 def _hello(place: _Place) -> dict[str, Any]:
     return {
         "aecore": aecore.__version__,
@@ -420,18 +424,16 @@ def _server(port: int) -> socket.socket:
 def _welcome(connection: socket.socket, place: _Place, links: dict[int, _Link]) -> None:
     """Adds the link of a process that has come; connections that aren't ours are closed."""
     connection.settimeout(5.0)
-    link = None
+    own = _hello(place)
     try:
         with connection.makefile("r", encoding="utf-8") as lines:
             hello = json.loads(lines.readline(4096))
         index, host = hello["index"], str(hello["host"])
-        own = _hello(place)
-        differing = [f"{k} {hello[k]} (process 0: {own[k]})" for k in own if hello[k] != own[k]]
+        differing = [f"{k} {hello[k]} (process 0: {own[k]})" for k in _SAME if hello[k] != own[k]]
     except (OSError, ValueError, LookupError, TypeError):
         connection.close()
         return
     link = _Link(connection, host)
-    differing = [text for text in differing if not text.startswith(("index ", "host "))]
     if differing:
         _refuse({**links, -1: link}, f"process {index} on {host} has {', '.join(differing)}")
     if index in links or not 0 < index < place.count:

@@ -1,5 +1,7 @@
 // Restores pictures in the visitor's browser, so that none leaves it; worker.js does the work.
 
+import { decoded } from "./viewer.js";
+
 const worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
 let latest = null; // The picture that the worker has restored last.
 let visits = 0;
@@ -16,15 +18,11 @@ export async function networks() {
 }
 
 export async function shown(file) {
-  const image = new Image();
-  image.src = URL.createObjectURL(file);
-  try {
-    await image.decode();
-    return image.src;
-  } catch {
-    URL.revokeObjectURL(image.src);
+  const address = await decoded(file);
+  if (address === null) {
     throw new Error("This browser can't read the file; save it as PNG, JPEG or WebP first.");
   }
+  return address;
 }
 
 export function restore(file, { strength, signal, progress }) {

@@ -1,5 +1,7 @@
 // Restores pictures on the server that the page comes from.
 
+import { decoded } from "./viewer.js";
+
 const OFTEN = 300; // Milliseconds between two looks at how far the server is.
 
 let limits = null;
@@ -34,17 +36,11 @@ async function sent(address, file, signal) {
 }
 
 export async function shown(file) {
-  const image = new Image();
-  image.src = URL.createObjectURL(file);
-  try {
-    await image.decode();
-    return image.src;
-  } catch {
-    // Browsers don't show TIFF and other formats that the server knows.
-    URL.revokeObjectURL(image.src);
-    const answer = await sent("preview", file);
-    return URL.createObjectURL(await answer.blob());
-  }
+  const address = await decoded(file);
+  if (address !== null) return address;
+  // Browsers don't show TIFF and other formats that the server knows.
+  const answer = await sent("preview", file);
+  return URL.createObjectURL(await answer.blob());
 }
 
 export async function restore(file, { network, strength, signal, progress }) {

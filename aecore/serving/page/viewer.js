@@ -115,3 +115,16 @@ export class Viewer {
     this.pictures.classList.toggle("close", this.factor >= PIXELATED);
   }
 }
+
+// An address under which the browser shows a picture file; null if it can't read it.
+export async function decoded(file) {
+  const image = new Image();
+  image.src = URL.createObjectURL(file);
+  try {
+    await image.decode();
+    return image.src;
+  } catch {
+    URL.revokeObjectURL(image.src);
+    return null;
+  }
+}

@@ -146,7 +146,7 @@ def _train(
             clock,
             callback,
         )
-        clock.go_on(run.resumed, earlier)
+        clock.go_on(run.before, earlier)
         if run.is_first:
             write_json(directory / "experiment.json", described)
         with run.log, _bar(run, progress and run.is_first) as bar:
@@ -235,7 +235,7 @@ class _Run:
                 self.state = self._started(trained)
         self.step = self.saved_step = int(jax.device_get(self.state.step))
         self.first_step = self.step + 1
-        self.resumed = resumed
+        self.before = self._with_time_of_end(resumed)
         self.history = list(resumed.history)
         self.log = MetricsLog(
             directory, self.step, resumed.unlogged, training.log_every, self.is_first, callback
@@ -400,13 +400,25 @@ class _Run:
         """Scores of the degraded images themselves."""
         return evaluation.baseline(self.experiment.degradation, self.devices, self.validation)
 
+    def _earlier_summary(self) -> dict[str, Any]:
+        """What this run's last end wrote, if it has ended before."""
+        try:
+            summary = json.loads((self.directory / "summary.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return summary if isinstance(summary, dict) else {}
+
     def _classical_scores(self) -> dict[str, Any]:
         """Scores of classical methods that an evaluation added to an earlier summary."""
-        try:
-            earlier = json.loads((self.directory / "summary.json").read_text())
-            return {"classical": earlier["classical"]}
-        except (OSError, ValueError, LookupError, TypeError):
-            return {}
+        earlier = self._earlier_summary()
+        return {"classical": earlier["classical"]} if "classical" in earlier else {}
+
+    def _with_time_of_end(self, resumed: Description) -> Description:
+        """With the time that was spent after the last checkpoint of a run that had ended there."""
+        earlier = self._earlier_summary()
+        if earlier.get("steps") != resumed.step or not {"seconds", "time"} <= earlier.keys():
+            return resumed
+        return dataclasses.replace(resumed, seconds=earlier["seconds"], time=earlier["time"])
 
     def _collect_losses(self, bar: tqdm, leave: int = 0) -> None:
         """Waits for the launched steps, except the last `leave` calls; records their losses."""

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, Union
 
 import tyro
-from etils import epath
 from tqdm import tqdm
 
 from aecore.config import Experiment
@@ -506,6 +505,8 @@ class Plan:
     """An experiment's file, or its name; `aecore train --help` lists them."""
     topology: str
     """A TPU slice, such as v5e:4x4 or tpu7x:2x2x1; or cpu or gpu for this machine's devices."""
+    slices: int = 1
+    """How many such slices there are, connected by the data centre's network."""
     json: str | None = None
     """File to write the figures to."""
 
@@ -522,8 +523,8 @@ class Plan:
         experiment = _experiment(self.experiment, flags)
         plan = planning.plan(
             experiment,
-            _image_shape(experiment),
             self.topology,
+            slices=self.slices,
             show=lambda text: print(text, flush=True),
             progress=lambda text: print(f"{text} ...", file=sys.stderr, flush=True),
         )
@@ -637,16 +638,6 @@ def _experiment(source: str, flags: Sequence[str]) -> Experiment:
     return tyro.cli(Experiment, default=catalogue.load(source).experiment, args=flags)
 
 
-def _image_shape(experiment: Experiment) -> tuple[int, int, int]:
-    """Shape of an experiment's images; loads them only if the settings don't say."""
-    size = experiment.data.image_size or experiment.data.crop_size
-    if size is not None:
-        return (*size, experiment.model.channels)
-    from aecore.data import sources
-
-    return sources.load(experiment.data).image_shape
-
-
 def _show(
     report: Mapping[str, Any], table: Callable[[Mapping[str, Any]], str], file: str | None
 ) -> int:
@@ -721,7 +712,10 @@ def _exit_status() -> Iterator[None]:
     sys.unraisablehook = lambda _: None
     interrupts.end_if_requested()
     try:
-        _prepare_jax()
+        from aecore.steps import hardware
+
+        hardware.quiet_libtpu()
+        hardware.keep_compiled()
         yield
     except AecoreError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -760,25 +754,3 @@ def _end(status: int, *, at_once: bool) -> NoReturn:
     if not at_once and (status in (0, interrupts.STATUS) or not jax.distributed.is_initialized()):
         sys.exit(status)
     interrupts.end_at_once(status)
-
-
-def _prepare_jax() -> None:
-    """Makes JAX keep compiled programs in the user's cache folder, so that a restart is quick."""
-    import jax
-
-    from aecore.steps import hardware
-
-    hardware.quiet_libtpu()
-    known = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    if known is None:
-        home = os.environ.get("XDG_CACHE_HOME") or epath.Path("~/.cache").expanduser()
-        cache = epath.Path(home) / "aecore" / "jax"
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            return
-        if not os.access(cache, os.W_OK):
-            return
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        # All programs: with a threshold, chance would decide for those near it.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

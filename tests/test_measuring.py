@@ -91,7 +91,7 @@ def test_a_plan_rounds_the_batch_up():
         degradation=GaussianNoise(0.4),
         training=aecore.Training(batch_size=30),
     )
-    assert planning.plan(experiment, (12, 12, 1), "cpu").batch_size == 32
+    assert planning.plan(experiment, "cpu").batch_size == 32
 
 
 def test_a_plan_shows_the_first_figures_before_it_goes_on():
@@ -102,7 +102,7 @@ def test_a_plan_shows_the_first_figures_before_it_goes_on():
         training=aecore.Training(parallel="pmap"),
     )
     said = []
-    planning.plan(experiment, (12, 12, 1), "cpu", show=said.append, progress=said.append)
+    planning.plan(experiment, "cpu", show=said.append, progress=said.append)
     assert said[1] == "compiling the training step with pmap"
     assert "memory, total" in said[2]
     assert said[3] == "compiling the training step with jit"
@@ -119,8 +119,8 @@ def test_largest_batch_is_found_by_search():
     assembled = assembly.assemble(
         experiment, (12, 12, 1), COMPILED_BY["jit"](device), 1, batch_size=100, parts=1
     )
-    memory = planning._memory(planning.compile_step(assembled)).total
-    largest = planning._largest(experiment, (12, 12, 1), device, memory)
+    memory = planning.memory_of(planning.compile_step(assembled)).total
+    largest = planning.largest_batch(experiment, (12, 12, 1), device, memory)
     assert 87 <= largest <= 113
 
 
@@ -146,13 +146,47 @@ def test_the_step_compiles_for_tpus(model, degradation, shape, topology, form):
     devices = planning.devices_of(topology)
     assembled = assembly.assemble(experiment, shape, COMPILED_BY[form](devices), last_step=1)
     compiled = planning.compile_step(assembled)
-    assert "all-reduce" in planning._collectives(compiled.as_text(), len(devices))
-    assert planning._memory(compiled).total < 2**30
+    assert "all-reduce" in planning.exchanges(compiled.as_text(), len(devices))
+    assert planning.memory_of(compiled).total < 2**30
+
+
+def test_exchanges_between_slices_are_counted():
+    # As compiled for two slices of TPU v5e, but shorter.
+    text = """
+  %reduce-scatter.1 = f32[128,512]{1,0:T(8,128)} reduce-scatter(%fusion.1), channel_id=1
+  %send = (f32[64,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%bitcast, %after-all), channel_id=2,\
+ is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %all-gather.6 = f32[512,512]{1,0:T(8,128)S(1)} all-gather(%bitcast.1), channel_id=1
+"""
+    part = 4 * 64 * 8 * 128
+    assert planning.exchanges(text, 8) == {
+        "reduce-scatter": planning.Collectives(1, part),
+        "all-reduce between slices": planning.Collectives(1, part),
+        "all-gather": planning.Collectives(1, 4 * part),
+    }
+
+
+@needs_libtpu
+def test_a_plan_for_several_slices_says_what_the_network_costs(capsys):
+    assert aecore_command("plan", EXPERIMENT, "--topology", "v5e:2x2", "--slices", "2") == 0
+    out = capsys.readouterr().out
+    assert "8 x TPU v5 lite (2 slices of v5e:2x2)" in out
+    assert out.count("all-reduce between slices") == 2
+    rows = {line[:32].strip(): line[32:].split() for line in out.splitlines()}
+    kibibytes = float(rows["all-reduce between slices"][0])
+    # At least a quarter of 3,217 gradients from each device of a slice.
+    assert kibibytes * 2**10 > 3217
+    milliseconds = float(rows["network between slices"][0])
+    assert milliseconds == pytest.approx(kibibytes * 2**10 / 3.125e9 * 1e3, rel=0.01)
+    assert rows["exchange, share of a step"][0].endswith("%")
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["plan", EXPERIMENT, "--topology", "cpu", "--slices", "2"], "leave --slices out"),
+        (["plan", EXPERIMENT, "--topology", "v5e:2x2", "--slices", "0"], "use 1 or more"),
         (["plan", EXPERIMENT, "--topology", "v99:2x2"], "v99:2x2"),
         (["plan", "nowhere.py", "--topology", "cpu"], "nowhere.py is neither an experiment file"),
         (["bench", cli.__file__], "doesn't define `experiment`"),
@@ -269,7 +303,7 @@ def test_the_estimate_of_a_divided_batch_is_that_of_the_whole():
         )
         limits = hardware.limits(devices[0], "float32")
         assembled = assembly.assemble(experiment, (12, 12, 1), COMPILED_BY["jit"](devices), 1)
-        plans.append(planning._plan_form(assembled, limits))
+        plans.append(planning.plan_form(assembled, limits, slices=1))
     whole, divided = (plan.estimate for plan in plans)
     assert divided == whole
     assert whole.loops == 0

@@ -4,19 +4,18 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from aecore.data.ahead import results_ahead
 from aecore.data.crops import pad
 from aecore.data.indexed import Pairs, Shape, Source
+from aecore.data.shapes import Size, shared_shapes, smallest_containing
 from aecore.errors import ImageError
 
 _log = logging.getLogger(__name__)
-
-_MOST_TO_MERGE = 64
-"""Among so many shapes at most, the best two to make one of are searched for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +79,16 @@ class GroupedPictures:
         if not sizes:
             return
         step = math.lcm(multiple, self._scale)
-        shapes = shared_shapes(np.array(list(sizes.values())), most_shapes, step)
-        found: dict[tuple[int, int], list[int]] = {}
-        for index, shape in zip(sizes, shapes.tolist(), strict=True):
-            found.setdefault(tuple(shape), []).append(index)
+        rounded = {
+            index: (-(-height // step) * step, -(-width // step) * step)
+            for index, (height, width) in sizes.items()
+        }
+        shapes = shared_shapes(rounded.values(), most_shapes)
+        found: dict[Size, list[int]] = {}
+        for index, size in rounded.items():
+            shape = smallest_containing(size, shapes)
+            assert shape is not None
+            found.setdefault(shape, []).append(index)
         self.groups = [
             Group((height, width, source.channels), members)
             for (height, width), members in sorted(found.items())
@@ -113,13 +118,8 @@ class GroupedPictures:
             for start in range(0, len(group.members), size):
                 members = group.members[start : start + size]
                 plan.append((group, members[rows], rows.stop - rows.start))
-        # The next batch is read while one is used.
         with ThreadPoolExecutor(1) as pool:
-            ahead: Future | None = None
-            for arguments in [*plan, None]:
-                ready, ahead = ahead, pool.submit(self._read, *arguments) if arguments else None
-                if ready is not None:
-                    yield ready.result()
+            yield from results_ahead(lambda part: pool.submit(self._read, *part), plan)
 
     def _read(self, group: Group, members: list[int], count: int) -> PictureBatch:
         original_shape, degraded_shape = self.batch_shapes(group, count)
@@ -149,37 +149,3 @@ class GroupedPictures:
     def _leave_out(self, index: int, error: ImageError) -> None:
         self._broken.add(index)
         _log.warning("skipped: %s", error)
-
-
-def shared_shapes(sizes: np.ndarray, most: int, multiple: int) -> np.ndarray:
-    """Few shapes into which pictures of many sizes fit, with little to spare.
-
-    Args:
-      sizes: `(N, 2)` heights and widths.
-      most: shapes there may be.
-      multiple: of what the shapes' heights and widths are multiples.
-
-    Returns:
-      `(N, 2)`: for each picture a shape that is at least as large.
-    """
-    step = multiple
-    while True:
-        rounded = -(-sizes // step) * step
-        shapes, member, counts = np.unique(rounded, axis=0, return_inverse=True, return_counts=True)
-        if len(shapes) <= max(most, _MOST_TO_MERGE):
-            break
-        step *= 2
-    member = member.reshape(-1)
-    while len(np.unique(member)) > most:
-        # The two shapes become one whose union adds the fewest pixels.
-        used = np.unique(member)
-        union = np.maximum(shapes[used][:, None], shapes[used][None])
-        area = shapes.prod(axis=1) * counts
-        added = union.prod(axis=2) * (counts[used][:, None] + counts[used][None])
-        added = added - area[used][:, None] - area[used][None]
-        np.fill_diagonal(added, np.iinfo(added.dtype).max)
-        first, second = used[list(np.unravel_index(added.argmin(), added.shape))]
-        shapes[first] = np.maximum(shapes[first], shapes[second])
-        counts[first] += counts[second]
-        member[member == second] = first
-    return shapes[member]

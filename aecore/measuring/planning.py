@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from aecore.config import Experiment
+from aecore.data import sources
 from aecore.errors import ConfigError
 from aecore.measuring import estimates
 from aecore.measuring.estimates import Estimate
@@ -51,7 +52,7 @@ class Collectives:
 
     count: int
     bytes: int
-    """Size of their results."""
+    """Size of their results on each device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,10 @@ class Roofline:
     """The limit with the longest time."""
     images_per_second_per_device: float
     images_per_second: float
+
+
+LINKS, NETWORK = "links between devices", "network between slices"
+"""The limits on exchanging data."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +92,9 @@ class Plan:
     name: str
     topology: str
     device: str
+    slices: int
     devices: int
+    """Of all slices."""
     batch_size: int
     images_per_device: int
     precision: str
@@ -97,16 +104,21 @@ class Plan:
     """The largest batch that fits; None where the devices' memory is not known."""
 
 
-def devices_of(topology: str) -> list[Any]:
+def devices_of(topology: str, slices: int = 1) -> list[Any]:
     """The devices of a topology.
 
     Args:
       topology: `cpu` or `gpu` for those of this machine; or a TPU slice such as `v5e:4x4`.
+      slices: how many such slices there are, connected by the data centre's network.
 
     Raises:
       ConfigError: there is no such topology, or no compiler for it.
     """
+    if slices < 1:
+        raise ConfigError(f"there can't be {slices} slices; use 1 or more")
     if topology in ("cpu", "gpu"):
+        if slices > 1:
+            raise ConfigError(f"topology {topology} has no slices; leave --slices out")
         try:
             return jax.devices(topology)
         except RuntimeError as error:
@@ -115,7 +127,11 @@ def devices_of(topology: str) -> list[Any]:
 
     hardware.quiet_libtpu(compiling_only=True)
     # JAX uses both cores of a TPU v4 as one device; the description's default is two devices.
-    settings = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    settings: dict[str, Any] = {}
+    if topology.startswith("v4:"):
+        settings["chip_config_name"] = "megacore"
+    if slices > 1:
+        settings["num_slices"] = slices
     try:
         description = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, **settings
@@ -157,31 +173,34 @@ def _ignore(text: str) -> None:
 
 def plan(
     experiment: Experiment,
-    image_shape: tuple[int, int, int],
     topology: str,
     *,
+    slices: int = 1,
     show: Callable[[str], None] = _ignore,
     progress: Callable[[str], None] = _ignore,
 ) -> Plan:
     """Finds what the training step needs on a topology, in each compiled form.
 
     Args:
-      experiment: what to train; its batch is rounded up to what the devices can divide.
-      image_shape: height, width and channels.
-      topology: as `devices_of` takes it.
+      experiment: what to train; its batch is rounded up to what the devices can divide. Its images
+        are loaded only if its settings don't say how large they are.
+      topology, slices: as `devices_of` takes them. The batch is spread over the devices of all
+        slices.
       show: called with the parts of the plan as text for people, each as soon as it is known.
       progress: called with one line before each thing that takes long.
 
     Raises:
       ConfigError: there is no such topology.
     """
-    devices = devices_of(topology)
+    devices = devices_of(topology, slices)
+    image_shape = _image_shape(experiment)
     batch_size = Devices(devices).round_up(experiment.training.batch_size)
     share = batch_size // len(devices)
     training = experiment.training
     limits = hardware.limits(devices[0], training.precision)
     show(
-        f"{experiment.name} on {len(devices)} x {devices[0].device_kind} ({topology}), "
+        f"{experiment.name} on {len(devices)} x {devices[0].device_kind} "
+        f"({f'{slices} slices of ' if slices > 1 else ''}{topology}), "
         f"{training.precision}\nbatch {batch_size:,}: {share:,} images per device"
     )
     forms = {}
@@ -191,15 +210,16 @@ def plan(
         assembled = assembly.assemble(
             experiment, image_shape, COMPILED_BY[form](devices), 1, batch_size=batch_size
         )
-        forms[form] = _plan_form(assembled, limits)
+        forms[form] = plan_form(assembled, limits, slices)
         show("\n".join(["", form, *_form_lines(forms[form], len(devices), limits)]))
-    largest = _largest(experiment, image_shape, devices, limits.memory, progress)
+    largest = largest_batch(experiment, image_shape, devices, limits.memory, progress)
     if largest is not None:
         show(f"\nlargest batch that fits: {largest:,} images per device")
     return Plan(
         name=experiment.name,
         topology=topology,
         device=devices[0].device_kind,
+        slices=slices,
         devices=len(devices),
         batch_size=batch_size,
         images_per_device=share,
@@ -210,7 +230,14 @@ def plan(
     )
 
 
-def _plan_form(assembled: Assembly, limits: Limits) -> FormPlan:
+def _image_shape(experiment: Experiment) -> tuple[int, int, int]:
+    size = experiment.data.image_size or experiment.data.crop_size
+    if size is not None:
+        return (*size, experiment.model.channels)
+    return sources.load(experiment.data).image_shape
+
+
+def plan_form(assembled: Assembly, limits: Limits, slices: int) -> FormPlan:
     count = assembled.devices.device_count
     share = assembled.batch_size // count
     compiled = whole = compile_step(assembled)
@@ -218,10 +245,10 @@ def _plan_form(assembled: Assembly, limits: Limits) -> FormPlan:
         # XLA counts a loop's body once, in its costs and in its estimated cycles.
         whole = compile_step(dataclasses.replace(assembled, parts=1))
     costs = _cost(whole, share)
-    collectives = _collectives(compiled.as_text(), count)
-    roofline = _roofline(costs, collectives, share, count, limits)
+    collectives = exchanges(compiled.as_text(), count)
+    roofline = _roofline(costs, collectives, share, count, slices, limits)
     return FormPlan(
-        memory=_memory(compiled),
+        memory=memory_of(compiled),
         flops_per_image=costs.flops,
         bytes_per_image=costs.bytes,
         collectives=collectives,
@@ -235,7 +262,7 @@ def _plan_form(assembled: Assembly, limits: Limits) -> FormPlan:
     )
 
 
-def _memory(compiled: Any) -> Memory:
+def memory_of(compiled: Any) -> Memory:
     analysis = compiled.memory_analysis()
     # Results take the memory of the arguments that were donated for them.
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
@@ -251,20 +278,42 @@ _COLLECTIVE = re.compile(
     r"= (?P<result>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all"
     r"|collective-permute)(-start)?\("
 )
+_SENT_TO_SLICES = re.compile(
+    r"= \((?P<result>\S+), .*? send\(.*_xla_megascale_transfer_type=\"(?P<kind>\w+)\""
+)
+_BETWEEN_SLICES = " between slices"
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\]")
 
 
-def _collectives(text: str, devices: int) -> dict[str, Collectives]:
+def exchanges(text: str, devices: int) -> dict[str, Collectives]:
     """A program's collective operations, by kind."""
     found: dict[str, Collectives] = {}
-    for match in _COLLECTIVE.finditer(text) if devices > 1 else ():
+
+    def add(kind, result):
         size = 0
-        for dtype, dimensions in _ARRAY.findall(match["result"]):
+        for dtype, dimensions in _ARRAY.findall(result):
             bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))
             size += math.prod(map(int, filter(None, dimensions.split(",")))) * bits // 8
-        before = found.get(match["kind"], Collectives(0, 0))
-        found[match["kind"]] = Collectives(before.count + 1, before.bytes + size)
+        before = found.get(kind, Collectives(0, 0))
+        found[kind] = Collectives(before.count + 1, before.bytes + size)
+
+    if devices > 1:
+        for match in _COLLECTIVE.finditer(text):
+            add(match["kind"], match["result"])
+        for match in _SENT_TO_SLICES.finditer(text):
+            kind = match["kind"].lower().replace("_", "-")
+            add(kind + _BETWEEN_SLICES, match["result"])
     return found
+
+
+def _sent(kind: str, size: int, participants: int) -> float:
+    """Bytes that each device sends in a ring, for a result of a size on each device."""
+    others = (participants - 1) / participants
+    if kind == "all-reduce":
+        return 2 * size * others  # Almost all of the result, twice.
+    if kind == "reduce-scatter":
+        return size * (participants - 1)  # The result is a part of what is reduced.
+    return size * others
 
 
 def _roofline(
@@ -272,6 +321,7 @@ def _roofline(
     collectives: Mapping[str, Collectives],
     share: int,
     devices: int,
+    slices: int,
     limits: Limits,
 ) -> Roofline | None:
     seconds = {}
@@ -280,9 +330,19 @@ def _roofline(
     if limits.bandwidth:
         seconds["memory bandwidth"] = share * costs.bytes / limits.bandwidth
     if limits.link and collectives:
-        # In a ring, each device sends almost all of the result twice.
-        size = sum(entry.bytes for entry in collectives.values())
-        seconds["links between devices"] = 2 * size * (devices - 1) / devices / limits.link
+        sent = sum(
+            _sent(kind, entry.bytes, devices // slices)
+            for kind, entry in collectives.items()
+            if not kind.endswith(_BETWEEN_SLICES)
+        )
+        seconds[LINKS] = sent / limits.link
+    if limits.network and slices > 1:
+        sent = sum(
+            _sent(kind.removesuffix(_BETWEEN_SLICES), entry.bytes, slices)
+            for kind, entry in collectives.items()
+            if kind.endswith(_BETWEEN_SLICES)
+        )
+        seconds[NETWORK] = sent / limits.network
     if not seconds:
         return None
     binding = max(seconds, key=lambda limit: seconds[limit])
@@ -294,7 +354,7 @@ def _roofline(
     )
 
 
-def _largest(
+def largest_batch(
     experiment: Experiment,
     image_shape: tuple[int, int, int],
     devices: list[Any],
@@ -313,7 +373,7 @@ def _largest(
             experiment, image_shape, form, 1, batch_size=share * len(devices), parts=1
         )
         try:
-            return _memory(compile_step(assembled)).total
+            return memory_of(compile_step(assembled)).total
         except jax.errors.JaxRuntimeError as error:
             if memory_limits.ran_out(error):
                 return math.inf
@@ -338,6 +398,16 @@ def _largest(
 
 def _larger(share: int) -> int:
     return min(_LARGEST_BATCH, max(share + 1, share * 9 // 8))
+
+
+def _exchange_share(estimate: Estimate, roofline: Roofline) -> float | None:
+    """The part of a step's time that goes into exchanging data, if nothing else runs meanwhile."""
+    exchange = sum(roofline.seconds.get(limit, 0) for limit in (LINKS, NETWORK))
+    rate = estimate.images_per_second_per_device
+    if not exchange or not rate:
+        return None
+    images = roofline.seconds[roofline.binding] * roofline.images_per_second_per_device
+    return exchange / (exchange + images / rate)
 
 
 def _form_lines(form: FormPlan, devices: int, limits: Limits) -> list[str]:
@@ -366,6 +436,10 @@ def _form_lines(form: FormPlan, devices: int, limits: Limits) -> list[str]:
         rate = form.roofline.images_per_second_per_device
         row("images/s, at most", f"{rate:,.0f}", f"limited by {form.roofline.binding}")
         row("images/s, all devices, at most", f"{form.roofline.images_per_second:,.0f}")
+        if not limits.network and any(kind.endswith(_BETWEEN_SLICES) for kind in form.collectives):
+            row(NETWORK, "not known", "and left out")
+        if form.estimate and (exchange := _exchange_share(form.estimate, form.roofline)):
+            row("exchange, share of a step", f"{exchange:.1%}", "if nothing else runs meanwhile")
     if form.estimate:
         result += ["", "the compiler's estimate", *estimates.lines(form.estimate, devices)]
     return result

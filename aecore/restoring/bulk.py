@@ -4,11 +4,12 @@ import collections
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
+from aecore.data.ahead import results_ahead
 from aecore.errors import ConfigError, ImageError
 from aecore.media import images, videos
 from aecore.media.images import Picture
@@ -23,8 +24,8 @@ _THREADS = min(8, os.cpu_count() or 1)
 _MOST_PIXELS = 2**26
 """Most pixels to hold of pictures read ahead, and as many again of those to be written."""
 
-_MOST_FILES = 256
-"""Most files to read ahead."""
+_LEAST_PIXELS = 2**18
+"""As which smaller pictures count, so that not too many files are read ahead."""
 
 _VIDEO_FRAMES = 16
 """Frames of a video that are restored at a time."""
@@ -138,7 +139,10 @@ def _restore_pictures(
     unreadable = collections.deque()
 
     def frames(order):
-        for picture in _ahead(submit, order, pixels):
+        ahead = results_ahead(
+            submit, order, most=_MOST_PIXELS, cost=lambda job: max(pixels[job], _LEAST_PIXELS)
+        )
+        for picture in ahead:
             if isinstance(picture, Failure):
                 unreadable.append(picture)
                 continue
@@ -167,23 +171,6 @@ def _restore_pictures(
             writing.append((future, pixels[job]))
         yield from finished(_MOST_PIXELS)
     yield from finished(0)
-
-
-def _ahead(submit: Callable, jobs: Sequence[Job], pixels: Mapping[Job, int]) -> Iterator[Any]:
-    """The results of jobs in order; the next jobs are submitted before they are needed."""
-    futures, total = collections.deque(), 0
-    remaining = collections.deque(jobs)
-    while remaining or futures:
-        while remaining and (
-            not futures
-            or (total + pixels[remaining[0]] <= _MOST_PIXELS and len(futures) < _MOST_FILES)
-        ):
-            job = remaining.popleft()
-            total += pixels[job]
-            futures.append((submit(job), job))
-        future, job = futures.popleft()
-        total -= pixels[job]
-        yield future.result()
 
 
 def _failure(job: Job, error: Exception) -> Failure:

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aecore.data.shapes import Size, shared_shapes, smallest_containing
 from aecore.errors import ConfigError, ImageError
 from aecore.networks.network import Network, fits_within
 from aecore.networks.receptive_field import ReceptiveField
 from aecore.restoring import tiling
-from aecore.restoring.tiling import Size, Window
+from aecore.restoring.tiling import Window
 from aecore.steps import memory
 
 _log = logging.getLogger(__name__)
@@ -176,10 +177,10 @@ class Engine:
         if more_follow:
             shapes = sorted(set(map(self.shape_for, parts)))
         elif len(set(parts)) <= _SHARED_SHAPES or self._can_share:
-            shapes = tiling.shared_shapes(parts, _SHARED_SHAPES)
+            shapes = shared_shapes(parts, _SHARED_SHAPES)
 
         def shape(key):
-            return tiling.smallest_containing(sizes[key], shapes) or sizes[key]
+            return smallest_containing(sizes[key], shapes) or sizes[key]
 
         return Schedule(sorted(sizes, key=shape), shapes)
 
@@ -513,7 +514,7 @@ class _Pass:
             stack = _Stack(images, self._engine.windows(images.shape[1:3]), self._engine.scale)
             self._stacks.append(stack)
             for window in stack.windows:
-                shape = tiling.smallest_containing(window.size, self._shapes)
+                shape = smallest_containing(window.size, self._shapes)
                 shape = shape or self._engine.shape_for(window.size)
                 kind = BatchKind(shape, images.dtype, images.shape[3])
                 if kind != self._kind:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from aecore import losses, metrics
 from aecore.config import Data
 from aecore.data import crops, sources
+from aecore.data.ahead import results_ahead
 from aecore.data.indexed import Pairs, Source
 from aecore.degradations import Compose, Degradation, JaxOps
 from aecore.errors import ConfigError, DataError, ImageError
@@ -145,7 +146,7 @@ def score(
 
     def read(order: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         with ThreadPoolExecutor(1) as pool:
-            for index, made in _ahead(pool, pair, order):
+            for index, made in results_ahead(lambda index: pool.submit(pair, index), order):
                 if made is not None:
                     waiting[index] = made
                     yield index, made[0]
@@ -168,18 +169,6 @@ def score(
                     for name, result in results.items()
                 },
             )
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[int], Any], order: Sequence[int]
-) -> Iterator[Any]:
-    """Results in order, of which the next one is made while one is used."""
-    numbers = iter(order)
-    futures = [pool.submit(function, n) for n in itertools.islice(numbers, 2)]
-    while futures:
-        result = futures.pop(0).result()
-        futures += [pool.submit(function, n) for n in itertools.islice(numbers, 1)]
-        yield result
 
 
 def degraded_pair(job: ScoringJob, index: int) -> tuple[np.ndarray, np.ndarray]:

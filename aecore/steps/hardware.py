@@ -30,6 +30,8 @@ class Limits:
     """Bytes per second that the device can send to other devices."""
     clock: float | None = None
     """Cycles per second, in which the compiler for TPUs estimates times."""
+    network: float | None = None
+    """Bytes per second that the device can send to other slices, over the data centre's network."""
 
 
 _GIB = 2**30
@@ -37,16 +39,17 @@ _GIB = 2**30
 # Per JAX device: half a chip for TPU v2, v3 and 7x, a whole chip for the others. `flops` is for
 # bfloat16, in which TPUs by default compute the products of float32 too. The figures per chip are
 # from Google Cloud's documentation, pages "TPU v2" to "TPU7x"; `link` is one direction of the
-# inter-chip links. `clock` is not in the documentation of all: it is `flops` divided by the
+# inter-chip links. `network` is the bandwidth of a pod, or of a chip, divided by its devices, where
+# those pages say it. `clock` is not in the documentation of all: it is `flops` divided by the
 # operations per cycle of the device's matrix units, which are 1 (v2), 2 (v3), 8 (v4 and v5p) and 4
 # (v5e) of 128x128, or 4 of 256x256 (v6e and 7x), at 2 operations per cycle for each cell.
 _TPUS = {
     "TPU v2": Limits(23e12, 350e9, 8 * _GIB, 124e9, 0.70e9),
     "TPU v3": Limits(61.5e12, 450e9, 16 * _GIB, 164e9, 0.94e9),
     "TPU v4": Limits(275e12, 1228e9, 32 * _GIB, 300e9, 1.05e9),
-    "TPU v5 lite": Limits(197e12, 819e9, 16 * _GIB, 200e9, 1.50e9),
-    "TPU v5": Limits(459e12, 2765e9, 95 * _GIB, 600e9, 1.75e9),
-    "TPU v6 lite": Limits(918e12, 1640e9, 32 * _GIB, 400e9, 1.75e9),
+    "TPU v5 lite": Limits(197e12, 819e9, 16 * _GIB, 200e9, 1.50e9, 3.125e9),
+    "TPU v5": Limits(459e12, 2765e9, 95 * _GIB, 600e9, 1.75e9, 6.25e9),
+    "TPU v6 lite": Limits(918e12, 1640e9, 32 * _GIB, 400e9, 1.75e9, 12.5e9),
     "TPU7x": Limits(1153.5e12, 3690e9, 96 * _GIB, 300e9, 2.20e9),
 }
 
@@ -77,6 +80,26 @@ def quiet_libtpu(*, compiling_only: bool = False, device_files: Path = Path("/de
         return
     for name, value in _NO_TPU.items():
         os.environ.setdefault(name, value)
+
+
+def keep_compiled() -> None:
+    """Makes JAX keep compiled programs in the user's cache folder, so that a restart is quick.
+
+    Changes nothing where JAX was told of a folder, or where none can be written to.
+    """
+    known = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if known is not None:
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "aecore" / "jax"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if not os.access(cache, os.W_OK):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    # All programs: with a threshold, chance would decide for those near it.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def limits(device: Any, precision: str) -> Limits:

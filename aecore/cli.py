@@ -152,6 +152,8 @@ class Restore:
     """How many pictures to restore at once, at most; None: chosen for speed."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """The kind of device to compute on."""
+    devices: int | None = None
+    """How many of them to use; None: all of this machine."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format for computing; auto: bfloat16 on TPUs, float32 elsewhere."""
     strength: float = 1.0
@@ -212,6 +214,7 @@ class Restore:
                 batch_size=self.batch_size,
                 precision=self.precision,
                 device=None if self.device == "auto" else self.device,
+                devices=self.devices,
                 strength=self.strength,
                 consistent=self.consistent,
             )
@@ -319,6 +322,8 @@ class Serve:
     """How many pictures to restore at once, at most; None: chosen for speed."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """The kind of device to compute on."""
+    devices: int | None = None
+    """How many of them to use; None: all of this machine."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format for computing; auto: bfloat16 on TPUs, float32 elsewhere."""
 
@@ -341,6 +346,7 @@ class Serve:
                 batch_size=self.batch_size,
                 precision=self.precision,
                 device=None if self.device == "auto" else self.device,
+                devices=self.devices,
             )
             for model in self.model
         }

@@ -103,7 +103,7 @@ def restore(
         )
         files.check(jobs, comparing=False, overwrite=if_exists == "overwrite", report=None)
         found, failed = _dataset(jobs, at_a_time), _failed(failures)
-    settings = {"device": device, **settings}
+    settings = {"device": device, "devices": 1, **settings}
     _check_network(run, settings, device)
     if workers is None:
         workers = _room(device)

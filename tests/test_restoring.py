@@ -62,7 +62,7 @@ class Doubling(Identity):
 
 
 def compiled_shapes(restorer):
-    return {key[0].shape for key in restorer._engine._known if isinstance(key, tuple)}
+    return {program.kind.shape for program in restorer._engine.programs}
 
 
 def sizes_of(images):
@@ -271,11 +271,11 @@ def exhausting(restorer, too_large):
     """Has a restorer's compiled functions run out of memory for larger shapes."""
     compile_ = restorer._engine._compile
 
-    def compiled(kind, *args):
-        function = compile_(kind, *args)
+    def compiled(program):
+        function = compile_(program)
 
         def execute(*args):
-            if max(kind.shape) > too_large:
+            if max(program.kind.shape) > too_large:
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
             return function(*args)
 
@@ -558,6 +558,89 @@ def test_devices_may_be_named(trained):
     for device in ("gpu", "nonsense", 3):
         with pytest.raises(ConfigError, match=f"there is no device {device!r} here; use cpu"):
             aecore.Restorer.load(trained, device=device)
+    chosen = jax.local_devices()[2:5]
+    assert aecore.Restorer.load(trained).devices == tuple(jax.local_devices())
+    assert aecore.Restorer.load(trained, device="cpu").devices == tuple(jax.local_devices())
+    assert aecore.Restorer.load(trained, devices=2).devices == tuple(jax.local_devices()[:2])
+    assert aecore.Restorer.load(trained, devices=chosen).devices == tuple(chosen)
+    for devices in (0, 9, True, "all", [], [3]):
+        with pytest.raises(ConfigError, match="devices"):
+            aecore.Restorer.load(trained, devices=devices)
+    with pytest.raises(ConfigError, match="leave devices out"):
+        aecore.Restorer.load(trained, device=chosen[0], devices=1)
+
+
+def spread(restorer, monkeypatch):
+    """Makes a restorer note on which devices each of its results lie."""
+    used = []
+    start = restorer._engine.start
+
+    def noting(*args):
+        restored = start(*args)
+        used.append({device for array in restored for device in array.devices()})
+        return restored
+
+    monkeypatch.setattr(restorer._engine, "start", noting)
+    return used
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist-denoise", "photo-denoise", "photo-upscale-2x"])
+def test_all_devices_work_and_give_what_one_gives(name, monkeypatch):
+    every = aecore.Restorer.load(name, batch_size=2)
+    one = aecore.Restorer.load(name, batch_size=2, devices=1)
+    used = spread(every, monkeypatch)
+    # Tiles of a picture, and images for five devices, of which the last one gets a single one.
+    picture = RANDOM.integers(0, 256, (600, 500, every.network.channels), np.uint8)
+    images = RANDOM.random((9, 28, 28, every.network.channels), np.float32)
+    for given in (picture, images):
+        np.testing.assert_array_equal(every(given), one(given))
+        assert used.pop() == set(jax.local_devices())
+
+
+def test_encode_and_decode_use_all_devices_as_one(trained):
+    every, one = aecore.Restorer.load(trained), aecore.Restorer.load(trained, devices=1)
+    images = RANDOM.random((200, 8, 8), np.float32)
+    codes = every.encode(images[..., None])
+    np.testing.assert_array_equal(codes, one.encode(images[..., None]))
+    np.testing.assert_array_equal(every.decode(codes), one.decode(codes))
+
+
+def test_pictures_of_many_sizes_on_all_devices(trained):
+    sizes = {n: (8 + n % 5, 8 + n % 7) for n in range(300)}
+    images = {n: RANDOM.random(size, np.float32) for n, size in sizes.items()}
+
+    def read(order):
+        for n in order:
+            yield n, images[n]
+
+    every, one = (
+        dict(aecore.Restorer.load(trained, devices=devices).many(sizes, read))
+        for devices in (None, 1)
+    )
+    assert every.keys() == one.keys() == sizes.keys()
+    for n in sizes:
+        np.testing.assert_array_equal(every[n], one[n])
+
+
+def test_apply_takes_arrays_that_are_divided_among_devices(trained):
+    restorer = aecore.Restorer.load(trained)
+    mesh = jax.sharding.Mesh(jax.local_devices(), ("images",))
+    divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("images"))
+    images = RANDOM.random((16, 8, 8, 1), np.float32)
+    expected = jax.jit(restorer.apply)(restorer.params, images)
+    params = jax.device_put(
+        restorer.params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    )
+    result = jax.jit(restorer.apply)(params, jax.device_put(images, divided))
+    assert result.sharding.is_equivalent_to(divided, 4)
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+    gradient = jax.grad(lambda params, x: restorer.apply(params, x).sum())
+    for leaf, other in zip(
+        jax.tree.leaves(jax.jit(gradient)(params, jax.device_put(images, divided))),
+        jax.tree.leaves(gradient(restorer.params, images)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("is_exported", [False, True])
@@ -573,7 +656,7 @@ def test_restorers_can_be_pickled_and_copied(trained, tmp_path, is_exported):
     for same in (pickle.loads(pickle.dumps(restorer)), copy.copy(restorer)):
         np.testing.assert_array_equal(same(image), expected)
         assert same.description == restorer.description
-        assert same._engine.device == device
+        assert same.devices == (device,)
         assert same._engine.most_images((8, 8)) == 3
 
 

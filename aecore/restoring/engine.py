@@ -1,7 +1,10 @@
-"""A network on one device: images of any size, through few compiled shapes, in batches and tiles.
+"""A network on devices: images of any size, through few compiled shapes, in batches and tiles.
 
 Images are `(N, H, W, C)` uint8, uint16 or float32 in [0, 1]. A network for colour restores gray
 images as three equal channels and takes their mean.
+
+Where there are several devices, each computes batches of the size that one device alone would
+compute, of the same images, so that the results are the same bit for bit.
 """
 
 import collections
@@ -24,6 +27,7 @@ from aecore.networks.receptive_field import ReceptiveField
 from aecore.restoring import tiling
 from aecore.restoring.tiling import Window
 from aecore.steps import memory
+from aecore.steps.devices import Devices
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +70,18 @@ class BatchKind(NamedTuple):
     channels: int
 
 
+class Program(NamedTuple):
+    """What one compiled program restores."""
+
+    kind: BatchKind
+    count: int
+    """Images on each device."""
+    within: bool
+    """Whether images are smaller than their arrays; then `(count, 2)` sizes follow."""
+    on_all: bool
+    """Whether it runs on all devices."""
+
+
 class Schedule(NamedTuple):
     """How images whose sizes are known beforehand are restored with little compiling and waste."""
 
@@ -101,7 +117,7 @@ class Engine:
       tile: `"auto"`, 0 for whole pictures always, or the side of tiles.
       batch_size: most images at a time; None for as many as are worth it.
       precision: `"float32"`, `"bfloat16"`, or `"auto"`.
-      device: a JAX device.
+      devices: of one platform; what is more than a batch is divided among them.
 
     Raises:
       ConfigError: a setting is out of bounds.
@@ -115,7 +131,7 @@ class Engine:
         tile: Literal["auto"] | int,
         batch_size: int | None,
         precision: Literal["auto", "float32", "bfloat16"],
-        device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]
+        devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm]
     ):
         if tile != "auto" and not (isinstance(tile, int) and tile >= 0):
             raise ConfigError(f"tile {tile!r} is not possible; use auto, 0 for none, or a side")
@@ -124,14 +140,16 @@ class Engine:
         if precision not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"precision {precision!r} is unknown; use float32 or bfloat16")
         if precision == "auto":
-            precision = "bfloat16" if device.platform == "tpu" else "float32"
+            precision = "bfloat16" if devices[0].platform == "tpu" else "float32"
         self.network = network
         self.scale = network.scale
-        self.device = device
-        self.params = jax.device_put(params, device)
+        self.devices = tuple(devices)
+        self._first = devices[0]
+        self._all = Devices(devices)
+        self._params = params
         self._computed = network.in_precision(precision)
         self._tile_setting = tile
-        default = _TILE.get(device.platform, _OTHER_TILE)
+        default = _TILE.get(devices[0].platform, _OTHER_TILE)
         self._tile = default if tile == "auto" else tile
         self._has_grown = False
         self._batch_size = batch_size
@@ -198,32 +216,51 @@ class Engine:
           ImageError: the device's memory doesn't suffice.
         """
         refuse_fork()
-        function = self._once(method, lambda: jax.jit(getattr(self._computed, method)))
         most = self.most_images(shape)
+        on_all = len(batch) > most and len(self.devices) > 1
+        function = self._once(
+            (method, on_all), lambda: self._function(getattr(self._computed, method), on_all)
+        )
+        most *= len(self.devices) if on_all else 1
         parts = []
         for start in range(0, len(batch), most):
             part = batch[start : start + most]
             count = len(part)
-            if start and count < most:
+            if count < most and (start or on_all):
                 # Filled up, as another size would be compiled anew.
                 part = np.pad(part, [(0, most - count), (0, 0), (0, 0), (0, 0)])
             try:
-                part = jax.device_put(part, self.device)
-                parts.append(jax.device_get(function(self.params, part))[:count])
+                part = jax.device_put(part, self._sharding(on_all))
+                parts.append(jax.device_get(function(self.params(on_all), (part,)))[:count])
             except jax.errors.JaxRuntimeError as error:
                 if memory.ran_out(error):
                     raise self._memory_error(shape, "use smaller images") from error
                 raise
         return np.concatenate(parts)
 
+    def params(self, on_all: bool) -> Any:
+        """The parameters, on the first device or on all."""
+        sharding = self._all.replicated if on_all else self._sharding(False)
+        return self._once(("params", on_all), lambda: jax.device_put(self._params, sharding))
+
+    def _sharding(self, on_all: bool) -> jax.sharding.Sharding:
+        """Of arrays that the first device holds, or of which each device holds a part."""
+        return self._all.sharded if on_all else jax.sharding.SingleDeviceSharding(self._first)
+
+    def _function(self, function: Callable, on_all: bool) -> Any:
+        """A function `(params, *arrays)`, jitted as `(params, arrays)`, for the devices."""
+        if on_all:
+            return jax.jit(self._all.divided(function))
+        return jax.jit(lambda params, arrays: function(params, *arrays))
+
     @property
     def field(self) -> ReceptiveField | None:
         """The network's receptive field; None if it sees the whole image at once."""
-        return self._once("field", lambda: self.network.receptive_field(self.params))
+        return self._once("field", lambda: self.network.receptive_field(self._params))
 
     @property
     def _can_share(self) -> bool:
-        return self._once("can share", lambda: fits_within(self.network, self.params))
+        return self._once("can share", lambda: fits_within(self.network, self._params))
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         """Makes something once, in one thread, while others wait for it."""
@@ -299,21 +336,63 @@ class Engine:
 
     # ---- Compiling
 
-    def executable(self, kind: BatchKind, count: int, within: bool) -> Callable:
-        """The compiled `(params, batch) -> batch`, for `count` images.
+    def start(
+        self, kind: BatchKind, count: int, batch: np.ndarray, sizes: np.ndarray
+    ) -> list[jax.Array]:
+        """Begins to restore batches of a kind, on as many devices as there are batches.
 
         Args:
-          kind: of the batch.
-          count: of images.
-          within: whether images are smaller than their arrays; then `(count, 2)` sizes follow.
+          kind: of the batches.
+          count: how many images make a batch.
+          batch: `(n * count, H, W, C)`, at most one batch for each device.
+          sizes: `(n * count, 2)`: what of the arrays the images fill.
+
+        Returns:
+          The restored arrays, one after the other.
+
+        Raises:
+          OutOfMemoryError: the memory does not suffice, or would be more than it should be.
+        """
+        smaller = (sizes != kind.shape).any(axis=1).reshape(-1, count).any(axis=1)
+        on_all = len(self.devices) > 1 and len(set(smaller)) == 1
+        # One batch goes to all devices, most of which then have nothing to do, only if that saves
+        # compiling.
+        if len(smaller) == 1 and Program(kind, count, bool(smaller[0]), True) not in self._known:
+            on_all = False
+        if on_all:
+            missing = count * (len(self.devices) - len(smaller))
+            batch = np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), batch.dtype)])
+            sizes = np.concatenate([sizes, np.full((missing, 2), kind.shape, sizes.dtype)])
+            parts = [(batch, sizes, bool(smaller[0]))]
+        else:
+            split = np.split(batch, len(smaller)), np.split(sizes, len(smaller))
+            parts = list(zip(*split, map(bool, smaller), strict=True))
+        try:
+            restored = []
+            for images, extents, within in parts:
+                execute = self._compiled(Program(kind, count, within, on_all))
+                arrays = (images, extents) if within else (images,)
+                arrays = jax.device_put(arrays, self._sharding(on_all))
+                restored.append(execute(self.params(on_all), arrays))
+            return restored
+        except jax.errors.JaxRuntimeError as error:
+            raise _as_out_of_memory(error, kind) from error
+
+    @property
+    def programs(self) -> dict[Program, Any]:
+        """What has been compiled."""
+        return {key: known for key, known in self._known.items() if isinstance(key, Program)}
+
+    def _compiled(self, program: Program) -> Callable:
+        """The compiled `(params, arrays) -> batch`.
 
         Raises:
           OutOfMemoryError: it would need more memory than it should.
         """
-        key = (kind, count, within)
-        return self._once(key, lambda: self._compile(*key))
+        return self._once(program, lambda: self._compile(program))
 
-    def _compile(self, kind: BatchKind, count: int, within: bool) -> Callable:
+    def _compile(self, program: Program) -> Callable:
+        kind, count, within, on_all = program
         apply = self._computed.apply_within if within else self._computed.apply
         gray_for_colour = kind.channels != self.network.channels
         is_float = kind.dtype.kind == "f"
@@ -329,15 +408,16 @@ class Engine:
             restored = jnp.clip(restored, 0.0, 1.0)
             return restored if is_float else jnp.rint(restored * highest).astype(kind.dtype)
 
-        device = jax.sharding.SingleDeviceSharding(self.device)
+        total = count * (len(self.devices) if on_all else 1)
         specs: list[tuple[tuple[int, ...], Any]] = [
-            ((count, *kind.shape, kind.channels), kind.dtype)
+            ((total, *kind.shape, kind.channels), kind.dtype)
         ]
         if within:
-            specs.append(((count, 2), np.int32))
-        args = [jax.ShapeDtypeStruct(*spec, sharding=device) for spec in specs]
+            specs.append(((total, 2), np.int32))
+        sharding = self._sharding(on_all)
+        arrays = tuple(jax.ShapeDtypeStruct(*spec, sharding=sharding) for spec in specs)
         try:
-            compiled = jax.jit(restore).lower(self.params, *args).compile()
+            compiled = self._function(restore, on_all).lower(self.params(on_all), arrays).compile()
         except jax.errors.JaxRuntimeError as error:
             raise _as_out_of_memory(error, kind) from error
         analysis = compiled.memory_analysis()
@@ -348,7 +428,7 @@ class Engine:
 
     @functools.cached_property
     def _memory(self) -> float:
-        limit = memory.limit(self.device)
+        limit = memory.limit(self._first)
         return _CPU_MEMORY if limit is None else limit / 4
 
     def _smaller_tile(self, kind: BatchKind, share: float) -> int | None:
@@ -401,13 +481,13 @@ class Engine:
             if not error.is_expected:
                 _log.warning(
                     "the memory of %s does not suffice; going on with tiles of %d pixels",
-                    self.device,
+                    self._first,
                     self._tile,
                 )
 
     def _memory_error(self, shape: Size, advice: str) -> ImageError:
         return ImageError(
-            f"the memory of {self.device} does not suffice for {shape[0]}x{shape[1]} pixels at a "
+            f"the memory of {self._first} does not suffice for {shape[0]}x{shape[1]} pixels at a "
             f"time; {advice}, or a smaller batch size"
         )
 
@@ -523,7 +603,8 @@ class _Pass:
                 self._collect(stack, window, kind)
 
     def _collect(self, stack: _Stack, window: Window, kind: BatchKind) -> None:
-        first, most = 0, self._engine.most_images(kind.shape)
+        first = 0
+        most = self._engine.most_images(kind.shape) * len(self._engine.devices)
         while first < len(stack.array):
             room = most - sum(map(len, self._collected))
             part = slice(first, min(first + room, len(stack.array)))
@@ -548,19 +629,14 @@ class _Pass:
         count = self._counts.setdefault(kind, _next_power_of_2(wanted, most))
         if count < wanted:
             count = self._counts[kind] = most
-        batch = np.zeros((count, *kind.shape, kind.channels), kind.dtype)
-        sizes = np.full((count, 2), kind.shape, np.int32)
+        total = -(-wanted // count) * count
+        batch = np.zeros((total, *kind.shape, kind.channels), kind.dtype)
+        sizes = np.full((total, 2), kind.shape, np.int32)
         for piece, place in _places(pieces):
             height, width = piece.window.size
             sizes[place] = height, width
             batch[place, :height, :width] = _cut(piece.stack.array[piece.part], piece.window)
-        within = bool((sizes != kind.shape).any())
-        execute = engine.executable(kind, count, within)
-        try:
-            args = jax.device_put((batch, sizes) if within else (batch,), engine.device)
-            self._computing.append((execute(engine.params, *args), pieces, kind))
-        except jax.errors.JaxRuntimeError as error:
-            raise _as_out_of_memory(error, kind) from error
+        self._computing.append((engine.start(kind, count, batch, sizes), pieces, kind))
         self._collected = []
         while len(self._computing) > _AHEAD:
             self._take_in()
@@ -573,6 +649,7 @@ class _Pass:
         except jax.errors.JaxRuntimeError as error:
             raise _as_out_of_memory(error, kind) from error
         self._computing.popleft()
+        restored = restored[0] if len(restored) == 1 else np.concatenate(restored)
         scale = self._engine.scale
         for piece, place in _places(pieces):
             (rows, columns, _), stack = piece.window, piece.stack

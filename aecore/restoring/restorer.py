@@ -41,8 +41,10 @@ class Restorer:
         for never; or the side of the tiles in pixels. The result is the same but for rounding.
       batch_size: most images at a time; None for as many as are worth it.
       precision: `"float32"`, `"bfloat16"`, or `"auto"` for bfloat16 on TPUs and else float32.
-      device: a JAX device, or a platform such as `"cpu"`, `"gpu"` or `"tpu"`, of which the first
-        device is used; None for the default one.
+      device: a platform, `"cpu"`, `"gpu"` or `"tpu"`, or a JAX device to use alone; None for the
+        default platform.
+      devices: how many of the platform's local devices to use, or JAX devices of one platform; None
+        for all. Batches and tiles are divided among them; the results are the same bit for bit.
       strength: how much of the correction is applied, from 0 to 1: 0 gives back the image, enlarged
         by interpolation where the network enlarges, 1 what the network makes of it.
       in_range: whether floats must lie in [0, 1]. False: others are taken as they are, such as
@@ -66,6 +68,7 @@ class Restorer:
         batch_size: int | None = None,
         precision: Literal["auto", "float32", "bfloat16"] = "auto",
         device: jax.Device | str | None = None,  # pyright: ignore[reportInvalidTypeForm]
+        devices: int | Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
         strength: float = 1.0,
         in_range: bool = True,
         consistent: bool = False,
@@ -84,14 +87,14 @@ class Restorer:
         self._project = (
             projection.onto(self.description.build_degradation()) if consistent else None
         )
-        self._has_device = device is not None
+        self._has_device = not (device is None and devices is None)
         self._engine = Engine(
             trained.network,
             trained.params,
             tile=tile,
             batch_size=batch_size,
             precision=precision,
-            device=_device(device),
+            devices=_devices(device, devices),
         )
         self._said = set()
 
@@ -124,8 +127,9 @@ class Restorer:
         return other
 
     def __reduce__(self) -> tuple[Any, ...]:
-        device = self._engine.device
-        place = (device.platform, device.local_hardware_id) if self._has_device else None
+        devices = self._engine.devices
+        numbers = [device.local_hardware_id for device in devices]
+        place = (devices[0].platform, numbers) if self._has_device else None
         return _rebuild, (type(self), self.trained, self._settings, place)
 
     @property
@@ -137,6 +141,11 @@ class Restorer:
     def params(self) -> Any:
         """The network's parameters."""
         return self.trained.params
+
+    @property
+    def devices(self) -> tuple[jax.Device, ...]:  # pyright: ignore[reportInvalidTypeForm]
+        """The JAX devices that it computes on."""
+        return self._engine.devices
 
     @property
     def description(self) -> Description:
@@ -443,18 +452,32 @@ class Restorer:
             _log.warning("%s", note)
 
 
-def _device(
+def _devices(
     device: jax.Device | str | None,  # pyright: ignore[reportInvalidTypeForm]
-) -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
+    devices: int | Sequence[jax.Device] | None,  # pyright: ignore[reportInvalidTypeForm]
+) -> Sequence[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
     if isinstance(device, jax.Device):
-        return device
+        if devices is not None:
+            raise ConfigError("device names one JAX device already; leave devices out")
+        return [device]
+    if isinstance(devices, Sequence) and devices and device is None:
+        if len({getattr(one, "platform", one) for one in devices}) == 1 and all(
+            isinstance(one, jax.Device) for one in devices
+        ):
+            return devices
+        raise ConfigError(f"devices {devices!r} are not JAX devices of one platform")
     try:
-        if device is None or isinstance(device, str):
-            return jax.local_devices(backend=device)[0]
-    except RuntimeError:
-        pass
+        local = jax.local_devices(backend=device)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"there is no device {device!r} here; use {jax.default_backend()}, or leave it out"
+        ) from error
+    if devices is None:
+        return local
+    if type(devices) is int and 1 <= devices <= len(local):
+        return local[:devices]
     raise ConfigError(
-        f"there is no device {device!r} here; use {jax.default_backend()}, or leave it out"
+        f"devices {devices!r} is not possible; use 1 to {len(local)}, JAX devices, or leave it out"
     )
 
 
@@ -462,16 +485,16 @@ def _rebuild(
     cls: type[Restorer],
     trained: TrainedNetwork,
     settings: dict[str, Any],
-    place: tuple[str, int | None] | None,
+    place: tuple[str, list[int | None]] | None,
 ) -> Restorer:
-    """A pickled restorer, on the same device or, where there is none, the first of its platform."""
-    device = None
+    """A pickled restorer, on the same devices or, where they are not, the first of the platform."""
+    devices = None
     if place is not None:
         engine.refuse_fork()
-        platform, number = place
-        same = [d for d in jax.local_devices(backend=platform) if d.local_hardware_id == number]
-        device = same[0] if same else platform
-    return cls(trained, **settings, device=device)
+        platform, numbers = place
+        local = jax.local_devices(backend=platform)
+        devices = [device for device in local if device.local_hardware_id in numbers] or local[:1]
+    return cls(trained, **settings, devices=devices)
 
 
 def _checked(image: Any) -> np.ndarray:

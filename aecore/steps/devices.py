@@ -183,6 +183,21 @@ class Devices:
             donate_argnums=0,
         )
 
+    def divided(self, function: Callable) -> Callable:
+        """`(params, *arrays) -> array` that runs a function on every device, on its share of each.
+
+        Args:
+          function: `(params, *shares) -> share`. What it computes does not depend on how many
+            devices there are.
+        """
+        return jax.shard_map(
+            lambda params, arrays: function(params, *arrays),
+            mesh=self.mesh,
+            in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+            out_specs=PartitionSpec(AXIS),
+            check_vma=False,
+        )
+
     def compile_eval_step(self, eval_step: Callable) -> Compiled:
         """Compiles `(params, images, indices) -> per-image values`, given to every device."""
         divided = jax.shard_map(

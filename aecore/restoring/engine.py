@@ -74,10 +74,10 @@ class Program(NamedTuple):
     """What one compiled program restores."""
 
     kind: BatchKind
-    count: int
-    """Images on each device."""
+    images: int
+    """How many each device restores."""
     within: bool
-    """Whether images are smaller than their arrays; then `(count, 2)` sizes follow."""
+    """Whether images are smaller than their arrays; then `(images, 2)` sizes follow."""
     on_all: bool
     """Whether it runs on all devices."""
 

@@ -1,12 +1,12 @@
 """How alike images are: two `(B, H, W, C)` float32 arrays in [0, 1] to `(B,)`, a value an image.
 
-All raise ImageError unless both arrays have the same shape.
+All raise ImageError unless both arrays have the same shape. dm_pix is imported where it is needed, as
+it takes a tenth of a second, and restoring needs no scores.
 """
 
 import functools
 from typing import Any
 
-import dm_pix
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +41,8 @@ def psnr(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
     With this bound, the mean over images stays finite if one of them has no error at all.
     """
+    import dm_pix
+
     check_shapes(outputs, targets)
     return jnp.minimum(dm_pix.psnr(outputs, targets), 100.0)
 
@@ -52,6 +54,8 @@ def ssim(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     IEEE Transactions on Image Processing 13 (2004), with K1 = 0.01, K2 = 0.03 and data range 1,
     averaged over the pixels whose window lies inside the image, and over channels.
     """
+    import dm_pix
+
     check_shapes(outputs, targets)
     # dm_pix declares the filter on chex's arrays, a union that includes JAX's.
     filter_fn: Any = _gaussian_filter
@@ -74,6 +78,8 @@ def psnr_within(outputs: jax.Array, targets: jax.Array, sizes: jax.Array) -> jax
 
 def ssim_within(outputs: jax.Array, targets: jax.Array, sizes: jax.Array) -> jax.Array:
     """`ssim` of each image's first `sizes[i]` rows and columns."""
+    import dm_pix
+
     check_shapes(outputs, targets)
     filter_fn: Any = _gaussian_filter
     values = jnp.asarray(dm_pix.ssim(outputs, targets, filter_fn=filter_fn, return_map=True))

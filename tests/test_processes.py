@@ -100,6 +100,24 @@ def test_two_processes_do_what_one_does(form, feed, alone, tmp_path):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
+def test_two_processes_under_slurm_do_what_one_does(alone, tmp_path):
+    # As `srun` sets it for the processes that it starts, here both on this machine.
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
+    command = [sys.executable, str(EXPERIMENT), "--run-dir", str(tmp_path / "run")]
+    command += ["--training.steps", "20", "--training.distributed", "auto"]
+    started = []
+    for index in ("0", "1"):
+        own = {"SLURM_NTASKS": "2", "SLURM_PROCID": index, "SLURM_LOCALID": index}
+        environment = os.environ | job | own | {"XLA_FLAGS": ""}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(command, env=environment, **pipes))
+    first, _ = finish(started)
+    assert "2 x cpu" in first
+    state, _ = newest(tmp_path / "run")
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(alone["stream"]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
 def test_two_processes_stop_together_and_one_goes_on(alone, tmp_path):
     run = tmp_path / "run"
     processes = start(run, "--training.steps", "150", processes=2)

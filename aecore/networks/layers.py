@@ -108,7 +108,9 @@ class _Convolution(Layer):
 
     def _weights(self, images: jax.Array, channels: int) -> list[jax.Array]:
         """The images, the kernel for this many channels and the bias, in one dtype."""
-        kernel = self.param("kernel", self.kernel_init, (3, 3, channels, self.features))
+        # Flax looks at the initializer's shape in each call, for which drawing would be traced.
+        kernel_init = self.kernel_init if self.is_initializing() else _zeros
+        kernel = self.param("kernel", kernel_init, (3, 3, channels, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return promote_dtype(images, kernel, bias)
 
@@ -124,6 +126,11 @@ class _Convolution(Layer):
             on_cpu = convolution.with_batch_last(finish_batch_last)
             return convolution.by_platform(finish, on_cpu)(features, bias)
         return finish(features, bias)
+
+
+def _zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    del key
+    return jnp.zeros(shape)
 
 
 class Conv(_Convolution):

@@ -9,8 +9,6 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
-import scipy.sparse
-import scipy.sparse.linalg
 
 from aecore.degradations import Compose, Degradation, Downscale, Mask, Pixelate, enlarging, reducing
 from aecore.errors import ConfigError
@@ -83,6 +81,9 @@ class _Side:
     """A matrix that makes one side of a picture smaller, and what undoes it with least change."""
 
     def __init__(self, down: np.ndarray):
+        import scipy.sparse
+        import scipy.sparse.linalg
+
         matrix = scipy.sparse.csr_matrix(down.astype(np.float64))
         self.down = matrix.dot
         self.share = down.shape[0] / down.shape[1]

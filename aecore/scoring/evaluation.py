@@ -7,7 +7,6 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from aecore.networks import layers
 from aecore.restoring.restorer import Restorer
 from aecore.scoring import reports
 from aecore.steps import step
-from aecore.steps.devices import Devices
+from aecore.steps.devices import Devices, in_background
 from aecore.steps.step import Apply, degrading, degrading_pairs, score
 from aecore.storage import to_path, write_json
 
@@ -130,9 +129,7 @@ class Evaluator:
                 )
                 self._of_pictures.lower(params, batch, abstract((size,), np.int32)).compile()
 
-        executor = ThreadPoolExecutor(1)
-        self._compiled = executor.submit(compile_all)
-        executor.shutdown(wait=False)
+        self._compiled = in_background(compile_all)
 
     def _grouped(self, source: Source) -> GroupedPictures:
         """The same source is looked at once."""

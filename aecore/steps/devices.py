@@ -8,6 +8,7 @@ share of a batch on its own devices; shares are in the order of the processes.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
@@ -32,6 +33,17 @@ class Compiled(Protocol):
     def __call__(self, *args: Any) -> Any: ...
 
     def lower(self, *args: Any) -> Any: ...
+
+
+def in_background(work: Callable[[], Any]) -> Future[Any]:
+    """Begins to compile something, in a thread, that will soon be called.
+
+    A later call of the same functions, with arguments of the same shapes, takes what was compiled.
+    """
+    executor = ThreadPoolExecutor(1)
+    future = executor.submit(work)
+    executor.shutdown(wait=False)
+    return future
 
 
 class Devices:
@@ -102,6 +114,13 @@ class Devices:
         return jax.tree.map(
             functools.partial(jax.make_array_from_process_local_data, sharding), share
         )
+
+    def abstract_share(
+        self, shape: tuple[int, ...], dtype: Any, axis: int = 0
+    ) -> jax.ShapeDtypeStruct:
+        """What is known beforehand of an array that `shard` divides along an axis."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXIS))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def replicate(self, tree: Any) -> Any:
         """Puts arrays, which are the same in every process, on every device."""

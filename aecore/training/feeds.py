@@ -22,7 +22,7 @@ from aecore.data.crops import Crops
 from aecore.degradations import Degradation
 from aecore.errors import ConfigError
 from aecore.steps import memory
-from aecore.steps.devices import Devices
+from aecore.steps.devices import Devices, in_background
 from aecore.steps.state import TrainState
 from aecore.training.assembly import Assembly
 
@@ -133,6 +133,17 @@ class Stream:
         self._current = None
         self._next_step = None
         self.seconds_waited = 0.0
+        if jax.process_count() == 1:  # Several processes compile together, at the first call.
+            in_background(lambda: self._steps.lower(*self._abstract(assembled)).compile())
+
+    def _abstract(self, assembled: Assembly) -> tuple[Any, Any, Any]:
+        """Shapes, dtypes and shardings of what the steps are called with."""
+        groups = jax.tree.map(
+            lambda leaf: self._devices.abstract_share((self._group, *leaf.shape), leaf.dtype, 1),
+            assembled.abstract_batch(),
+        )
+        count = jax.ShapeDtypeStruct((), np.int32, sharding=self._devices.replicated)
+        return self._devices.abstract(assembled.create), groups, count
 
     def launch(self, state, step, most):
         done = step % self._group

@@ -47,6 +47,7 @@ class MetricsLog:
         self._losses = list(unlogged)
         self._step = step
         self._text = ""
+        self._tensorboard: Any = None
         if writes and self._path.exists():
             kept = [line for line in self._read() if line["step"] <= step]
             self._text = "".join(map(_json_line, kept))
@@ -55,11 +56,8 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         if not self._writes:
             return self
-        from tensorboardX import SummaryWriter
-
         self._file = None if is_remote(self._path) else self._path.open("a")
         self._written = time.monotonic()
-        self._tensorboard = SummaryWriter(str(self._directory), purge_step=self._step + 1)
         return self
 
     def __exit__(self, *_) -> None:
@@ -68,7 +66,8 @@ class MetricsLog:
         self.flush()
         if self._file is not None:
             self._file.close()
-        self._tensorboard.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def flush(self) -> None:
         """Has all lines written, so that a checkpoint may follow that goes on after them."""
@@ -123,10 +122,18 @@ class MetricsLog:
             self._text += line
             if time.monotonic() > self._written + _SECONDS:
                 self.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._add_scalars(step, values)
         if self._callback is not None:
             self._callback(step, values)
+
+    def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if self._tensorboard is None:
+            # Its import takes half a second and more, for which the first step needn't wait.
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self._directory), purge_step=self._step + 1)
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
 
     def _read(self) -> list[dict[str, float]]:
         lines = []

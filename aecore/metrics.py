@@ -1,7 +1,7 @@
 """How alike images are: two `(B, H, W, C)` float32 arrays in [0, 1] to `(B,)`, a value an image.
 
-All raise ImageError unless both arrays have the same shape. dm_pix is imported where it is needed, as
-it takes a tenth of a second, and restoring needs no scores.
+All raise ImageError unless both arrays have the same shape. dm_pix is imported where it is needed,
+as it takes a tenth of a second, and restoring needs no scores.
 """
 
 import functools

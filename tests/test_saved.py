@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -506,3 +507,13 @@ def test_parameters_of_bfloat16_make_half_the_file(tmp_path):
         np.testing.assert_allclose(a, b, rtol=2**-8)
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(whole.params)) * n for n in (4, 2)]
     assert paths[0].stat().length - paths[1].stat().length == pytest.approx(sizes[1], abs=1000)
+
+
+def test_the_benchmarks_of_cards_are_those_that_were_measured():
+    root = Path(__file__).parent.parent
+    tables = "".join((root / name).read_text() for name in ("README.md", "experiments/README.md"))
+    for name, card in weights.CARDS.items():
+        rows = "".join(line for line in tables.splitlines() if f"`{name}`" in line)
+        figures = re.findall(r"\d\d\.\d\d", card.benchmarks)
+        assert len(figures) >= 2
+        assert [figure for figure in figures if figure not in rows] == []

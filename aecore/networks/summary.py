@@ -92,8 +92,7 @@ def summarize(
       network: the network.
       params: its parameters.
       description: its checkpoint's description as JSON values; parts that it lacks are left out.
-      about: what else people should know: `purpose`, `data`, `limits` and `sha256`, as of a
-        `weights.Card`.
+      about: what else people should know: the fields of a `weights.Card`.
     """
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     channels = network.channels
@@ -126,7 +125,14 @@ def summarize(
     if scores:
         lines.append(f"{'scores':12} {_scores(scores)}")
     parts.append("\n".join(lines))
-    words = {"purpose": "for", "data": "trained on", "limits": "not for", "sha256": "SHA-256"}
+    words = {
+        "purpose": "for",
+        "data": "trained on",
+        "limits": "not for",
+        "benchmarks": "benchmarks",
+        "licence": "licence",
+        "sha256": "SHA-256",
+    }
     known = [(word, about[key]) for key, word in words.items() if key in about]
     parts.insert(1, "\n".join(f"{word:12} {text}" for word, text in known))
     return "\n\n".join(part for part in parts if part)

@@ -24,7 +24,7 @@ from aecore.storage import write_json, write_whole
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 _FORMAT = 1
-_ABOUT = ("purpose", "data", "limits")
+_ABOUT = ("purpose", "data", "limits", "benchmarks", "licence")
 
 
 def _safetensors() -> Any:
@@ -123,6 +123,8 @@ def _card(name: str, trained: TrainedNetwork, arrays: dict[str, np.ndarray]) -> 
         "What it is for": about.get("purpose"),
         "What it was trained on": about.get("data") or (description.data or {}).get("dataset"),
         "What it can't do": about.get("limits"),
+        "Benchmarks": about.get("benchmarks"),
+        "Licence": about.get("licence"),
         "What it learned to undo": description.degradation and _one_line(description.degradation),
         "Steps of training": description.step,
     }

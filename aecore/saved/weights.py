@@ -27,6 +27,9 @@ class Card:
     """What they were trained on, and that data's terms."""
     limits: str
     """What they can't do."""
+    benchmarks: str
+    """Mean PSNR on test images, before and after."""
+    licence: str = "MIT, as aecore; the data's own terms are beside them"
 
 
 _PHOTOGRAPHS = (
@@ -45,12 +48,14 @@ CARDS: Mapping[str, Card] = {
         purpose="removes Gaussian noise of σ = 0.4 from 28×28 pictures of clothes",
         data="Fashion-MNIST (Zalando SE, MIT licence), 60,000 pictures",
         limits="other noise, and pictures of anything else",
+        benchmarks="10,000 test images: 10.72 and 18.85 dB",
     ),
     "lfw-enhance": Card(
         sha256="b872aceac8bb2a80499d98a174b2aa2b5c2ad38ad6acdb47d6b01396ea2256f6",
         purpose="sharpens 80×80 faces that were pixelated to 32×32",
         data="Labeled Faces in the Wild (Huang et al. 2007, a public research data set)",
         limits="pictures that are not pixelated, or telling who somebody is: it invents details",
+        benchmarks="faces of people it has not seen: 23.16 and 27.10 dB",
     ),
     "photo-denoise": Card(
         sha256="4ab457d8ede30296bea8c7084ba53889805848c1b560ba3a417bdc210f741b05",
@@ -58,6 +63,8 @@ CARDS: Mapping[str, Card] = {
         data=_PHOTOGRAPHS,
         limits="the blocks of JPEG, blur, and noise whose grains are larger than a pixel, as in "
         "most compressed or resized photographs",
+        benchmarks="CBSD68 with σ = 15: 24.61 and 33.71 dB, σ = 25: 20.17 and 31.08 dB, σ = 50: 14.15 "
+        "and 27.89 dB",
     ),
     "photo-dejpeg": Card(
         sha256="df130ace0d0cdd03aa37a693c5e277605c873443a70abf0753a083d4cd40783a",
@@ -65,18 +72,24 @@ CARDS: Mapping[str, Card] = {
         "colour",
         data=_PHOTOGRAPHS,
         limits="noise, blur, and pictures that were made smaller after they were compressed",
+        benchmarks="LIVE1 with quality 10: 25.69 and 27.21 dB, 20: 28.06 and 29.52 dB, 40: 30.28 and "
+        "31.72 dB",
     ),
     "photo-upscale-2x": Card(
         sha256="a4df93759788b32357b9a474628eca2387f27eb0f202fba84662229b484a2e45",
         purpose="makes photographs twice as large",
         data=_PHOTOGRAPHS,
         limits=_LIMITS_OF_UPSCALERS,
+        benchmarks="luma, beside bicubic interpolation; Set5: 33.68 and 37.61 dB, Set14: 30.33 and "
+        "33.16 dB",
     ),
     "photo-upscale-4x": Card(
         sha256="73d2ca890cbf340ec0095d6e080b48d40415eb30cf1b18d6dadea15d2f1c54f7",
         purpose="makes photographs four times as large",
         data=_PHOTOGRAPHS,
         limits=_LIMITS_OF_UPSCALERS,
+        benchmarks="luma, beside bicubic interpolation; Set5: 28.43 and 31.73 dB, Set14: 26.09 and "
+        "28.25 dB",
     ),
 }
 """Weights that ship with aecore."""

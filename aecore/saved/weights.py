@@ -63,8 +63,8 @@ CARDS: Mapping[str, Card] = {
         data=_PHOTOGRAPHS,
         limits="the blocks of JPEG, blur, and noise whose grains are larger than a pixel, as in "
         "most compressed or resized photographs",
-        benchmarks="CBSD68 with σ = 15: 24.61 and 33.71 dB, σ = 25: 20.17 and 31.08 dB, σ = 50: 14.15 "
-        "and 27.89 dB",
+        benchmarks="CBSD68 with σ = 15: 24.61 and 33.71 dB, σ = 25: 20.17 and 31.08 dB, σ = 50: "
+        "14.15 and 27.89 dB",
     ),
     "photo-dejpeg": Card(
         sha256="df130ace0d0cdd03aa37a693c5e277605c873443a70abf0753a083d4cd40783a",
@@ -72,8 +72,8 @@ CARDS: Mapping[str, Card] = {
         "colour",
         data=_PHOTOGRAPHS,
         limits="noise, blur, and pictures that were made smaller after they were compressed",
-        benchmarks="LIVE1 with quality 10: 25.69 and 27.21 dB, 20: 28.06 and 29.52 dB, 40: 30.28 and "
-        "31.72 dB",
+        benchmarks="LIVE1 with quality 10: 25.69 and 27.21 dB, 20: 28.06 and 29.52 dB, 40: "
+        "30.28 and 31.72 dB",
     ),
     "photo-upscale-2x": Card(
         sha256="a4df93759788b32357b9a474628eca2387f27eb0f202fba84662229b484a2e45",

@@ -657,11 +657,17 @@ def test_resolution_profile_and_comparison_of_larger_pictures(enlarging, tmp_pat
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     exif = Image.Exif()
     exif[ExifTags.Base.Make] = "aecore"
+    exif.get_ifd(ExifTags.IFD.Exif).update(
+        {ExifTags.Base.ExifImageWidth: 14, ExifTags.Base.ExifImageHeight: 9}
+    )
     picture.save(tmp_path / "a.png", dpi=(100, 100), icc_profile=profile, exif=exif)
     args = [tmp_path / "a.png", "-o", tmp_path / "b.png", "-m", model, "--compare"]
     assert run(capfd, *args)[::2] == (0, "")
     with Image.open(tmp_path / "b.png") as restored:
         assert restored.info["dpi"] == pytest.approx((100 * scale,) * 2, rel=1e-3)
+        details = restored.getexif().get_ifd(ExifTags.IFD.Exif)
+        sides = ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight
+        assert tuple(details[side] for side in sides) == restored.size
         assert restored.info["icc_profile"] == profile
         assert restored.getexif()[ExifTags.Base.Make] == "aecore"
         assert restored.size == (14 * scale, 9 * scale)

@@ -237,7 +237,7 @@ class Crops:
         with self._lock:
             count = sum(isinstance(e, _TooSmallError) for e in self._left_out.values())
             is_new, self._noted = count > self._noted, count
-        if is_new:
+        if is_new and count < len(self._source):  # Otherwise an error says so.
             _log.warning(
                 "skipped: %d of %d pictures are smaller than the crop of %dx%d; "
                 "--data.small pad keeps them",

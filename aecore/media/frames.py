@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from aecore.errors import ImageError
 
@@ -72,7 +72,7 @@ class Frame:
         """The same frame with other pixels, which may be a whole number of times larger.
 
         Alpha is then enlarged by bicubic interpolation, and the resolution multiplied, so that the
-        picture keeps its size on paper.
+        picture keeps its size on paper. So are height and width where EXIF says them.
 
         Raises:
           ImageError: as for `replace`.
@@ -84,7 +84,19 @@ class Frame:
         carried = dict(self.carried)
         if "dpi" in carried:
             carried["dpi"] = tuple(scale * number for number in carried["dpi"])
+        if "exif" in carried:
+            carried["exif"] = _exif_of_larger(carried["exif"], scale)
         return dataclasses.replace(self, carried=carried).replace(values, alpha)
+
+
+def _exif_of_larger(data: bytes, scale: int) -> bytes:
+    exif = Image.Exif()
+    exif.load(data)
+    details = exif.get_ifd(ExifTags.IFD.Exif)
+    sides = {ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight} & set(details)
+    for side in sides:
+        details[side] = scale * int(details[side])
+    return exif.tobytes() if sides else data
 
 
 def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:

@@ -90,6 +90,22 @@ def test_transposed_convolutions(height, width, channels, features, ours):
     check(ours, reference_conv_transpose, *arrays(height, width, channels, features))
 
 
+def on_repeated(images, kernel):
+    return reference_conv(images.repeat(2, axis=1).repeat(2, axis=2), kernel, 1)
+
+
+@pytest.mark.parametrize(("channels", "features"), CHANNELS)
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_convolutions_of_repeated_pixels(height, width, channels, features):
+    check(convolution.conv_on_repeated, on_repeated, *arrays(height, width, channels, features))
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_convolutions_of_repeated_pixels_on_other_platforms(height, width, monkeypatch):
+    monkeypatch.setattr(convolution, "by_platform", lambda plain, on_cpu: plain)
+    check(convolution.conv_on_repeated, on_repeated, *arrays(height, width, 16, 8))
+
+
 @pytest.mark.parametrize(("channels", "features"), CHANNELS)
 @pytest.mark.parametrize(("height", "width"), [(2, 2), (8, 6), (28, 28)])
 def test_convolutions_from_phases_to_phases(height, width, channels, features):
@@ -119,7 +135,7 @@ def test_other_platforms_get_the_compilers_own_convolution():
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_transposed_convolutions_of_other_platforms(height, width, channels, features):
     check(
-        convolution._plain_conv_transpose,
+        convolution._dilated_conv,
         reference_conv_transpose,
         *arrays(height, width, channels, features),
     )

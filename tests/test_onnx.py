@@ -304,7 +304,8 @@ def test_interface():
 def test_graph_is_small():
     model = convert(function_of(ResolutionEnhancer(features=(8, 6, 4))), channels=3, stride=2)
     nodes = [node.op_type for node in model.graph.node]
-    assert nodes.count("Conv") == 7
+    assert nodes.count("Conv") == 6
+    assert nodes.count("ConvTranspose") == 1
     # To and from NCHW, and around the up-sampling.
     assert nodes.count("Transpose") == 4
     # Kernels and biases; what else there is are sizes.

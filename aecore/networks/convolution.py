@@ -69,10 +69,10 @@ def conv(
         return _product(_split(images, 0), _strided_kernel(kernel), _AFTER)
 
     def direct(images, kernel):
-        return _direct(images, kernel, 1)
+        return _direct(images, kernel, (1, 1))
 
     def strided(images, kernel):
-        return _direct(_split(images, 3), _as_square(_strided_kernel(kernel)), 0)
+        return _direct(_split(images, 3), _as_square(_strided_kernel(kernel)), (0, 0))
 
     if stride == 2 and (images.shape[1] % 2 or images.shape[2] % 2):
         return plain(images, kernel)
@@ -92,10 +92,29 @@ def conv_transpose(images: jax.Array, kernel: jax.Array, batch_last: bool = Fals
         return _merge(_product(images, _transposed_kernel(kernel), _BEFORE), 0)
 
     def direct(images, kernel):
-        return _merge(_direct(images, _as_square(_transposed_kernel(kernel)), 1), 3)
+        return _merge(_direct(images, _as_square(_transposed_kernel(kernel)), (1, 1)), 3)
 
     on_cpu = with_batch_last(product) if batch_last else direct
-    return by_platform(_plain_conv_transpose, on_cpu)(images, kernel)
+    return by_platform(_dilated_conv, on_cpu)(images, kernel)
+
+
+def conv_on_repeated(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`(B, H, W, C)` to `(B, 2 H, 2 W, K)`: `conv` of an image whose pixels are each repeated 2×2.
+
+    Of the nine taps of an output, several meet the same pixel, so that their sum is multiplied
+    once: 4/9 of the products, and the repeated image is never made. For TPU v5e, the compiler
+    estimates 335,000 cycles an image for a training step of the enhance recipe (batch 64, bfloat16,
+    resident feed), and 429,000 if the pixels are repeated.
+    """
+
+    def plain(images, kernel):
+        # The sums of two neighbouring taps meet the pixels, those of single ones the zeros between.
+        rows = jnp.pad(kernel, ((1, 1), (0, 0), (0, 0), (0, 0)))
+        rows = rows[:-1] + rows[1:]
+        columns = jnp.pad(rows, ((0, 0), (1, 1), (0, 0), (0, 0)))
+        return _dilated_conv(images, columns[:, :-1] + columns[:, 1:])
+
+    return by_platform(plain, _conv_on_repeated_on_cpu)(images, kernel)
 
 
 def conv_transpose_to_phases(images: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -180,31 +199,36 @@ def _plain_conv(
 
 
 @jax.custom_vjp
-def _plain_conv_transpose(images: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The compiler's own transposed convolution of stride 2.
+def _dilated_conv(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The compiler's own convolution, to twice the size, of an image with zeros between its pixels.
 
-    It is the gradient of a strided convolution, and its own gradients are written as those of that
+    With a kernel of 3×3 it is `lax.conv_transpose` of stride 2; the kernel may also be 4×4. It is
+    the gradient of a strided convolution, and its own gradients are written as those of that
     convolution: GPUs would compute the kernel's gradient of a dilated convolution with a kernel as
     large as the image.
     """
-    return lax.conv_transpose(images, kernel, (2, 2), "SAME", dimension_numbers=_LAYOUT)
+    margin = (2, len(kernel) - 2)
+    return lax.conv_general_dilated(
+        images, kernel, (1, 1), (margin, margin), (2, 2), dimension_numbers=_LAYOUT
+    )
 
 
-def _plain_conv_transpose_forward(images, kernel):
-    return _plain_conv_transpose(images, kernel), (images, kernel)
+def _dilated_conv_forward(images, kernel):
+    return _dilated_conv(images, kernel), (images, kernel)
 
 
-def _plain_conv_transpose_backward(saved, cotangent):
+def _dilated_conv_backward(saved, cotangent):
     images, kernel = saved
+    margin = (len(kernel) - 3, 1)
     strided, gradient_of_kernel = jax.vjp(
-        lambda kernel: _plain_conv(cotangent, kernel, stride=2),
+        lambda kernel: _plain_conv(cotangent, kernel, (margin, margin), stride=2),
         kernel[::-1, ::-1].transpose(0, 1, 3, 2),
     )
     (kernel_cotangent,) = gradient_of_kernel(images)
     return strided, kernel_cotangent.transpose(0, 1, 3, 2)[::-1, ::-1]
 
 
-_plain_conv_transpose.defvjp(_plain_conv_transpose_forward, _plain_conv_transpose_backward)
+_dilated_conv.defvjp(_dilated_conv_forward, _dilated_conv_backward)
 
 
 def by_platform(plain: Callable, on_cpu: Callable) -> Callable:
@@ -496,10 +520,10 @@ def _phases_kernel(kernel: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _direct(images: jax.Array, kernel: jax.Array, before: int) -> jax.Array:
+def _direct(images: jax.Array, kernel: jax.Array, before: tuple[int, int]) -> jax.Array:
     """The convolution with an `(n, n, C, K)` kernel that begins `before` pixels up and left."""
-    margin = (before, len(kernel) - 1 - before)
-    return _plain_conv(images, kernel, (margin, margin))
+    margins = tuple((first, len(kernel) - 1 - first) for first in before)
+    return _plain_conv(images, kernel, margins)
 
 
 def _direct_forward(images, kernel, before):
@@ -508,7 +532,7 @@ def _direct_forward(images, kernel, before):
 
 def _direct_backward(before, saved, cotangent):
     images, kernel = saved
-    after = len(kernel) - 1 - before
+    after = tuple(len(kernel) - 1 - first for first in before)
     # Without the barrier the compiler would make it a reversed window, for which it has slow code.
     opposite = lax.optimization_barrier(kernel[::-1, ::-1].transpose(0, 1, 3, 2))
     images_cotangent = _direct(cotangent, opposite, after)
@@ -518,8 +542,43 @@ def _direct_backward(before, saved, cotangent):
 _direct.defvjp(_direct_forward, _direct_backward)
 
 
+@jax.custom_vjp
+def _conv_on_repeated_on_cpu(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Repeats the pixels, which is faster than putting phases together; its gradient is theirs."""
+    repeated = images.repeat(2, axis=1).repeat(2, axis=2)
+    return conv(repeated, kernel)
+
+
+def _conv_on_repeated_on_cpu_forward(images, kernel):
+    return _conv_on_repeated_on_cpu(images, kernel), (images, kernel)
+
+
+def _conv_on_repeated_on_cpu_backward(saved, cotangent):
+    return jax.vjp(_phases_of_repeated, *saved)[1](_split(cotangent, 3))
+
+
+_conv_on_repeated_on_cpu.defvjp(_conv_on_repeated_on_cpu_forward, _conv_on_repeated_on_cpu_backward)
+
+
+def _phases_of_repeated(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The phases of the convolution of an image whose pixels are repeated, by four of 2×2."""
+
+    def halves(kernel, axis):
+        first, middle, last = jnp.split(kernel, 3, axis)
+        # Of an even output row, the first tap meets the pixel before.
+        before = jnp.concatenate([first, middle + last], axis)
+        return before, jnp.concatenate([first + middle, last], axis)
+
+    phases = [
+        jnp.asarray(_direct(images, part, (1 - row, 1 - column)))
+        for row, part_of_rows in enumerate(halves(kernel, 0))
+        for column, part in enumerate(halves(part_of_rows, 1))
+    ]
+    return jnp.concatenate(phases, 3)
+
+
 def _gradient_of_kernel(
-    images: jax.Array, cotangent: jax.Array, side: int, before: int
+    images: jax.Array, cotangent: jax.Array, side: int, before: tuple[int, int]
 ) -> jax.Array:
     """`(n, n, C, K)`: each output's gradient times the pixels around it, summed over outputs.
 
@@ -528,8 +587,8 @@ def _gradient_of_kernel(
     channels, of that one shifted to all nine taps.
     """
     channels, features = images.shape[3], cotangent.shape[3]
-    shifts = [n - before for n in range(side)]
-    taps = tuple((row, column) for row in shifts for column in shifts)
+    in_rows, in_columns = ([n - first for n in range(side)] for first in before)
+    taps = tuple((row, column) for row in in_rows for column in in_columns)
     if 2 * channels < features:
         products = _dot(cotangent, _shifted(images, taps, 3))
         return products.reshape(features, side, side, channels).transpose(1, 2, 3, 0)
@@ -537,8 +596,8 @@ def _gradient_of_kernel(
         opposite = tuple((-row, -column) for row, column in taps)
         products = _dot(_shifted(cotangent, opposite, 3), images)
         return products.reshape(side, side, features, channels).transpose(0, 1, 3, 2)
-    rows = _shifted(cotangent, tuple((-shift, 0) for shift in shifts), 3)
-    columns = _shifted(images, tuple((0, shift) for shift in shifts), 3)
+    rows = _shifted(cotangent, tuple((-shift, 0) for shift in in_rows), 3)
+    columns = _shifted(images, tuple((0, shift) for shift in in_columns), 3)
     # The compiler transposes the left one, which should be what it can't fuse with the ReLU.
     return _dot(rows, columns).reshape(side, features, side, channels).transpose(0, 2, 3, 1)
 

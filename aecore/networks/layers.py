@@ -149,6 +149,20 @@ class Conv(_Convolution):
         return self._finish(features, bias, batch_last)
 
 
+class ConvOnRepeated(_Convolution):
+    """`Conv` of an image whose pixels are each repeated 2×2: nearest up-sampling, then a
+    convolution. `(B, H, W, C)` to `(B, 2 H, 2 W, features)`."""
+
+    def kernel_uses(self, given, result):
+        # Four of nine products: those with taps that meet the same pixel are one.
+        return math.prod(result[1:-1]) * 4 // 9
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        images, kernel, bias = self._weights(images, images.shape[-1])
+        return self._finish(convolution.conv_on_repeated(images, kernel), bias, False)
+
+
 class ConvTranspose(_Convolution):
     """A transposed convolution of stride 2: `(B, H, W, C)` to `(B, 2 H, 2 W, features)`."""
 

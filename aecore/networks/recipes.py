@@ -7,6 +7,7 @@ from aecore.networks.convolution import max_pool, merge_phases
 from aecore.networks.layers import (
     Conv,
     ConvOnPhases,
+    ConvOnRepeated,
     ConvTranspose,
     ConvTransposeToPhases,
     relu,
@@ -78,8 +79,12 @@ class ResolutionEnhancer(Autoencoder):
 
     def setup(self):
         self.encoder = [Conv(features, activation=relu) for features in self.features]
-        self.decoder = [Conv(features, activation=relu) for features in self.features[::-1]]
-        self.output = Conv(self.channels)
+        # The second layer enlarges what the first one gives.
+        kinds = [Conv, ConvOnRepeated, *[Conv] * len(self.features)]
+        *decoder, output = zip(kinds, (*self.features[::-1], self.channels), strict=False)
+        self.decoder = [kind(features, activation=relu) for kind, features in decoder]
+        kind, channels = output
+        self.output = kind(channels)
 
     def encode(self, images):
         *before, last = self.encoder
@@ -88,8 +93,6 @@ class ResolutionEnhancer(Autoencoder):
         return last(max_pool(images))
 
     def decode(self, codes):
-        first, *after = self.decoder
-        codes = first(codes).repeat(2, axis=1).repeat(2, axis=2)
-        for layer in after:
+        for layer in self.decoder:
             codes = layer(codes)
         return self.output(codes)

@@ -306,8 +306,8 @@ def test_graph_is_small():
     nodes = [node.op_type for node in model.graph.node]
     assert nodes.count("Conv") == 6
     assert nodes.count("ConvTranspose") == 1
-    # To and from NCHW, and around the up-sampling.
-    assert nodes.count("Transpose") == 4
+    # To and from NCHW.
+    assert nodes.count("Transpose") == 2
     # Kernels and biases; what else there is are sizes.
     large = [weights for weights in model.graph.initializer if np.prod(weights.dims) > 8]
     assert sum(weights.dims[1] > 1 for weights in large) == 7

@@ -273,8 +273,10 @@ def relu(values: jax.Array) -> jax.Array:
     return jnp.maximum(values, 0)
 
 
-# Written as `output > 0`, XLA would turn it into `values > 0` again.
-relu.defjvps(lambda tangent, output, values: jnp.where(output == 0, 0, tangent))
+# Written as `output > 0`, XLA would turn it into `values > 0` again. A product instead of a choice,
+# as the compiler for TPUs would keep the choices as packed bits, which takes it a tenth of the
+# denoise recipe's step (939 cycles an image on TPU v5e, as it estimates; 843 so).
+relu.defjvps(lambda tangent, output, values: tangent * jnp.sign(output))
 
 
 class ResidualBlock(nn.Module):

@@ -417,6 +417,7 @@ def save_video(av, path):
         container.mux(stream.encode())
 
 
+@pytest.mark.every_room
 def test_videos_are_restored_too(unchanged, tmp_path, capfd):
     av = pytest.importorskip("av")
     save_video(av, tmp_path / "a.mp4")

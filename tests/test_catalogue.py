@@ -56,6 +56,7 @@ def test_train_lists_the_experiments_and_then_their_flags(capsys):
     assert "--degradation.sigma" in output
 
 
+@pytest.mark.every_room
 def test_train_trains_an_experiment_on_the_data_that_are_named(pictures, tmp_path, capsys):
     run_dir = tmp_path / "run"
     words = ["fashion-mnist-denoise", "--data.dataset", "folder", "--data", str(pictures)]

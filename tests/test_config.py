@@ -26,6 +26,7 @@ from aecore.saved.descriptions import changes, describe, experiment_from_json
         ),
     ],
 )
+@pytest.mark.every_room
 def test_an_experiment_survives_json(experiment):
     text = json.dumps(describe(experiment))
     assert experiment_from_json(json.loads(text)) == experiment

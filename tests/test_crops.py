@@ -235,6 +235,7 @@ def test_a_folder_is_listed_without_opening_a_file(tmp_path, monkeypatch):
     dataset.fingerprint()
 
 
+@pytest.mark.every_room
 def test_crops_of_files_are_their_pixels(tmp_path):
     arrays = save_noise(tmp_path, SIZES[:12])
     dataset = folder(tmp_path)

@@ -40,6 +40,7 @@ def test_each_epoch_is_a_fresh_permutation():
     assert len({tuple(sorted(set(range(50)) - set(epoch))) for epoch in epochs}) > 1
 
 
+@pytest.mark.every_room
 def test_batches_are_functions_of_seed_and_step():
     whole = take(NUMBERED, 15)
     for start in (1, 5, 6, 11):

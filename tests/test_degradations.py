@@ -115,6 +115,7 @@ def test_gaussian_blur_is_scipys(sigma):
         Downscale(2, "lanczos"),
     ],
 )
+@pytest.mark.every_room
 def test_the_same_numbers_eagerly_under_jit_and_in_tf_data(degradation):
     images = RANDOM.random((3, 30, 22, 3), np.float32)
     eager = np.asarray(degradation(images))

@@ -30,6 +30,7 @@ def folder(trained, tmp_path):
     return path
 
 
+@pytest.mark.every_room
 def test_a_folder_gives_bit_for_bit_what_the_run_gives(trained, folder, tmp_path):
     restorer, shared = aecore.Restorer.load(trained), aecore.Restorer.load(folder)
     image = RANDOM.random((21, 34), np.float32)

@@ -116,6 +116,7 @@ def test_what_a_format_cannot_hold_is_told(tmp_path, mode, ending):
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "1", "I;16"])
 @pytest.mark.parametrize("ending", [".png", ".tif"])
+@pytest.mark.every_room
 def test_files_of_pillow(tmp_path, mode, ending):
     image = to_pillow(random_frame(mode))
     source, target = tmp_path / f"source{ending}", tmp_path / f"target{ending}"

@@ -84,6 +84,7 @@ def test_plan_for_this_machine(tmp_path, capsys):
     assert "all-reduce" in capsys.readouterr().out
 
 
+@pytest.mark.every_room
 def test_a_plan_rounds_the_batch_up():
     experiment = aecore.Experiment(
         name="odd",

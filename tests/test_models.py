@@ -136,6 +136,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("model", OTHERS, ids=str)
+@pytest.mark.every_room
 def test_encoding_and_decoding_is_the_network(model):
     shape = (2, 3 * model.stride, 2 * model.stride, model.channels)
     images = RANDOM.random(shape, np.float32)

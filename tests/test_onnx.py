@@ -288,6 +288,7 @@ def test_functions(name):
     assert largest_difference(FUNCTIONS[name]) < tolerance
 
 
+@pytest.mark.every_room
 def test_interface():
     function = function_of(NoiseReducer(channels=3))
     metadata = {"aecore": "{}", "stride": "4"}

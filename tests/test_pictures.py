@@ -101,6 +101,7 @@ def test_noise_is_neither_clipped_nor_rounded(photos, denoiser):
     assert "clip=False" in scores["protocol"]
 
 
+@pytest.mark.every_room
 def test_the_command_prints_and_writes_what_was_scored(photos, denoiser, tmp_path, capsys):
     (photos / "broken.png").write_bytes(b"no picture")
     words = ["evaluate", denoiser, "--data", str(photos), "--degradation", "GaussianNoise(25/255)"]

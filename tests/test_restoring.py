@@ -97,6 +97,7 @@ def test_arrays_come_back_as_they_went_in(shape, channels, dtype):
     ("mode", "dtype", "channels"),
     [("L", np.uint8, 1), ("I;16", np.uint16, 1), ("RGB", np.uint8, 3)],
 )
+@pytest.mark.every_room
 def test_pillow_images_and_paths(tmp_path, mode, dtype, channels):
     shape = (9, 13) if channels == 1 else (9, 13, 3)
     array = RANDOM.integers(0, np.iinfo(dtype).max, shape, dtype)

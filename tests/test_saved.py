@@ -74,6 +74,7 @@ def test_it_is_lowered_for_every_platform(tmp_path):
             assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
 
 
+@pytest.mark.every_room
 def test_a_run_is_exported_whole_and_needs_neither_flax_nor_orbax(trained, tmp_path):
     restorer = aecore.Restorer.load(trained)
     for name, options in (("a.aecore", {}), ("b.aecore", {"with_functions": False})):

@@ -121,6 +121,7 @@ def save_animation(folder):
 
 @pytest.mark.parametrize("save", [save_jpeg, one_picture, save_16_bits, save_animation])
 @pytest.mark.parametrize("network", ["colour", "gray"])
+@pytest.mark.every_room
 def test_a_file_comes_back_as_the_command_restores_it(save, network, networks, address, tmp_path):
     path = save(tmp_path)
     out = tmp_path / f"out{path.suffix}"

@@ -170,6 +170,7 @@ def test_resident_steps_are_the_same_bits_however_they_are_divided():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.every_room
 def test_bfloat16_keeps_parameters_and_loss_in_float32():
     losses, state = run(20, precision="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}

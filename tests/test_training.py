@@ -120,6 +120,7 @@ def test_a_run_leaves_all_its_files(tiny):
     assert list(run.glob("events.out.tfevents.*"))
 
 
+@pytest.mark.every_room
 def test_stopping_and_going_on_changes_nothing(tiny, tmp_path):
     aecore.train(tiny, progress=False)
     for steps_so_far in (1, 4, 6, None):

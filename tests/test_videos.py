@@ -127,6 +127,7 @@ def leftovers(folder):
         (".avi", "libx264", SIZE, "yuv420p", None, None),
     ],
 )
+@pytest.mark.every_room
 def test_everything_stays_where_nothing_is_restored(
     tmp_path, capfd, suffix, codec, size, pixels, times, sound
 ):

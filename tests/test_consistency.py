@@ -9,6 +9,7 @@ from conftest import random_params
 from PIL import Image
 
 import aecore
+from aecore import cli
 from aecore.degradations import (
     JPEG,
     Blur,
@@ -142,3 +143,18 @@ def test_pairs_are_not_known():
     judge.trained = dataclasses.replace(judge.trained, description=description)
     with pytest.raises(ConfigError, match="it was trained on pairs"):
         judge.consistency(smooth(), smooth())
+
+
+def test_the_command_makes_results_consistent(tmp_path, capfd):
+    small = degraded(Downscale(2), smooth())
+    Image.fromarray(small).save(tmp_path / "small.png")
+    far = []
+    for flags in ([], ["--consistent"]):
+        out = tmp_path / f"large{len(flags)}.png"
+        words = ["restore", tmp_path / "small.png", "-o", out, "-m", "photo-upscale-2x", *flags]
+        with pytest.raises(SystemExit) as ended:
+            cli.run([str(word) for word in words])
+        assert ended.value.code == 0
+        again = degraded(Downscale(2), np.asarray(Image.open(out)))
+        far.append(np.abs(again.astype(int) - small).max())
+    assert far[1] <= 1 < far[0]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import save_pictures
+from etils import epath
 from PIL import Image
 from test_photographs import save as save_photographs
 from test_processes import free_port
+
+from aecore.training import claim
 
 pytest.importorskip("gcp_storage_emulator")
 pytest.importorskip("gcsfs")
@@ -72,6 +76,22 @@ def test_a_run_in_a_bucket(python, cloud, tmp_path):
     assert list((tmp_path / "runs" / "tiny").glob("events*"))
     assert Image.open(tmp_path / "out.png").size == (28, 28)
     assert (tmp_path / "exported.aecore").exists()
+
+
+def test_a_run_in_a_bucket_is_one_process_alone(python, tmp_path):
+    folder = epath.Path(tmp_path)
+    train = [EXPERIMENT, "--run-dir", "gs://bucket/run", "--training.steps", 10]
+    with claim.claimed(folder):
+        python("-c", UPLOAD, folder, "gs://bucket/run")
+        errors = python(*train, status=2).stderr
+        alive = claim.read(folder)
+    assert f"process {os.getpid()} on {socket.gethostname()} is training in gs:" in errors
+    # As a process leaves it that was killed.
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    (folder / claim.FILE).write_text(json.dumps({**alive, "process": killed.pid}))
+    python("-c", UPLOAD, folder, "gs://bucket/run")
+    assert "10 steps" in python(*train).stdout
 
 
 @pytest.mark.parametrize("drop_every", [None, 20])

@@ -100,11 +100,15 @@ def whole_array(source: Source) -> np.ndarray:
     return source.array
 
 
-def load(data: Data) -> Dataset:
+def load(data: Data, *, progress: bool = True) -> Dataset:
     """Finds a dataset's images and splits them.
 
     Without `data.crop` all images are decoded, at one size. With it, they are at their own sizes,
     and those in files are decoded when they are needed.
+
+    Args:
+      data: says which.
+      progress: whether to show a progress bar on stderr where decoding takes long.
 
     Raises:
       DataError: the dataset is unknown, missing, damaged or empty; or its images differ in size
@@ -118,7 +122,7 @@ def load(data: Data) -> Dataset:
     elif data.dataset == "fashion_mnist" and (paths := _idx_paths(data)):
         dataset = _of_arrays([_read_idx(path) for path in paths], data)
     elif crop is None:
-        dataset = _of_arrays(whole.decode(_pictures(data), data), data)
+        dataset = _of_arrays(whole.decode(_pictures(data), data, progress), data)
     else:
         dataset = _split(data)
     if not (len(dataset.train) and len(dataset.validation)):

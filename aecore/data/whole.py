@@ -38,7 +38,7 @@ class Pictures:
     training and validation. None: each picture is on its own."""
 
 
-def decode(pictures: Pictures, data: Data) -> tuple[np.ndarray, np.ndarray]:
+def decode(pictures: Pictures, data: Data, progress: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Decodes pictures in parallel and splits them. Broken ones are skipped with a warning.
 
     Returns:
@@ -67,7 +67,13 @@ def decode(pictures: Pictures, data: Data) -> tuple[np.ndarray, np.ndarray]:
     # Pillow releases the interpreter's lock while it decodes and resizes.
     with (
         ThreadPoolExecutor() as pool,
-        tqdm(desc=f"decoding {data.dataset}", total=len(array), delay=2, leave=False) as bar,
+        tqdm(
+            desc=f"decoding {data.dataset}",
+            total=len(array),
+            delay=2,
+            leave=False,
+            disable=not progress,
+        ) as bar,
     ):
         stop = 0
         for run in pictures.read():

@@ -84,4 +84,5 @@ def save_curves(
     psnr.legend()
     for axis in (loss, psnr):
         axis.grid(alpha=0.3)
+        axis.locator_params(axis="x", nbins=6)  # Long numbers would run into each other.
     _save(figure, path)

@@ -115,7 +115,7 @@ def _train(
     check_memory(experiment.model, available, copies=4)
     if not exists(directory):
         starting.load(experiment)  # If that fails, better before the images are loaded.
-    dataset = sources.load(experiment.data)
+    dataset = sources.load(experiment.data, progress=progress)
     fingerprint = dataset.fingerprint()
     processes.check_data(fingerprint)
     experiment.check_images(*dataset.image_shape, dataset.scale)

@@ -125,6 +125,30 @@ def test_largest_batch_is_found_by_search():
     assert 87 <= largest <= 113
 
 
+@pytest.mark.parametrize("most", [0, 3, 8, 16, 100, 5_000, 2**16])
+@pytest.mark.parametrize("fails", [False, True])
+def test_largest_batch_is_found_with_few_compilations(most, fails, monkeypatch):
+    tried = []
+
+    def compiled(assembled):
+        tried.append(assembled.batch_size)
+        if fails and tried[-1] > most:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        # A part that does not grow, and one that grows a little faster than the batch.
+        needed = int(100 + tried[-1] ** 1.05)
+        return SimpleNamespace(total=needed)
+
+    monkeypatch.setattr(planning, "compile_step", compiled)
+    monkeypatch.setattr(planning, "memory_of", lambda compiled: compiled)
+    experiment = aecore.Experiment(
+        name="limit", model=NoiseReducer((2,)), degradation=GaussianNoise(0.4)
+    )
+    device = planning.devices_of("cpu")[:1]
+    largest = planning.largest_batch(experiment, (12, 12, 1), device, int(100 + most**1.05))
+    assert most * 8 // 9 - 1 <= largest <= most
+    assert len(tried) <= (20 if fails else 9)
+
+
 @needs_libtpu
 @pytest.mark.parametrize("form", ["jit", "pmap"])
 @pytest.mark.parametrize(

@@ -382,18 +382,25 @@ def largest_batch(
     def fits(share: int) -> bool:
         return needed(share) <= memory
 
-    # Memory grows almost in proportion, so two small steps tell where to begin.
-    share = 8
-    if fits(16):
-        guess = 8 + (memory - needed(8)) / max((needed(16) - needed(8)) / 8, 1)
-        share = int(min(max(8, guess), _LARGEST_BATCH)) // 8 * 8
-    if fits(share):
-        while share < _LARGEST_BATCH and fits(_larger(share)):
-            share = _larger(share)
-        return share
-    while share > 1 and not fits(share):
-        share = max(1, share * 7 // 8)
-    return share if fits(share) else 0
+    if not fits(8):
+        share = 8
+        while share > 1 and not fits(share):
+            share = max(1, share * 7 // 8)
+        return share if fits(share) else 0
+    low, high, share = 8, None, 16
+    while True:
+        if fits(share):
+            low = share
+        else:
+            high = share
+        if low == _LARGEST_BATCH or (high is not None and high <= _larger(low)):
+            return low
+        # Memory grows almost in proportion, so each try tells well where to look next.
+        growth = max((needed(share) - needed(8)) / (share - 8), 1)
+        guess = min(int(8 + (memory - needed(8)) / growth), _LARGEST_BATCH) // 8 * 8
+        if high is not None and (guess >= high or math.isinf(growth)):
+            guess = (low + high) // 2
+        share = guess if guess > low else _larger(low)
 
 
 def _larger(share: int) -> int:

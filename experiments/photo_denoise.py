@@ -2,7 +2,7 @@
 
     python experiments/photo_denoise.py --data.data-dir MY_PHOTOS
 
-MY_PHOTOS is a folder of pictures, of any sizes from 96×96 pixels on; some hundred are enough. Each
+MY_PHOTOS is a folder of pictures, of any sizes from 96×96 pixels on; a few hundred are enough. Each
 crop gets noise of its own strength, from none to σ = 75 of 255. A tenth of the pictures are held
 out, whole, for validation.
 

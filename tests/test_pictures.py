@@ -207,3 +207,8 @@ def test_published_baselines_are_reproduced(folder, degradation, published, name
     scores = pictures.evaluate(restorer, f"{photos_dir}/{folder}", degradation)
     # Pillow, with which some were computed, rounds between rows and columns too.
     assert scores["baseline"][name] == pytest.approx(published, abs=0.02)
+
+
+def test_weights_that_ship_have_no_pictures_of_their_own():
+    with pytest.raises(ConfigError, match=r"name some with data \(--data\)"):
+        aecore.evaluate("photo-denoise")

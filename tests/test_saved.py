@@ -519,3 +519,9 @@ def test_the_benchmarks_of_cards_are_those_that_were_measured():
         figures = re.findall(r"\d\d\.\d\d", card.benchmarks)
         assert len(figures) >= 2
         assert [figure for figure in figures if figure not in rows] == []
+
+
+def test_an_onnx_file_is_not_taken_for_a_damaged_network(tmp_path):
+    (tmp_path / "net.onnx").write_bytes(b"\x08\x08onnx")
+    with pytest.raises(CheckpointError, match="ONNX files are for other programs"):
+        aecore.Restorer.load(tmp_path / "net.onnx")

@@ -72,6 +72,8 @@ def find(source: str) -> epath.Path:
     known = {entry.name: entry.path for entry in entries()}
     if _name(source) in known:
         return known[_name(source)]
+    if path.suffix == ".py":
+        raise ConfigError(f"{source} does not exist; name a file, or one of {', '.join(known)}")
     raise ConfigError(
         f"{source} is neither an experiment file that ends in .py nor one of {', '.join(known)}"
     )

@@ -89,8 +89,8 @@ def _differences(description: Description, image: np.ndarray) -> Iterator[str]:
         if not least <= noise <= most:
             which = "more" if noise > high else "less"
             yield (
-                f"{which} noise or fine detail than the network was trained on, where its standard "
-                f"deviation was {low:.2f} to {high:.2f}"
+                f"{which} noise or fine detail than the network was trained on (a standard "
+                f"deviation of {low:.2f} to {high:.2f}, where white is 1)"
             )
     degradation = description.degradation or {}
     most_blocky = None

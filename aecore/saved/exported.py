@@ -239,6 +239,11 @@ def load(path: epath.Path, *, sha256: str | None = None, model: Any = None) -> T
         data = read(path)
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
             raise CheckpointError(f"damaged: its SHA-256 is not {sha256}; install aecore again")
+        if path.suffix.lower() == ".onnx" and not zipfile.is_zipfile(io.BytesIO(data)):
+            raise CheckpointError(
+                "ONNX files are for other programs; name the run, or what `aecore export` writes "
+                "in another format"
+            )
         return _parse(data, model)
 
 

@@ -122,7 +122,7 @@ def _card(name: str, trained: TrainedNetwork, arrays: dict[str, np.ndarray]) -> 
     facts = {
         "What it is for": about.get("purpose"),
         "What it was trained on": about.get("data") or (description.data or {}).get("dataset"),
-        "What it can't do": about.get("limits"),
+        "What it is not for": about.get("limits"),
         "Benchmarks": about.get("benchmarks"),
         "Licence": about.get("licence"),
         "What it learned to undo": description.degradation and _one_line(description.degradation),

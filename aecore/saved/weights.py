@@ -29,7 +29,7 @@ class Card:
     """What they can't do."""
     benchmarks: str
     """Mean PSNR on test images, before and after."""
-    licence: str = "MIT, as aecore; the data's own terms are beside them"
+    licence: str = "MIT, as aecore; the training data have terms of their own"
 
 
 _PHOTOGRAPHS = (

@@ -405,6 +405,9 @@ def evaluate(
         raise ConfigError("csv and pictures are for scoring pictures; name their folder with data")
     restorer = Restorer.load(run, model=model)
     experiment = restorer.description.experiment(model=model)
+    places = (experiment.data.data_dir, data_dir)
+    if experiment.data.dataset in ("folder", "pairs") and places == (None, None):
+        raise ConfigError(f"{run} doesn't say where its pictures are; name some with data (--data)")
     own = degradation in (None, experiment.degradation)
     degradation = degradation or experiment.degradation
     from aecore.scoring import classical as classical_methods

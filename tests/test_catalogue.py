@@ -110,5 +110,5 @@ def test_wrong_names_get_one_line(words, message, tmp_path, capsys):
 
 
 def test_a_file_that_is_missing_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="missing.py is neither"):
+    with pytest.raises(ConfigError, match="missing.py does not exist"):
         catalogue.load(str(tmp_path / "missing.py"))

@@ -97,6 +97,10 @@ class Devices:
         """The leading axes of a batch on the devices."""
         return (batch_size,)
 
+    def _along(self, axis: int) -> NamedSharding:
+        """Of arrays that are divided among the devices along an axis."""
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXIS))
+
     def shard_batch(self, share: Any, axis: int = 0) -> Any:
         """Puts a batch on the devices in the form that a compiled training step takes.
 
@@ -108,7 +112,7 @@ class Devices:
 
     def shard(self, share: Any, axis: int = 0) -> Any:
         """Divides arrays, or this process's share of them, among the devices along an axis."""
-        sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXIS))
+        sharding = self._along(axis)
         if self._processes == 1:
             return jax.device_put(share, sharding)
         return jax.tree.map(
@@ -119,7 +123,7 @@ class Devices:
         self, shape: tuple[int, ...], dtype: Any, axis: int = 0
     ) -> jax.ShapeDtypeStruct:
         """What is known beforehand of an array that `shard` divides along an axis."""
-        sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXIS))
+        sharding = self._along(axis)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def replicate(self, tree: Any) -> Any:
@@ -245,7 +249,7 @@ class Devices:
         """Compiles `(held images, (S, B) indices) -> (S, B, ...) batches` for `train_steps`."""
         return jax.jit(
             lambda held, indices: held[indices],
-            out_shardings=NamedSharding(self.mesh, PartitionSpec(None, AXIS)),
+            out_shardings=self._along(1),
         )
 
 
@@ -270,7 +274,7 @@ class PmapDevices(Devices):
             batches = held[indices]
             return batches.reshape(len(indices), self.device_count, -1, *batches.shape[2:])
 
-        return jax.jit(arrange, out_shardings=NamedSharding(self.mesh, PartitionSpec(None, AXIS)))
+        return jax.jit(arrange, out_shardings=self._along(1))
 
     def _compile(self, function, *axes):
         compiled = jax.pmap(

@@ -205,6 +205,7 @@ def torch_step(task: str, images: np.ndarray, precision: str, *, channels_last: 
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
     if task == "denoise":
         half = dict(kernel_size=3, stride=2)
         double = dict(kernel_size=3, stride=2, padding=1, output_padding=1)

@@ -5,15 +5,16 @@
 DIR is a folder with the dataset as prepared by TFDS. Without the flag, the data come from TFDS's
 default folder, or are downloaded.
 
-A training step costs about 27 GFLOP per image, so this is for a GPU or TPU. It has not been run to
-its end yet. On 2 CPU cores, with 10,358 images of 4,566 people, this was run:
+A training step costs about 27 GFLOP per image, so this is for a GPU or TPU. On one NVIDIA H100,
+shared with another training,
 
-    python experiments/lfw_enhance.py --data.data-dir DIR --training.steps 30
-        --training.batch-size 8 --training.log-every 3 --data.validation-fraction 0.02
+    python experiments/lfw_enhance.py --data.data-dir DIR
+        --training.feed resident --training.precision bfloat16
 
-30 steps took 68 s with evaluation, at 5.9 images/s. The loss fell from 0.64 (mean of the first
-three steps) to 0.023. The default split holds out 1,036 images. Pixelated, these have an MSE of
-0.00529 (22.76 dB), a mean PSNR per image of 23.16 dB, and an SSIM of 0.799.
+took 73 s, 43 s of them compiling and 21 s steps; it stopped by itself after 17 epochs. Scores of
+the pixelated and the restored images, for 1,036 images of people who are not in the training data:
+PSNR 23.16 and 27.53 dB, SSIM 0.799 and 0.887, MSE 0.00529 and 0.00195. Alone on the card, a step of
+128 images takes 8.6 ms.
 """
 
 from aecore.cli import main

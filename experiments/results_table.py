@@ -70,12 +70,14 @@ def tables(runs: Mapping[str, list[Summary]]) -> str:
         for name in present:
             seeds = runs[name]
             minutes = statistics.mean(summary["seconds"] for summary in seeds) / 60
+            device = seeds[0]["device"]
+            on_device = "" if device == "cpu" else f" on {device}"
             lines.append(
                 _line(
                     f"[`{name}`]({name}.py)",
                     [summary["evaluation"] for summary in seeds],
                     f"{seeds[0]['parameters']:,}",
-                    f"{seeds[0]['epochs']:.3g} epochs, {minutes:.1f} min",
+                    f"{seeds[0]['epochs']:.3g} epochs, {minutes:.1f} min{on_device}",
                 )
             )
         parts.append("\n".join(lines))

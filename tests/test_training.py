@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import save_pictures
+from etils import epath
 
 import aecore
 from aecore.data.batches import training_batches
@@ -28,7 +29,7 @@ from aecore.saved.descriptions import Description, experiment_from_json
 from aecore.steps import state
 from aecore.steps.devices import Devices
 from aecore.steps.step import pairs, train_step
-from aecore.training import assembly, feeds
+from aecore.training import assembly, feeds, metrics_log
 
 
 def change(experiment, **fields):
@@ -118,6 +119,18 @@ def test_a_run_leaves_all_its_files(tiny):
     for name in ("samples.png", "curves.png", "example.png", "experiment.json"):
         assert (run / name).stat().st_size > 0
     assert list(run.glob("events.out.tfevents.*"))
+
+
+def test_scalars_are_written_without_importing_pytorch(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise RuntimeError('PyTorch is imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [*sys.modules]:
+        if name.split(".")[0] in ("torch", "tensorboardX"):
+            monkeypatch.delitem(sys.modules, name)
+    with metrics_log.MetricsLog(epath.Path(tmp_path), 0, [], 1, writes=True) as log:
+        log.add_loss(1, 0.5, dict)
+    assert "torch" not in sys.modules
+    assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
 @pytest.mark.every_room

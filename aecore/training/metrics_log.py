@@ -1,6 +1,7 @@
 """`metrics.jsonl`, TensorBoard's event files, and whoever else wants to know the scores."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -129,9 +130,8 @@ class MetricsLog:
     def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
         if self._tensorboard is None:
             # Its import takes half a second and more, for which the first step needn't wait.
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(self._directory), purge_step=self._step + 1)
+            writer = _import_summary_writer()
+            self._tensorboard = writer(str(self._directory), purge_step=self._step + 1)
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
 
@@ -143,6 +143,24 @@ class MetricsLog:
             except json.JSONDecodeError:  # Cut off when the process was killed.
                 continue
         return [line for line in lines if isinstance(line, dict) and "step" in line]
+
+
+def _import_summary_writer() -> Any:
+    """tensorboardX's `SummaryWriter`.
+
+    Where PyTorch is installed, tensorboardX imports it, for tensors that are never logged here.
+    That takes seconds, in which Python starts fewer steps, and it loads CUDA's libraries once more.
+    """
+    modules: dict[str, Any] = sys.modules
+    hide = "torch" not in modules
+    if hide:
+        modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del modules["torch"]
+    return SummaryWriter
 
 
 def _json_line(values: Mapping[str, Any]) -> str:

@@ -52,6 +52,7 @@ def summary(name, seed, psnr, **more):
         "seconds": 60.0 * (1 + seed),
         "epochs": 10.0,
         "parameters": 3217,
+        "device": "cpu",
         "evaluation": scores | {"ci95": ci95},
         "baseline": scores | {"psnr": 10.7, "ci95": ci95},
         **more,
@@ -64,7 +65,7 @@ def test_the_table_is_made_of_summaries(tmp_path):
     runs = [
         summary("fashion_mnist_denoise", 0, 18.0),
         summary("fashion_mnist_denoise", 1, 19.0),
-        summary("fashion_mnist_unet", 0, 20.5, classical={"median": median}),
+        summary("fashion_mnist_unet", 0, 20.5, device="TPU v5", classical={"median": median}),
     ]
     for index, run in enumerate(runs):
         (tmp_path / f"{index}.json").write_text(json.dumps(run))
@@ -78,6 +79,8 @@ def test_the_table_is_made_of_summaries(tmp_path):
     assert own[3].strip() == "18.50 ± 0.05"
     assert own[4].strip() == "2, 18.00 to 19.00"
     assert own[7].strip() == "10 epochs, 1.5 min"
+    other = rows["[`fashion_mnist_unet`](fashion_mnist_unet.py)"]
+    assert other[7].strip() == "10 epochs, 1.0 min on TPU v5"
     assert "LFW" not in table
 
     (tmp_path / "again.json").write_text(json.dumps(runs[0]))

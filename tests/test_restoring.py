@@ -295,7 +295,7 @@ def test_tiles_are_halved_where_memory_does_not_suffice(trained, caplog):
         np.testing.assert_allclose(result, whole(image), atol=1e-5)
     assert [
         record.message.split("; ")[1] for record in caplog.records if ";" in record.message
-    ] == ["going on with tiles of 128 pixels"]
+    ] == ["going on with tiles of 96 pixels"]
 
 
 @pytest.mark.parametrize("tile", [0, "auto", 128])

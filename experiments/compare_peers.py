@@ -5,7 +5,8 @@
     python experiments/compare_peers.py --task photo --batch-size 16 --side 64
 
 The first measures training steps. The second measures restoring many images: `Restorer` on uint8
-and on float images, and Keras's `predict` on float images.
+and on float images, ONNX Runtime with the same network (`pip install ".[onnx]" onnxruntime`), and
+Keras's `predict`.
 
 The networks are those of the two recipes, and of task photo a UNet for photographs, which is not
 compared with Keras.
@@ -25,6 +26,7 @@ bfloat16`.
 
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -253,18 +255,39 @@ def torch_step(task: str, images: np.ndarray, precision: str, *, channels_last: 
     return step
 
 
-def aecore_restore(task: str, images: np.ndarray, dtype: str) -> Step:
-    """`Restorer` on all images."""
+def untrained(task: str):
+    """A `Restorer` of the network in aecore."""
     import jax
 
     import aecore
 
     model = aecore_network(task)
     params = model.init(jax.random.key(0), np.zeros((1, *SHAPES[task]), np.float32))["params"]
-    restorer = aecore.Restorer.of(model, params)
+    return aecore.Restorer.of(model, params)
+
+
+def aecore_restore(task: str, images: np.ndarray, dtype: str) -> Step:
+    """`Restorer` on all images."""
+    restorer = untrained(task)
     if dtype == "float32":
         images = images.astype(np.float32) / 255
     return lambda: restorer(images)[0, 0, 0, 0]
+
+
+def onnx_restore(task: str, images: np.ndarray) -> Step:
+    """The network, exported by aecore, in ONNX Runtime."""
+    import onnxruntime
+    from etils import epath
+
+    from aecore.saved import exported
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = epath.Path(folder) / "network.onnx"
+        exported.export_onnx(path, untrained(task).trained)
+        session = onnxruntime.InferenceSession(str(path))
+    name = session.get_inputs()[0].name
+    floats = images.astype(np.float32) / 255
+    return lambda: session.run(None, {name: floats})[0][0, 0, 0, 0]
 
 
 def keras_restore(task: str, images: np.ndarray, batch_size: int) -> Step:
@@ -294,7 +317,7 @@ def main(
         precision: Precision in which the networks compute.
         seconds: Length of each measurement.
         repeats: Number of measurements of each library.
-        without: Libraries to leave out: keras, torch.
+        without: Libraries to leave out: keras, torch, onnx.
     """
     count = batch_size
     if measure == "restore":
@@ -316,11 +339,12 @@ def main(
         makers = {
             "aecore": lambda: aecore_restore(task, images, "uint8"),
             "aecore, floats": lambda: aecore_restore(task, images, "float32"),
+            "ONNX Runtime": lambda: onnx_restore(task, images),
             "Keras, predict": lambda: keras_restore(task, images, batch_size),
         }
     steps = {}
     for name, make in makers.items():
-        library = name.split(",")[0].lower().replace("py", "")
+        library = name.split(",")[0].split()[0].lower().replace("py", "")
         if library in without or (library == "keras" and task == "photo"):
             continue
         try:

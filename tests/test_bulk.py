@@ -525,8 +525,10 @@ def test_a_video_has_no_comparison(tmp_path):
 def test_a_folder_in_the_home_directory_is_a_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     save_pictures(tmp_path / "pics", 1)
-    (job,) = find("~/pics", tmp_path / "out.png")
-    assert job.target == tmp_path / "out.png" / "0.png"
+    (job,) = find("~/pics", tmp_path / "out")
+    assert job.target == tmp_path / "out" / "0.png"
+    with pytest.raises(ConfigError, match="name a folder instead"):
+        find("~/pics", tmp_path / "out.png")
 
 
 def test_typescript_is_no_video(unchanged, tmp_path, capfd):

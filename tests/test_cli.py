@@ -57,6 +57,10 @@ def test_evaluate_prints_the_scores(trained, capsys):
             "can't be written with the ending '.xyz'; use .png",
         ),
         (
+            ["restore", "{pictures}", "-o", "{tmp}/o.png", "-m", "{trained}"],
+            "o.png would be one file, but the input may be several; name a folder instead",
+        ),
+        (
             ["restore", "{pictures}", "-o", "/dev/null/x", "-m", "{trained}"],
             "/dev/null is not a fold",
         ),

@@ -23,6 +23,7 @@ from aecore.models import (
     UNet,
 )
 from aecore.saved import exported
+from aecore.serving import site
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -374,3 +375,8 @@ def test_without_onnx(monkeypatch, tmp_path):
     restorer = aecore.Restorer.of(NoiseReducer(), {})
     with pytest.raises(ConfigError, match=r'pip install "aecore\[onnx\]"'):
         exported.export_onnx(epath.Path(tmp_path / "net.onnx"), restorer.trained)
+    monkeypatch.setattr(site, "download", lambda: b"")
+    monkeypatch.setattr(site, "read_runtime", lambda package: {})
+    with pytest.raises(ConfigError, match="needs the package onnx"):
+        site.write(epath.Path(tmp_path / "page"), restorer.trained, name="denoiser")
+    assert not (tmp_path / "page").exists()

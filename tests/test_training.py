@@ -268,9 +268,11 @@ def test_the_optimizer_does_what_it_says(settings):
         assert np.abs(expected - 0.5).max() > 1e-3
 
 
-def test_a_finished_run_is_not_trained_again(tiny):
+def test_a_finished_run_is_not_trained_again(tiny, caplog):
     first = aecore.train(tiny, progress=False)
+    assert "nothing is trained now" not in caplog.text
     again = aecore.train(tiny, progress=False)
+    assert f"{tiny.run_dir} was trained to its end before, so nothing is trained" in caplog.text
     assert again["evaluation"] == first["evaluation"]
     assert again["steps"] == first["steps"]
     assert again["images_per_second"] == first["images_per_second"]

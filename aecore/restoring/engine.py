@@ -148,7 +148,6 @@ class Engine:
         self.network = network
         self.scale = network.scale
         self.devices = tuple(devices)
-        self._first = devices[0]
         self._all = Devices(devices)
         self._params = params
         self._computed = network.in_precision(precision)
@@ -249,7 +248,7 @@ class Engine:
 
     def _sharding(self, on_all: bool) -> jax.sharding.Sharding:
         """Of arrays that the first device holds, or of which each device holds a part."""
-        return self._all.sharded if on_all else jax.sharding.SingleDeviceSharding(self._first)
+        return self._all.sharded if on_all else jax.sharding.SingleDeviceSharding(self.devices[0])
 
     def _function(self, function: Callable, on_all: bool) -> Any:
         """A function `(params, *arrays)`, jitted as `(params, arrays)`, for the devices."""
@@ -432,7 +431,7 @@ class Engine:
 
     @functools.cached_property
     def _memory(self) -> float:
-        limit = memory.limit(self._first)
+        limit = memory.limit(self.devices[0])
         return _CPU_MEMORY if limit is None else limit / 4
 
     def _smaller_tile(self, kind: BatchKind, share: float) -> int | None:
@@ -485,14 +484,14 @@ class Engine:
             if not error.is_expected:
                 _log.warning(
                     "the memory of %s does not suffice; going on with tiles of %d pixels",
-                    self._first,
+                    self.devices[0],
                     self._tile,
                 )
 
     def _memory_error(self, shape: Size, advice: str) -> ImageError:
         return ImageError(
-            f"the memory of {self._first} does not suffice for {shape[0]}x{shape[1]} pixels at a "
-            f"time; {advice}, or a smaller batch size"
+            f"the memory of {self.devices[0]} does not suffice for {shape[0]}x{shape[1]} pixels at "
+            f"a time; {advice}, or a smaller batch size"
         )
 
 

@@ -111,9 +111,13 @@ def find(
         for item in _expand(name, recursive, resolved(folder)):
             (failures if isinstance(item, Failure) else found).append(item)
     is_file = len(inputs) == 1 and len(found) == 1 and not to_path(inputs[0]).is_dir()
-    if is_file and folder.suffix and not folder.is_dir():
+    ending = "" if folder.is_dir() else folder.suffix.lower()
+    if not is_file and (ending in videos.SUFFIXES or images.can_write(ending)):
+        raise ConfigError(
+            f"{folder} would be one file, but the input may be several; name a folder instead"
+        )
+    if is_file and ending:
         job = Job(found[0][0], folder)
-        ending = folder.suffix.lower()
         if not (ending in videos.SUFFIXES if job.is_video else images.can_write(ending)):
             raise ConfigError(
                 f"{folder}: {'videos' if job.is_video else 'pictures'} can't be written with the "

@@ -127,15 +127,26 @@ def _exported(network: Network, params: Any) -> dict[str, bytes]:
     }
 
 
-def export_onnx(path: epath.Path, trained: TrainedNetwork, *, clipped: bool = True) -> None:
-    """Writes a network as an ONNX graph, with its description as metadata.
+def export_onnx(path: epath.Path, trained: TrainedNetwork) -> None:
+    """Writes what `as_onnx` gives to a file.
+
+    Raises:
+      ConfigError: as `as_onnx`.
+    """
+    write_whole(path, as_onnx(trained))
+
+
+def as_onnx(trained: TrainedNetwork, *, clipped: bool = True) -> bytes:
+    """A network as an ONNX graph, with its description as metadata.
 
     The graph takes images of any size and gives what a `Restorer` gives.
 
     Args:
-      path: where to write it.
-      trained: what to write.
+      trained: the network.
       clipped: whether the graph clips what it gives to [0, 1].
+
+    Returns:
+      The content of an ONNX file.
 
     Raises:
       ConfigError: onnx is not installed, or the network can't be written.
@@ -164,7 +175,7 @@ def export_onnx(path: epath.Path, trained: TrainedNetwork, *, clipped: bool = Tr
         scale=network.scale,
         metadata={"aecore": json.dumps(trained.description.without_places().to_json())},
     )
-    write_whole(path, graph.SerializeToString())
+    return graph.SerializeToString()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -52,9 +52,10 @@ def write(
     """
     bulk.check_channels(trained.network.channels, name)
     runtime = read_runtime(download() if package is None else _read(to_path(package)))
-    (folder / "runtime").mkdir(parents=True, exist_ok=True)
     # Clipped by the page, after it has taken the mean of the channels of gray pictures.
-    exported.export_onnx(folder / "network.onnx", trained, clipped=False)
+    graph = exported.as_onnx(trained, clipped=False)
+    (folder / "runtime").mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "network.onnx", graph)
     for script in _SCRIPTS:
         write_whole(folder / script, (PAGE / script).read_bytes())
     write_whole(folder / "restore.js", (PAGE / "local.js").read_bytes())

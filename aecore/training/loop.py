@@ -268,7 +268,14 @@ class _Run:
 
     def fit(self, bar: tqdm) -> None:
         """Trains to the end, or until the validation loss no longer falls."""
-        if self.step < self.last_step and not self._loss_no_longer_falls():
+        if self.step >= self.last_step or self._loss_no_longer_falls():
+            if self.is_first:
+                _log.warning(
+                    "%s was trained to its end before, so nothing is trained now; use more "
+                    "--training.epochs to go on, or another --run-dir to begin anew",
+                    self.directory,
+                )
+        else:
             # Not of the state's own arrays, which are donated to the steps meanwhile.
             params = self.abstract_state.inference_params
             self.evaluator.compile_ahead(params, self.validation)

@@ -531,6 +531,16 @@ def test_a_folder_in_the_home_directory_is_a_folder(tmp_path, monkeypatch):
         find("~/pics", tmp_path / "out.png")
 
 
+def test_a_pattern_without_pictures_is_named_also_where_the_output_is_a_file(
+    tmp_path, unchanged, capfd
+):
+    status, _, errors = run(
+        capfd, tmp_path / "none*.png", "-o", tmp_path / "out.png", "-m", unchanged
+    )
+    assert status == 1
+    assert "none*.png: matches no file" in errors
+
+
 def test_typescript_is_no_video(unchanged, tmp_path, capfd):
     pytest.importorskip("av")
     save_pictures(tmp_path / "in", 1)

@@ -97,7 +97,8 @@ def find(
       Jobs, and the inputs that can't be restored.
 
     Raises:
-      ConfigError: nothing was named, or the output can't be written.
+      ConfigError: nothing was named, the output can't be written, or it is one file where the
+        inputs may be several.
     """
     if not inputs:
         raise ConfigError("no input; name pictures or folders of pictures")
@@ -110,13 +111,13 @@ def find(
     for name in inputs:
         for item in _expand(name, recursive, resolved(folder)):
             (failures if isinstance(item, Failure) else found).append(item)
-    is_file = len(inputs) == 1 and len(found) == 1 and not to_path(inputs[0]).is_dir()
+    several = len(inputs) > 1 or len(found) > 1 or to_path(inputs[0]).is_dir()
     ending = "" if folder.is_dir() else folder.suffix.lower()
-    if not is_file and (ending in videos.SUFFIXES or images.can_write(ending)):
+    if several and (ending in videos.SUFFIXES or images.can_write(ending)):
         raise ConfigError(
             f"{folder} would be one file, but the input may be several; name a folder instead"
         )
-    if is_file and ending:
+    if found and ending and not several:
         job = Job(found[0][0], folder)
         if not (ending in videos.SUFFIXES if job.is_video else images.can_write(ending)):
             raise ConfigError(

@@ -268,11 +268,11 @@ class _Run:
 
     def fit(self, bar: tqdm) -> None:
         """Trains to the end, or until the validation loss no longer falls."""
-        if self.step >= self.last_step or self._loss_no_longer_falls():
+        if self._is_over():
             if self.is_first:
                 _log.warning(
                     "%s was trained to its end before, so nothing is trained now; use more "
-                    "--training.epochs to go on, or another --run-dir to begin anew",
+                    "--training.epochs or patience to go on, or another --run-dir to begin anew",
                     self.directory,
                 )
         else:
@@ -289,7 +289,7 @@ class _Run:
             elif self._checkpoint_is_due():
                 self._collect_losses(bar)
                 self._save()
-            if self.step >= self.last_step or self._loss_no_longer_falls():
+            if self._is_over():
                 break
             if self._stop_is_requested():
                 self._collect_losses(bar)
@@ -455,6 +455,9 @@ class _Run:
     def _scores(self) -> Mapping[str, float] | None:
         """The scores at this step, if it has been evaluated."""
         return self.history[-1] if self.history and self.history[-1]["step"] == self.step else None
+
+    def _is_over(self) -> bool:
+        return self.step >= self.last_step or self._loss_no_longer_falls()
 
     def _loss_no_longer_falls(self) -> bool:
         """Early stopping, as in Keras, over the epochs' validation losses."""

@@ -26,7 +26,6 @@ bfloat16`.
 
 import itertools
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -277,14 +276,10 @@ def aecore_restore(task: str, images: np.ndarray, dtype: str) -> Step:
 def onnx_restore(task: str, images: np.ndarray) -> Step:
     """The network, exported by aecore, in ONNX Runtime."""
     import onnxruntime
-    from etils import epath
 
     from aecore.saved import exported
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = epath.Path(folder) / "network.onnx"
-        exported.export_onnx(path, untrained(task).trained)
-        session = onnxruntime.InferenceSession(str(path))
+    session = onnxruntime.InferenceSession(exported.as_onnx(untrained(task).trained))
     name = session.get_inputs()[0].name
     floats = images.astype(np.float32) / 255
     return lambda: session.run(None, {name: floats})[0][0, 0, 0, 0]

@@ -11,14 +11,12 @@ and with OpenCV's non-local means, where these are installed; medians of several
 
 import dataclasses
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import tyro
-from etils import epath
 
 import aecore
 from aecore.degradations import JPEG, Degradation, Downscale, GaussianNoise
@@ -82,15 +80,14 @@ def speeds(name: str) -> str:
     image = np.random.default_rng(0).integers(0, 256, (*_SIZE, 3), np.uint8)
     restorer = aecore.Restorer.load(name)
     works: dict[str, Callable[[], object]] = {"aecore": lambda: restorer(image)}
-    with tempfile.TemporaryDirectory() as folder:
-        works |= _peers(restorer, image, Path(folder))
-        times = {work: [] for work in works}
-        for turn in range(_REPEATS + 1):
-            for work, function in works.items():
-                start = time.perf_counter()
-                function()
-                if turn:  # The first one compiles.
-                    times[work].append(time.perf_counter() - start)
+    works |= _peers(restorer, image)
+    times = {work: [] for work in works}
+    for turn in range(_REPEATS + 1):
+        for work, function in works.items():
+            start = time.perf_counter()
+            function()
+            if turn:  # The first one compiles.
+                times[work].append(time.perf_counter() - start)
     pixels = image.shape[0] * image.shape[1] / 1e6
     rates = {work: f"{pixels / statistics.median(values):.2f}" for work, values in times.items()}
     summary = restorer.summary()
@@ -100,17 +97,12 @@ def speeds(name: str) -> str:
     return f"| `{name}` | {parameters} | {cost.split()[1]} | {' | '.join(columns)} |"
 
 
-def _peers(
-    restorer: aecore.Restorer, image: np.ndarray, folder: Path
-) -> dict[str, Callable[[], object]]:
+def _peers(restorer: aecore.Restorer, image: np.ndarray) -> dict[str, Callable[[], object]]:
     works = {}
     try:
         import onnxruntime
 
-        path = epath.Path(folder / "network.onnx")
-        exported.export_onnx(path, restorer.trained)
-        options = onnxruntime.SessionOptions()
-        session = onnxruntime.InferenceSession(str(path), options)
+        session = onnxruntime.InferenceSession(exported.as_onnx(restorer.trained))
         given = session.get_inputs()[0].name
         floats = image[None].astype(np.float32) / 255
         works["ONNX Runtime"] = lambda: session.run(None, {given: floats})

@@ -1,6 +1,7 @@
 """Crops reach the steps by every feed alike."""
 
 import functools
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -138,3 +139,21 @@ def test_pictures_that_do_not_fit_on_the_devices(monkeypatch):
     monkeypatch.setattr(type(jax.devices()[0]), "memory_stats", statistics, raising=False)
     with pytest.raises(ConfigError, match=r"the images need 0.0 GiB .* use --training.feed stream"):
         run(some_crops(), feed="resident")
+
+
+def test_a_training_that_ends_reads_no_further_batches(tiny, monkeypatch):
+    real, ended = feeds.training_batches, []
+
+    def batches(*args, **settings):
+        try:
+            yield from real(*args, **settings)
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(feeds, "training_batches", batches)
+    gc.disable()  # What closes them is not that they are found to be garbage.
+    try:
+        aecore.train(tiny, progress=False)
+        assert ended == [True]
+    finally:
+        gc.enable()

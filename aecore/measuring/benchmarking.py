@@ -4,6 +4,7 @@ Every measurement is repeated, in turns with the others of its table, after it h
 medians are reported, with the lowest and highest.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -226,16 +227,17 @@ def _loops(
 ) -> dict[str, Any]:
     """Training as it is, with each feed, without evaluation and saving; and on one batch."""
     works, waiting = {}, {}
-    for name, settings in _FEEDS.items():
-        waiting[name] = []
-        training = dataclasses.replace(experiment.training, **settings)
-        chosen = dataclasses.replace(experiment, training=training)
-        works[name] = _loop(chosen, image_shape, examples, waiting[name])
-    devices = assembly.devices(experiment.training)
-    works["one batch"] = one_batch(
-        assembly.assemble(experiment, image_shape, devices, 1, degrades_on_device=False)
-    )
-    rates = take_turns(works, seconds, repeats)
+    with contextlib.ExitStack() as at_end:
+        for name, settings in _FEEDS.items():
+            waiting[name] = []
+            training = dataclasses.replace(experiment.training, **settings)
+            chosen = dataclasses.replace(experiment, training=training)
+            works[name] = _loop(chosen, image_shape, examples, waiting[name], at_end)
+        devices = assembly.devices(experiment.training)
+        works["one batch"] = one_batch(
+            assembly.assemble(experiment, image_shape, devices, 1, degrades_on_device=False)
+        )
+        rates = take_turns(works, seconds, repeats)
     reports = {}
     for name, rate in rates.items():
         reports[name] = {
@@ -252,6 +254,7 @@ def _loop(
     image_shape: tuple[int, int, int],
     examples: np.ndarray | Crops,
     waiting: list[float],
+    at_end: contextlib.ExitStack,
 ) -> Callable[[float], int]:
     training = experiment.training
     devices = assembly.devices(training)
@@ -259,6 +262,7 @@ def _loop(
         experiment, image_shape, devices, training.last_step(len(examples))
     )
     feed = feeds.create(examples, experiment.degradation, training, assembled)
+    at_end.callback(feed.close)
     state = devices.compile_create(assembled.create)()
     step = 0
 

@@ -1,6 +1,7 @@
 """What all networks have in common: their base class, their registry and checks of their fields."""
 
 import dataclasses
+import functools
 import math
 import types
 from typing import Any, TypeVar
@@ -88,6 +89,7 @@ def check_choice(model: nn.Module, name: str, *choices: Any) -> None:
         raise ConfigError(f"{type(model).__name__} can't have {name} {value!r}; use {known}")
 
 
+@functools.lru_cache(maxsize=16)  # Tracing takes a tenth of a second, and trainings ask often.
 def abstract_params(model: Any, image_shape: tuple[int, int, int]) -> Any:
     """The shapes and dtypes of a model's parameters."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)

@@ -8,7 +8,7 @@ import collections
 import functools
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, Protocol
 
 import jax
@@ -22,7 +22,7 @@ from aecore.data.crops import Crops
 from aecore.degradations import Degradation
 from aecore.errors import ConfigError
 from aecore.steps import memory
-from aecore.steps.devices import Devices, in_background
+from aecore.steps.devices import Compiled, Devices, in_background
 from aecore.steps.state import TrainState
 from aecore.training.assembly import Assembly
 
@@ -58,6 +58,10 @@ class Feed(Protocol):
 
     def seconds_per_step(self, seconds: float) -> None:
         """Tells the feed how long a step takes."""
+        ...
+
+    def close(self) -> None:
+        """Ends what works ahead, which may otherwise keep a process from ending."""
         ...
 
 
@@ -129,25 +133,20 @@ class Stream:
         )
         self._calls = _Calls(self._group)
         self.seconds_per_step = self._calls.seconds_per_step
-        self._placed: Iterator[Any] = iter(())
+        self._placed: Generator[Any, None, None] | None = None
         self._current = None
         self._next_step = None
         self.seconds_waited = 0.0
-        if jax.process_count() == 1:  # Several processes compile together, at the first call.
-            in_background(lambda: self._steps.lower(*self._abstract(assembled)).compile())
-
-    def _abstract(self, assembled: Assembly) -> tuple[Any, Any, Any]:
-        """Shapes, dtypes and shardings of what the steps are called with."""
         groups = jax.tree.map(
-            lambda leaf: self._devices.abstract_share((self._group, *leaf.shape), leaf.dtype, 1),
+            lambda leaf: devices.abstract_share((self._group, *leaf.shape), leaf.dtype, 1),
             assembled.abstract_batch(),
         )
-        count = jax.ShapeDtypeStruct((), np.int32, sharding=self._devices.replicated)
-        return self._devices.abstract(assembled.create), groups, count
+        _compile_ahead(self._steps, assembled, groups)
 
     def launch(self, state, step, most):
         done = step % self._group
-        if step != self._next_step:
+        if self._placed is None or step != self._next_step:
+            self.close()
             self._placed = self._placed_ahead(step)
             self._current = next(self._placed)
         elif done == 0:
@@ -157,7 +156,12 @@ class Stream:
         self._next_step = step + count
         return state, losses, count
 
-    def _placed_ahead(self, step: int) -> Iterator[Any]:
+    def close(self):
+        if self._placed is not None:
+            self._placed.close()
+            self._placed = None
+
+    def _placed_ahead(self, step: int) -> Generator[Any, None, None]:
         """Groups of batches; the first one is that of `step`, and lacks what comes before it."""
         queue = collections.deque()
         batches = self._batches(start_step=step)
@@ -172,6 +176,26 @@ class Stream:
                 queue.append(self._devices.shard_batch(jax.tree.map(_stack, *group), axis=1))
                 done = 0
             yield queue.popleft()
+
+
+def _compile_ahead(steps: Compiled, assembled: Assembly, batches: Any, *arrays: Any) -> None:
+    """Starts to compile, in the background, what `Devices.compile_train_steps` returned.
+
+    Args:
+      steps: what is to be compiled.
+      assembled: the devices and the training step.
+      batches: shapes, dtypes and shardings of the batches.
+      *arrays: the same of what every device holds whole, or such arrays.
+    """
+    if jax.process_count() > 1:
+        return  # Several processes compile together, at the first call.
+    devices = assembled.devices
+    count = jax.ShapeDtypeStruct((), np.int32, sharding=devices.replicated)
+
+    def compile_steps():
+        steps.lower(devices.abstract(assembled.create), batches, count, *arrays).compile()
+
+    in_background(compile_steps)
 
 
 def _stack(*arrays: np.ndarray) -> np.ndarray:
@@ -198,7 +222,11 @@ class Resident:
         self._steps = devices.compile_train_steps(train_step, _MOST_STEPS)
         self._arrange = devices.compile_arrange()
         # One row per image: TPUs store the last axes in tiles, which few channels would not fill.
-        self._held = devices.hold(array.reshape(len(array), -1))
+        rows = array.reshape(len(array), -1)
+        shape = len(array) // training.batch_size, *devices.batch_shape(training.batch_size)
+        batches = devices.abstract_share((*shape, rows.shape[1]), rows.dtype, 1)
+        _compile_ahead(self._steps, assembled, batches)
+        self._held = devices.hold(rows)
         self._count = len(array)
         self._batch_size = training.batch_size
         self._seed = training.seed
@@ -223,6 +251,9 @@ class Resident:
         count = min(most, self._calls.steps, steps_per_epoch - done)
         state, losses = self._steps(state, self._batches, self._devices.replicate(np.int32(count)))
         return state, losses, count
+
+    def close(self):
+        self._batches = self._epoch = None
 
 
 class ResidentCrops:
@@ -260,6 +291,9 @@ class ResidentCrops:
 
         self._steps = devices.compile_train_steps(train_step, _MOST_STEPS, held=True)
         self._held = tuple(devices.replicate(pictures.planes) for pictures in packed)
+        shape = len(crops) // training.batch_size, *devices.batch_shape(training.batch_size)
+        each = devices.abstract_share(shape, np.int32, 1)
+        _compile_ahead(self._steps, assembled, (((each, each),) * len(packed), each), self._held)
         self._layouts = [pictures.layout for pictures in packed]
         self._crops = crops
         self._training = training
@@ -283,6 +317,9 @@ class ResidentCrops:
             state, self._places, self._devices.replicate(np.int32(count)), self._held
         )
         return state, losses, count
+
+    def close(self):
+        self._places = self._epoch = None
 
     def _places_of(self, epoch: int, steps_per_epoch: int) -> Any:
         """Where an epoch's crops start, how wide their pictures are, and how they are turned.

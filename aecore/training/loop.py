@@ -149,7 +149,8 @@ def _train(
         clock.go_on(run.before, earlier)
         if run.is_first:
             write_json(directory / "experiment.json", described)
-        with run.log, _bar(run, progress and run.is_first) as bar:
+        shown = _bar(run, progress and run.is_first)
+        with run.log, contextlib.closing(run.feed), shown as bar:
             run.fit(bar)
         return run.summarize()
 

@@ -150,9 +150,8 @@ def compile_step(assembled: Assembly) -> Any:
     Returns:
       The compiled step, with `memory_analysis()`, `cost_analysis()` and `as_text()`.
     """
-    devices = assembled.devices
-    step = devices.compile_train_step(assembled.train_step)
-    return step.lower(devices.abstract(assembled.create), assembled.abstract_batch()).compile()
+    step = assembled.devices.compile_train_step(assembled.train_step)
+    return step.lower(assembled.abstract_state, assembled.abstract_batch()).compile()
 
 
 def cost(assembled: Assembly) -> StepCost:

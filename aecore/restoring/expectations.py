@@ -47,10 +47,7 @@ def describe(degraded: np.ndarray) -> dict[str, Any]:
     if min(degraded.shape[1:3]) >= _LEAST_FOR_BLOCKS:
         measures["blockiness"] = blockiness
     return {
-        name: [
-            float(np.percentile([measure(middle(image)) for image in degraded], share))
-            for share in (1, 99)
-        ]
+        name: np.percentile([measure(middle(image)) for image in degraded], (1, 99)).tolist()
         for name, measure in measures.items()
     }
 

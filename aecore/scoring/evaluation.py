@@ -36,7 +36,7 @@ _SEED = 20070607
 
 # Pixel values per device and call: enough that the cost of a call doesn't matter, and on CPUs few
 # enough that activations stay in their caches.
-_VALUES, _VALUES_ON_CPU = 2**18, 2**17
+_VALUES, _VALUES_ON_CPU = 2**21, 2**17
 
 Scores = dict[str, Any]
 """`images`, how many; the means `mse`, `psnr` (dB) and `ssim`; and `ci95`, the half width of each

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aecore.errors import ConfigError
+from aecore.steps import gpu
 
 AXIS = "batch"
 """Name of the devices' axis."""
@@ -64,6 +65,9 @@ class Devices:
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.sharded = NamedSharding(self.mesh, PartitionSpec(AXIS))
         self._processes = len({device.process_index for device in devices})
+        if self.platform == "gpu":
+            for device in self.mesh.local_devices:
+                gpu.initialize(device)
 
     @property
     def device_count(self) -> int:
@@ -204,7 +208,13 @@ class Devices:
                 check_vma=False,
             ),
             donate_argnums=0,
+            compiler_options=self._step_options(),
         )
+
+    def _step_options(self) -> dict[str, str] | None:
+        # Of several GPUs, each would also record what it tells the others; that is not tried out.
+        is_gpu = self.platform == "gpu" and self.device_count == 1
+        return gpu.recording(self.mesh.local_devices[0]) if is_gpu else None
 
     def divided(self, function: Callable) -> Callable:
         """`(params, *arrays) -> array` that runs a function on every device, on its share of each.

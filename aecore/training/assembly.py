@@ -1,6 +1,7 @@
 """Puts an experiment's devices, network, optimizer and training step together."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -60,6 +61,11 @@ class Assembly:
         return state.create(
             self.model, self.optimizer, self.input_shape, self.seed, ema=self.ema is not None
         )
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        return self.devices.abstract(self.create)
 
     def flops_per_image(self) -> float:
         """Operations of a training step for an image: of the network, and twice that for gradients.

@@ -189,13 +189,9 @@ def _compile_ahead(steps: Compiled, assembled: Assembly, batches: Any, *arrays: 
     """
     if jax.process_count() > 1:
         return  # Several processes compile together, at the first call.
-    devices = assembled.devices
-    count = jax.ShapeDtypeStruct((), np.int32, sharding=devices.replicated)
-
-    def compile_steps():
-        steps.lower(devices.abstract(assembled.create), batches, count, *arrays).compile()
-
-    in_background(compile_steps)
+    count = jax.ShapeDtypeStruct((), np.int32, sharding=assembled.devices.replicated)
+    arguments = assembled.abstract_state, batches, count, *arrays
+    in_background(lambda: steps.lower(*arguments).compile())
 
 
 def _stack(*arrays: np.ndarray) -> np.ndarray:

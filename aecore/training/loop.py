@@ -222,7 +222,7 @@ class _Run:
             random_streams=RANDOM_STREAMS,
             inputs=expectations.describe(degraded),
         )
-        self.abstract_state = devices.abstract(assembled.create)
+        self.abstract_state = assembled.abstract_state
         restored = checkpoints.restore(self.abstract_state)
         if restored:
             self.state, resumed = restored

@@ -7,6 +7,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+_GAP = 0.04
+"""Inches between pictures."""
+
+_FOR_LABELS, _FOR_TITLES = 0.3, 0.2
+"""Inches for the labels of rows and the titles of columns."""
+
 
 def _save(figure: Any, path: epath.PathLike) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,22 +39,41 @@ def save_samples(
       side: of each picture, in inches of 150 pixels.
     """
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     count = len(next(iter(rows.values())))
-    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    figure = Figure(figsize=(side * count + 0.4, side * len(rows)), layout=layout)
-    axes = figure.subplots(len(rows), count, squeeze=False)
-    for (label, pictures), row in zip(rows.items(), axes, strict=True):
-        row[0].set_ylabel(label, fontsize=9)
-        for picture, axis in zip(pictures, row, strict=True):
-            picture = picture[..., 0] if picture.shape[-1] == 1 else picture
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-    for title, axis in zip(titles, axes[0], strict=False):
-        axis.set_title(title, fontsize=7)
+    size = np.max([pictures.shape[1:3] for pictures in rows.values()], axis=0)
+    gap = max(1, round(_GAP / side * size[1]))
+    # One picture of all: matplotlib takes a while for each of many axes.
+    sheet = np.ones((*((size + gap) * (len(rows), count) - gap), 3), np.float32)
+    for row, pictures in enumerate(rows.values()):
+        for column, picture in enumerate(pictures):
+            top, left = (size + gap) * (row, column)
+            sheet[top : top + size[0], left : left + size[1]] = _resized(picture, size)
+    inches = side / size[1]
+    height, width = (length * inches for length in sheet.shape[:2])
+    over = _FOR_TITLES if titles else _GAP
+    figure = Figure(figsize=(_FOR_LABELS + width + _GAP, over + height + _GAP))
+    whole = figure.get_size_inches()
+    place = np.array([_FOR_LABELS, _GAP, width, height]) / [*whole, *whole]
+    axis = figure.add_axes(tuple(place.tolist()))
+    axis.imshow(sheet, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    axis.set_axis_off()
+    for row, label in enumerate(rows):
+        middle = (size[0] + gap) * row + size[0] / 2
+        axis.text(-gap, middle, label, fontsize=9, rotation=90, ha="right", va="center")
+    for column, title in enumerate(titles):
+        middle = (size[1] + gap) * column + size[1] / 2
+        axis.text(middle, -gap, title, fontsize=7, ha="center", va="bottom")
     _save(figure, path)
+
+
+def _resized(picture: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """A picture, `(H, W, C)`, at another size, of its nearest pixels."""
+    rows, columns = (
+        np.arange(wanted) * given // wanted
+        for wanted, given in zip(size, picture.shape[:2], strict=True)
+    )
+    return picture[rows][:, columns]
 
 
 def save_curves(
@@ -69,8 +94,9 @@ def save_curves(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = Figure(figsize=(9, 3.5))
     loss, psnr = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.14, top=0.96, wspace=0.2)
     training_steps = [e["step"] for e in training]
     loss.plot(training_steps, [e["loss"] for e in training], label=f"training, {loss_name}")
     steps = [e["step"] for e in validation]

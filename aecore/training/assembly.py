@@ -72,12 +72,7 @@ class Assembly:
 
         As XLA counts them in the network as it is written; a multiply-add counts as two.
         """
-        images = jax.ShapeDtypeStruct((1, *self.input_shape), np.float32)
-        params = abstract_params(self.model, self.input_shape)
-        lowered = jax.jit(lambda params, x: self.model.apply({"params": params}, x)).lower(
-            params, images
-        )
-        return 3.0 * (lowered.cost_analysis() or {}).get("flops", 0.0)
+        return 3.0 * _flops(self.model, self.input_shape)
 
     def train_step(
         self, before: TrainState, batch: Any, *, axis_name: str | None = None
@@ -255,6 +250,16 @@ def _parts(
     return next(count for count in divisors if share // count <= max(1, fitting))
 
 
+@functools.lru_cache(maxsize=16)
+def _flops(model: Any, shape: tuple[int, int, int]) -> float:
+    """XLA's count for one image of this shape."""
+    images = jax.ShapeDtypeStruct((1, *shape), np.float32)
+    apply = jax.jit(lambda params, images: model.apply({"params": params}, images))
+    lowered = apply.lower(abstract_params(model, shape), images)
+    return (lowered.cost_analysis() or {}).get("flops", 0.0)
+
+
+@functools.lru_cache(maxsize=16)
 def activation_bytes(model: Any, image_shape: tuple[int, int, int]) -> int:
     """What a float32 training step keeps of each image for the backward pass."""
     shape = _input_shape(model, image_shape)

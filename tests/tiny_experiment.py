@@ -7,7 +7,7 @@ from aecore.models import NoiseReducer
 
 experiment = aecore.Experiment(
     name="tiny",
-    model=NoiseReducer(),
+    model=NoiseReducer(features=(4,)),
     degradation=GaussianNoise(0.4),
     data=aecore.Data(dataset="sample"),
     training=aecore.Training(batch_size=64, epochs=2, checkpoint_every=20, log_every=10),

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from aecore import losses, metrics
+from aecore import metrics
 from aecore.config import Data
 from aecore.data import crops, sources
 from aecore.data.ahead import results_ahead
@@ -42,6 +42,10 @@ _MIDDLE = 128
 
 _SHOWN = 3
 """Of the best, of the median and of the worst results, each."""
+
+_ROUNDED_TO = 128
+"""What the sides of the arrays that are scored are multiples of. For each size one program is
+compiled, in 0.7 s, where scoring a picture of 480x320 takes 0.1 s."""
 
 DEGRADED, RESTORED = "degraded", "restored"
 
@@ -234,22 +238,26 @@ def _middle(image: np.ndarray, side: int) -> np.ndarray:
 def _scores(restored: np.ndarray, original: np.ndarray, scale: int) -> dict[str, float]:
     border = scale if scale > 1 else 0
     inside = slice(border, -border or None)
-    arguments = jax.device_put((restored[inside, inside], original[inside, inside]))
+    images = restored[inside, inside], original[inside, inside]
+    size = np.array(images[0].shape[:2], np.int32)
+    rows, columns = (-size % _ROUNDED_TO).tolist()
+    padded = [np.pad(image, ((0, rows), (0, columns), (0, 0))) for image in images]
+    arguments = jax.device_put((*padded, size))
     return {name: float(v) for name, v in jax.device_get(_score(*arguments)).items()}
 
 
 @jax.jit
-def _score(restored: jax.Array, original: jax.Array) -> dict[str, jax.Array]:
-    restored, original = restored[None], original[None]
+def _score(restored: jax.Array, original: jax.Array, size: jax.Array) -> dict[str, jax.Array]:
+    restored, original, sizes = restored[None], original[None], size[None]
     scores = {
-        "psnr": metrics.psnr(restored, original),
-        "ssim": metrics.ssim(restored, original),
-        "mse": losses.mse(restored, original),
+        "psnr": metrics.psnr_within(restored, original, sizes),
+        "ssim": metrics.ssim_within(restored, original, sizes),
+        "mse": metrics.mse_within(restored, original, sizes),
     }
     if original.shape[3] == 3:
         restored, original = metrics.luma(restored), metrics.luma(original)
-        scores["psnr_y"] = metrics.psnr(restored, original)
-        scores["ssim_y"] = metrics.ssim(restored, original)
+        scores["psnr_y"] = metrics.psnr_within(restored, original, sizes)
+        scores["ssim_y"] = metrics.ssim_within(restored, original, sizes)
     return {name: value[0] for name, value in scores.items()}
 
 

@@ -34,6 +34,16 @@ def experiment(model=None, **training):
     )
 
 
+def on_pictures(pictures, tmp_path, **training):
+    """A whole training, of a network and a degradation that are quickly compiled."""
+    return dataclasses.replace(
+        experiment(NoiseReducer(features=(4,)), batch_size=8, **training),
+        degradation=GaussianNoise((0.1, 0.3)),
+        data=aecore.Data(dataset="folder", data_dir=str(pictures)),
+        run_dir=str(tmp_path / "run"),
+    )
+
+
 def run(
     steps,
     model=None,
@@ -189,11 +199,7 @@ def test_a_run_resumes_under_every_other_form(pictures, tmp_path):
         dict(feed="resident", parallel="pmap", degrade_on="device"),
     ]
     for epoch, form in enumerate(forms, 1):
-        chosen = dataclasses.replace(
-            experiment(epochs=epoch, batch_size=8, **form),
-            data=aecore.Data(dataset="folder", data_dir=str(pictures)),
-            run_dir=str(tmp_path / "run"),
-        )
+        chosen = on_pictures(pictures, tmp_path, epochs=epoch, **form)
         summary = aecore.train(chosen, progress=False)
         assert summary["steps"] == epoch * 4
         assert summary["devices"] == form.get("devices", 8)
@@ -204,17 +210,15 @@ def test_a_run_resumes_under_every_other_form(pictures, tmp_path):
 def test_a_run_compiles_each_step_once_and_moves_no_data_implicitly(
     feed, form, pictures, tmp_path, caplog
 ):
-    chosen = dataclasses.replace(
-        experiment(epochs=6, batch_size=8, feed=feed, parallel=form, checkpoint_every=3),
-        data=aecore.Data(dataset="folder", data_dir=str(pictures)),
-        run_dir=str(tmp_path / "run"),
-    )
-    with (
-        jax.transfer_guard("disallow"),
-        jax.log_compiles(),
-        caplog.at_level(logging.WARNING, logger="jax"),
-    ):
-        aecore.train(chosen, progress=False)
+    settings = dict(epochs=6, feed=feed, parallel=form, checkpoint_every=3)
+    chosen = on_pictures(pictures, tmp_path, **settings)
+    # For all threads; as a context it would be for this one.
+    jax.config.update("jax_log_compiles", True)
+    try:
+        with jax.transfer_guard("disallow"), caplog.at_level(logging.WARNING, logger="jax"):
+            aecore.train(chosen, progress=False)
+    finally:
+        jax.config.update("jax_log_compiles", False)
     compiled = [
         record.getMessage().split()[4]
         for record in caplog.records

@@ -10,6 +10,7 @@ import optax
 
 from aecore import losses
 from aecore.config import Data, Experiment, Optimizer, Training
+from aecore.data.batches import Batch
 from aecore.errors import ConfigError
 from aecore.networks.base import abstract_params
 from aecore.networks.network import LinenNetwork, Precision
@@ -100,7 +101,7 @@ class Assembly:
             for shape in (self.input_shape, self.image_shape)
         )
         only_originals = self.degrades_on_device and self.kind != "pairs"
-        return original if only_originals else (degraded, original)
+        return original if only_originals else Batch(degraded, original)
 
 
 def _input_shape(model: Any, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -22,11 +22,11 @@ class Batch(NamedTuple):
     """What a training step learns from: `(B, H, W, C)`, float32 in [0, 1].
 
     Of pairs that are not degraded further, uint8. The degraded images may be smaller than the
-    originals by a whole factor.
+    originals by a whole factor. Before there are arrays, what is known of them.
     """
 
-    degraded: np.ndarray
-    original: np.ndarray
+    degraded: Any
+    original: Any
 
 
 class EvaluationBatch(NamedTuple):

@@ -42,6 +42,11 @@ class Feed(Protocol):
     seconds_waited: float
     """Total time that `launch` has waited for images."""
 
+    @property
+    def seconds_compiling(self) -> float:
+        """Total time that `launch` has waited for the steps to be compiled."""
+        ...
+
     def launch(self, state: TrainState, step: int, most: int) -> tuple[TrainState, jax.Array, int]:
         """Starts steps without waiting for their results.
 
@@ -103,6 +108,34 @@ class _Calls:
             self.steps = min(max(1, int(_CALL_SECONDS / seconds)), self._most)
 
 
+class _Steps:
+    """What `Devices.compile_train_steps` returned; a thread begins to compile it at once.
+
+    Args:
+      steps: what is to be compiled.
+      assembled: the devices and the training step.
+      batches: shapes, dtypes and shardings of the batches that it is called with.
+      *arrays: the same of what every device holds whole, or such arrays.
+    """
+
+    def __init__(self, steps: Compiled, assembled: Assembly, batches: Any, *arrays: Any):
+        self.seconds_waited = 0.0
+        self._steps = steps
+        self._compiled = None
+        if jax.process_count() == 1:  # Several processes compile together, at the first call.
+            count = jax.ShapeDtypeStruct((), np.int32, sharding=assembled.devices.replicated)
+            arguments = assembled.abstract_state, batches, count, *arrays
+            self._compiled = in_background(lambda: steps.lower(*arguments).compile())
+
+    def __call__(self, *args: Any) -> Any:
+        if self._compiled is not None:
+            start = time.perf_counter()
+            self._compiled.result()
+            self.seconds_waited = time.perf_counter() - start
+            self._compiled = None
+        return self._steps(*args)
+
+
 class Stream:
     """Batches made on the host, put on the devices ahead of time.
 
@@ -120,7 +153,6 @@ class Stream:
         devices = assembled.devices
         share = devices.share(training.batch_size)
         self._group = group_size(examples, share.stop - share.start)
-        self._steps = devices.compile_train_steps(assembled.train_step, self._group)
         self._devices = devices
         self._batches = functools.partial(
             training_batches,
@@ -141,7 +173,12 @@ class Stream:
             lambda leaf: devices.abstract_share((self._group, *leaf.shape), leaf.dtype, 1),
             assembled.abstract_batch(),
         )
-        _compile_ahead(self._steps, assembled, groups)
+        steps = devices.compile_train_steps(assembled.train_step, self._group)
+        self._steps = _Steps(steps, assembled, groups)
+
+    @property
+    def seconds_compiling(self):
+        return self._steps.seconds_waited
 
     def launch(self, state, step, most):
         done = step % self._group
@@ -178,22 +215,6 @@ class Stream:
             yield queue.popleft()
 
 
-def _compile_ahead(steps: Compiled, assembled: Assembly, batches: Any, *arrays: Any) -> None:
-    """Starts to compile, in the background, what `Devices.compile_train_steps` returned.
-
-    Args:
-      steps: what is to be compiled.
-      assembled: the devices and the training step.
-      batches: shapes, dtypes and shardings of the batches.
-      *arrays: the same of what every device holds whole, or such arrays.
-    """
-    if jax.process_count() > 1:
-        return  # Several processes compile together, at the first call.
-    count = jax.ShapeDtypeStruct((), np.int32, sharding=assembled.devices.replicated)
-    arguments = assembled.abstract_state, batches, count, *arrays
-    in_background(lambda: steps.lower(*arguments).compile())
-
-
 def _stack(*arrays: np.ndarray) -> np.ndarray:
     return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
 
@@ -215,13 +236,13 @@ class Resident:
             return assembled.train_step(state, images, axis_name=axis_name)
 
         self._devices = devices
-        self._steps = devices.compile_train_steps(train_step, _MOST_STEPS)
         self._arrange = devices.compile_arrange()
         # One row per image: TPUs store the last axes in tiles, which few channels would not fill.
         rows = array.reshape(len(array), -1)
         shape = len(array) // training.batch_size, *devices.batch_shape(training.batch_size)
         batches = devices.abstract_share((*shape, rows.shape[1]), rows.dtype, 1)
-        _compile_ahead(self._steps, assembled, batches)
+        steps = devices.compile_train_steps(train_step, _MOST_STEPS)
+        self._steps = _Steps(steps, assembled, batches)
         self._held = devices.hold(rows)
         self._count = len(array)
         self._batch_size = training.batch_size
@@ -231,6 +252,10 @@ class Resident:
         self.seconds_waited = 0.0
         self._calls = _Calls(_MOST_STEPS)
         self.seconds_per_step = self._calls.seconds_per_step
+
+    @property
+    def seconds_compiling(self):
+        return self._steps.seconds_waited
 
     def launch(self, state, step, most):
         steps_per_epoch = self._count // self._batch_size
@@ -285,11 +310,12 @@ class ResidentCrops:
             examples = images[0] if len(images) == 1 else images
             return assembled.train_step(state, examples, axis_name=axis_name)
 
-        self._steps = devices.compile_train_steps(train_step, _MOST_STEPS, held=True)
         self._held = tuple(devices.replicate(pictures.planes) for pictures in packed)
         shape = len(crops) // training.batch_size, *devices.batch_shape(training.batch_size)
         each = devices.abstract_share(shape, np.int32, 1)
-        _compile_ahead(self._steps, assembled, (((each, each),) * len(packed), each), self._held)
+        places = ((each, each),) * len(packed), each
+        steps = devices.compile_train_steps(train_step, _MOST_STEPS, held=True)
+        self._steps = _Steps(steps, assembled, places, self._held)
         self._layouts = [pictures.layout for pictures in packed]
         self._crops = crops
         self._training = training
@@ -299,6 +325,10 @@ class ResidentCrops:
         self.seconds_waited = 0.0
         self._calls = _Calls(_MOST_STEPS)
         self.seconds_per_step = self._calls.seconds_per_step
+
+    @property
+    def seconds_compiling(self):
+        return self._steps.seconds_waited
 
     def launch(self, state, step, most):
         steps_per_epoch = len(self._crops) // self._training.batch_size

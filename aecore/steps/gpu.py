@@ -25,7 +25,7 @@ def initialize(device: Any) -> None:
     """Uses cuDNN once on a GPU, which initializes it.
 
     XLA does so at a process's first convolution. Where a program came from the compilation cache,
-    that was while it ran, beside other threads that compile; of six such runs on an H100 (JAX
+    that was while it ran, beside other threads that compile; of five such runs on an H100 (JAX
     0.11.2) one failed with `cudnn status 5003`, and of those that recorded their steps, most.
 
     Args:

@@ -240,8 +240,8 @@ def _scores(restored: np.ndarray, original: np.ndarray, scale: int) -> dict[str,
     inside = slice(border, -border or None)
     images = restored[inside, inside], original[inside, inside]
     size = np.array(images[0].shape[:2], np.int32)
-    rows, columns = (-size % _ROUNDED_TO).tolist()
-    padded = [np.pad(image, ((0, rows), (0, columns), (0, 0))) for image in images]
+    rounded = (size + -size % _ROUNDED_TO).tolist()
+    padded = [crops.pad(image, *rounded) for image in images]
     arguments = jax.device_put((*padded, size))
     return {name: float(v) for name, v in jax.device_get(_score(*arguments)).items()}
 

@@ -6,15 +6,15 @@ Both forms take turns, several steps a call, on images held on the device; media
 microseconds a step. On one GPU alone, as aecore records nothing more on several.
 """
 
-import argparse
-import statistics
 import time
 
 import jax
 import numpy as np
+import tyro
 
 from aecore import Experiment, Training
 from aecore.degradations import GaussianNoise, Pixelate
+from aecore.measuring import benchmarking
 from aecore.models import NoiseReducer, ResolutionEnhancer, UNet
 from aecore.steps import gpu
 from aecore.training import assembly, feeds
@@ -34,52 +34,51 @@ STEPS = {
 }
 
 
-class Loop:
-    """A training under way, without anything but its steps."""
+def training(model, degradation, shape, batch_size, precision):
+    """Does steps for some seconds, and returns how many images these took."""
+    settings = Training(batch_size=batch_size, feed="resident", precision=precision, devices=1)
+    experiment = Experiment("recording", model, degradation, training=settings)
+    devices = assembly.devices(settings)
+    assembled = assembly.assemble(experiment, shape, devices, last_step=10**6)
+    images = np.random.default_rng(0).integers(0, 256, (128 * batch_size, *shape), np.uint8)
+    feed = feeds.create(images, degradation, settings, assembled)
+    feed.seconds_per_step(1e-6)  # As many steps a call as there may be.
+    state = devices.compile_create(assembled.create)()
+    step = 0
 
-    def __init__(self, model, degradation, shape, batch_size, precision):
-        training = Training(batch_size=batch_size, feed="resident", precision=precision, devices=1)
-        experiment = Experiment("recording", model, degradation, training=training)
-        devices = assembly.devices(training)
-        assembled = assembly.assemble(experiment, shape, devices, last_step=10**6)
-        images = np.random.default_rng(0).integers(0, 256, (128 * batch_size, *shape), np.uint8)
-        self.feed = feeds.create(images, degradation, training, assembled)
-        self.state = devices.compile_create(assembled.create)()
-        self.step = 0
-        self.run(1)
-        self.feed.seconds_per_step(1e-6)  # From now on, as many steps a call as there may be.
+    def work(seconds: float) -> int:
+        nonlocal state, step
+        first, end = step, time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            state, losses, count = feed.launch(state, step, 1 << 30)
+            jax.block_until_ready(losses)
+            step += count
+        return (step - first) * batch_size
 
-    def run(self, calls: int) -> float:
-        """Seconds a step."""
-        first, begin = self.step, time.perf_counter()
-        for _ in range(calls):
-            self.state, losses, count = self.feed.launch(self.state, self.step, 1 << 30)
-            self.step += count
-        jax.block_until_ready(losses)
-        return (time.perf_counter() - begin) / (self.step - first)
+    return work
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=STEPS, help="one of the steps")
-    parser.add_argument("--calls", type=int, default=2, help="calls of 128 steps each")
-    parser.add_argument("--repeats", type=int, default=7)
-    given = parser.parse_args()
+def main(only: str | None = None, seconds: float = 1.0, repeats: int = 7) -> None:
+    """Prints microseconds a step.
+
+    Args:
+        only: One of the steps; all if it is left out.
+        seconds: How long each measurement lasts.
+        repeats: Measurements of each.
+    """
     recording = gpu.recording
-    for name, settings in STEPS.items():
-        if given.only not in (None, name):
-            continue
+    for name in [only] if only else STEPS:
         gpu.recording = lambda device: None
-        loops = {"not recorded": Loop(*settings)}
+        works = {"not recorded": training(*STEPS[name])}
         gpu.recording = recording
-        loops["recorded"] = Loop(*settings)
-        found = {form: [] for form in loops}
-        for _ in range(given.repeats):
-            for form, loop in loops.items():
-                found[form].append(1e6 * loop.run(given.calls))
-        medians = {form: f"{statistics.median(times):,.0f} us" for form, times in found.items()}
-        print(f"{name}: {medians}", flush=True)
+        works["recorded"] = training(*STEPS[name])
+        rates = benchmarking.take_turns(works, seconds, repeats)
+        batch_size = STEPS[name][3]
+        print(f"{name:24}", end="")
+        for form, rate in rates.items():
+            print(f"{1e6 * batch_size / rate['median']:10,.0f} us {form}", end="")
+        print(flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

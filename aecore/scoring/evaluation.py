@@ -179,7 +179,7 @@ class Evaluator:
           DataError: no picture can be scored.
         """
         if self._compiled:
-            self._compiled.result()  # JAX keeps the compiled program.
+            self._compiled()  # JAX keeps the compiled program.
         values = []
         running = collections.deque()
 

@@ -7,11 +7,13 @@ share of a batch on its own devices; shares are in the order of the processes.
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -36,15 +38,30 @@ class Compiled(Protocol):
     def lower(self, *args: Any) -> Any: ...
 
 
-def in_background(work: Callable[[], Any]) -> Future[Any]:
+COMPILED_AHEAD = "/aecore/compile/ahead"
+"""Name of the event that tells `jax.monitoring` how long a thread's compiling was waited for."""
+
+
+def in_background(work: Callable[[], Any]) -> Callable[[], None]:
     """Begins to compile something, in a thread, that will soon be called.
 
     A later call of the same functions, with arguments of the same shapes, takes what was compiled.
+
+    Returns:
+      A function that waits for the thread, and raises what it raised. The first call tells
+      `jax.monitoring` of the wait.
     """
     executor = ThreadPoolExecutor(1)
     future = executor.submit(work)
     executor.shutdown(wait=False)
-    return future
+
+    @functools.cache
+    def wait() -> None:
+        start = time.perf_counter()
+        future.result()
+        jax.monitoring.record_event_duration_secs(COMPILED_AHEAD, time.perf_counter() - start)
+
+    return wait
 
 
 class Devices:

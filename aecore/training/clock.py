@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import jax.monitoring
 
 from aecore.saved.descriptions import Description
+from aecore.steps.devices import COMPILED_AHEAD
 
 Activity = Literal[
     "training", "waiting for input", "compiling", "evaluating", "saving", "starting", "lost"
@@ -145,8 +146,9 @@ class Clock:
         self._since = now
 
     def _compiled(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        """Is told by JAX that something was compiled, or read from the cache."""
-        if not event.startswith("/jax/core/compile/") or threading.get_ident() != self._thread:
+        """Is told that something was compiled, read from the cache, or waited for."""
+        is_compiling = event.startswith("/jax/core/compile/") or event == COMPILED_AHEAD
+        if not is_compiling or threading.get_ident() != self._thread:
             return
         seconds = duration_secs
         end = time.perf_counter()

@@ -8,7 +8,7 @@ import collections
 import functools
 import itertools
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 import jax
@@ -42,11 +42,6 @@ class Feed(Protocol):
     seconds_waited: float
     """Total time that `launch` has waited for images."""
 
-    @property
-    def seconds_compiling(self) -> float:
-        """Total time that `launch` has waited for the steps to be compiled."""
-        ...
-
     def launch(self, state: TrainState, step: int, most: int) -> tuple[TrainState, jax.Array, int]:
         """Starts steps without waiting for their results.
 
@@ -66,7 +61,7 @@ class Feed(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends what works ahead, which may otherwise keep a process from ending."""
+        """Ends what works ahead, which may otherwise keep a process from ending; frees batches."""
         ...
 
 
@@ -108,7 +103,9 @@ class _Calls:
             self.steps = min(max(1, int(_CALL_SECONDS / seconds)), self._most)
 
 
-class _Steps:
+def _compiled_ahead(
+    steps: Compiled, assembled: Assembly, batches: Any, *arrays: Any
+) -> Callable[..., Any]:
     """What `Devices.compile_train_steps` returned; a thread begins to compile it at once.
 
     Args:
@@ -117,23 +114,17 @@ class _Steps:
       batches: shapes, dtypes and shardings of the batches that it is called with.
       *arrays: the same of what every device holds whole, or such arrays.
     """
+    if jax.process_count() > 1:
+        return steps  # Several processes compile together, at the first call.
+    count = jax.ShapeDtypeStruct((), np.int32, sharding=assembled.devices.replicated)
+    arguments = assembled.abstract_state, batches, count, *arrays
+    wait = in_background(lambda: steps.lower(*arguments).compile())
 
-    def __init__(self, steps: Compiled, assembled: Assembly, batches: Any, *arrays: Any):
-        self.seconds_waited = 0.0
-        self._steps = steps
-        self._compiled = None
-        if jax.process_count() == 1:  # Several processes compile together, at the first call.
-            count = jax.ShapeDtypeStruct((), np.int32, sharding=assembled.devices.replicated)
-            arguments = assembled.abstract_state, batches, count, *arrays
-            self._compiled = in_background(lambda: steps.lower(*arguments).compile())
+    def compiled(*args: Any) -> Any:
+        wait()
+        return steps(*args)
 
-    def __call__(self, *args: Any) -> Any:
-        if self._compiled is not None:
-            start = time.perf_counter()
-            self._compiled.result()
-            self.seconds_waited = time.perf_counter() - start
-            self._compiled = None
-        return self._steps(*args)
+    return compiled
 
 
 class Stream:
@@ -165,7 +156,7 @@ class Stream:
         )
         self._calls = _Calls(self._group)
         self.seconds_per_step = self._calls.seconds_per_step
-        self._placed: Generator[Any, None, None] | None = None
+        self._placed = self._placed_ahead(0)
         self._current = None
         self._next_step = None
         self.seconds_waited = 0.0
@@ -174,15 +165,11 @@ class Stream:
             assembled.abstract_batch(),
         )
         steps = devices.compile_train_steps(assembled.train_step, self._group)
-        self._steps = _Steps(steps, assembled, groups)
-
-    @property
-    def seconds_compiling(self):
-        return self._steps.seconds_waited
+        self._steps = _compiled_ahead(steps, assembled, groups)
 
     def launch(self, state, step, most):
         done = step % self._group
-        if self._placed is None or step != self._next_step:
+        if step != self._next_step:
             self.close()
             self._placed = self._placed_ahead(step)
             self._current = next(self._placed)
@@ -194,9 +181,8 @@ class Stream:
         return state, losses, count
 
     def close(self):
-        if self._placed is not None:
-            self._placed.close()
-            self._placed = None
+        self._placed.close()
+        self._next_step = None
 
     def _placed_ahead(self, step: int) -> Generator[Any, None, None]:
         """Groups of batches; the first one is that of `step`, and lacks what comes before it."""
@@ -242,7 +228,7 @@ class Resident:
         shape = len(array) // training.batch_size, *devices.batch_shape(training.batch_size)
         batches = devices.abstract_share((*shape, rows.shape[1]), rows.dtype, 1)
         steps = devices.compile_train_steps(train_step, _MOST_STEPS)
-        self._steps = _Steps(steps, assembled, batches)
+        self._steps = _compiled_ahead(steps, assembled, batches)
         self._held = devices.hold(rows)
         self._count = len(array)
         self._batch_size = training.batch_size
@@ -252,10 +238,6 @@ class Resident:
         self.seconds_waited = 0.0
         self._calls = _Calls(_MOST_STEPS)
         self.seconds_per_step = self._calls.seconds_per_step
-
-    @property
-    def seconds_compiling(self):
-        return self._steps.seconds_waited
 
     def launch(self, state, step, most):
         steps_per_epoch = self._count // self._batch_size
@@ -315,7 +297,7 @@ class ResidentCrops:
         each = devices.abstract_share(shape, np.int32, 1)
         places = ((each, each),) * len(packed), each
         steps = devices.compile_train_steps(train_step, _MOST_STEPS, held=True)
-        self._steps = _Steps(steps, assembled, places, self._held)
+        self._steps = _compiled_ahead(steps, assembled, places, self._held)
         self._layouts = [pictures.layout for pictures in packed]
         self._crops = crops
         self._training = training
@@ -325,10 +307,6 @@ class ResidentCrops:
         self.seconds_waited = 0.0
         self._calls = _Calls(_MOST_STEPS)
         self.seconds_per_step = self._calls.seconds_per_step
-
-    @property
-    def seconds_compiling(self):
-        return self._steps.seconds_waited
 
     def launch(self, state, step, most):
         steps_per_epoch = len(self._crops) // self._training.batch_size

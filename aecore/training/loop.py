@@ -295,12 +295,11 @@ class _Run:
             if self._stop_is_requested():
                 self._collect_losses(bar)
                 self._stop()
-            waited, compiling = self.feed.seconds_waited, self.feed.seconds_compiling
+            waited = self.feed.seconds_waited
             self.state, losses, count = self.feed.launch(
                 self.state, self.step, self._next_stop() - self.step
             )
             self.clock.move(self.feed.seconds_waited - waited, "waiting for input")
-            self.clock.move(self.feed.seconds_compiling - compiling, "compiling")
             self.launched.append((self.step + 1, count, losses))
             self.step += count
             # Losses are read late, so that the devices always have the next step queued.

@@ -62,7 +62,7 @@ def arrays(height, width, channels, features):
     return images, kernel.astype(np.float32)
 
 
-CHANNELS = [(1, 16), (16, 8), (16, 1), (32, 40), (128, 128)]
+CHANNELS = [(1, 16), (16, 8), (16, 1), (32, 40)]
 SIZES = [(8, 8), (7, 10), (1, 1)]
 
 
@@ -114,7 +114,7 @@ def test_convolutions_from_phases_to_phases(height, width, channels, features):
     check(on_phases, reference_conv, *arrays(height, width, channels, features))
 
 
-@pytest.mark.parametrize(("channels", "features"), [(1, 16), (16, 1), (64, 32), (128, 128)])
+@pytest.mark.parametrize(("channels", "features"), [(1, 16), (16, 1), (64, 32)])
 def test_bfloat16(channels, features):
     images, kernel = arrays(8, 8, channels, features)
     for ours, reference in [
@@ -126,11 +126,10 @@ def test_bfloat16(channels, features):
 
 
 def test_other_platforms_get_the_compilers_own_convolution():
-    images, kernel = arrays(8, 8, 128, 128)
-    lowered = jax.jit(convolution.conv).trace(images, kernel).lower(lowering_platforms=("tpu",))
-    assert "stablehlo.convolution" in lowered.as_text()
-    lowered = jax.jit(convolution.conv).trace(images, kernel).lower(lowering_platforms=("cpu",))
-    assert "stablehlo.convolution" not in lowered.as_text()
+    conv = jax.jit(functools.partial(convolution.conv, batch_last=True))
+    traced = conv.trace(*arrays(8, 8, 16, 16))
+    assert "stablehlo.convolution" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "stablehlo.convolution" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
 @pytest.mark.parametrize(("channels", "features"), CHANNELS)

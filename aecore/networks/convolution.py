@@ -4,9 +4,10 @@ Convolutions take `(B, H, W, C)` images and `(3, 3, C, K)` kernels of one float 
 zeros to keep the size ("same", as in XLA and Keras), and agree with `jax.lax`'s except for
 rounding. GPUs and TPUs use the compiler's own convolutions. On CPUs:
 
-- The compiler's convolutions are fast, but not its gradients of them: within a loop, as training
-  steps are, the kernel's is a hundred times slower. It is written as a matrix product over all
-  pixels, and the image's as a convolution again. `experiments/conv_cost.py` compares them.
+- The compiler's convolutions are fast, if they use all cores (`aecore.steps.cpu`) and have enough
+  features, but not its gradients of them. The image's gradient is written as another convolution,
+  and so is the kernel's, with a window as large as the image. `experiments/cpu_convolutions.py`
+  compares them.
 - With few channels, matrix products with the *batch last*, on `(C, H, W, B)`, are faster. A
   convolution is a sum over its nine taps: the image, shifted, times the tap's `(C, K)` matrix. If
   fewer channels go in than come out, the shifted images are put side by side and multiplied at
@@ -15,9 +16,6 @@ rounding. GPUs and TPUs use the compiler's own convolutions. On CPUs:
   transposes its arguments and its result. Between two such functions the transpositions cancel,
   and the compiler drops them; therefore biases and activations are computed with the batch last
   too.
-- With many channels, 4×4 tiles are transformed so that 16 products for 4 outputs do the work of
-  36 (Winograd's F(2×2, 3×3); Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
-  2016).
 - An image of twice the size is handled as its four *phases*: `(B, H, W, 4 C)`, where channels
   `(2 p + q) C` and following hold the pixels `(2 i + p, 2 j + q)`. Strided and transposed
   convolutions are convolutions without stride from and to phases.
@@ -44,16 +42,6 @@ _AFTER = tuple((di, dj) for di in (0, 1) for dj in (0, 1))
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-def suits_winograd(kernel: jax.Array, stride: int) -> bool:
-    """Whether there are so many channels that Winograd's fewer products outweigh its transforms.
-
-    On 2 cores with AVX-512, a training step of the enhance recipe's network (64 to 256 channels)
-    does 1.17 times as many images/s with it, a UNet of 32, 64 and 96 features 0.83 times as many
-    from 64 channels on.
-    """
-    return stride == 1 and min(kernel.shape[2:]) >= 128
-
-
 def conv(
     images: jax.Array, kernel: jax.Array, stride: int = 1, batch_last: bool = False
 ) -> jax.Array:
@@ -76,9 +64,7 @@ def conv(
 
     if stride == 2 and (images.shape[1] % 2 or images.shape[2] % 2):
         return plain(images, kernel)
-    if suits_winograd(kernel, stride):
-        on_cpu = _winograd
-    elif batch_last:
+    if batch_last:
         on_cpu = with_batch_last(product if stride == 1 else strided_product)
     else:
         on_cpu = direct if stride == 1 else strided
@@ -279,7 +265,7 @@ def _product(images: jax.Array, kernel: jax.Array, taps: Taps) -> jax.Array:
     """The convolution with a `(T, C, K)` kernel, as one matrix product."""
     count, channels, features = kernel.shape
     if channels <= features:
-        return _multiply(_shifted(images, taps, 0), kernel)
+        return _multiply(_shifted(images, taps), kernel)
     kernel = kernel.transpose(1, 0, 2).reshape(1, channels, count * features)
     products = jnp.split(_multiply(images, kernel), count)
     terms = (_shift(product, tap) for product, tap in zip(products, taps, strict=True))
@@ -297,9 +283,9 @@ def _product_backward(taps, saved, cotangent):
     images_cotangent = _product(cotangent, kernel.transpose(0, 2, 1), opposite)
     # A single product over all pixels of the batch.
     if channels <= features:
-        kernel_cotangent = _dot_over_pixels(_shifted(images, taps, 0), cotangent)
+        kernel_cotangent = _dot_over_pixels(_shifted(images, taps), cotangent)
         return images_cotangent, kernel_cotangent.reshape(kernel.shape)
-    kernel_cotangent = _dot_over_pixels(images, _shifted(cotangent, opposite, 0))
+    kernel_cotangent = _dot_over_pixels(images, _shifted(cotangent, opposite))
     kernel_cotangent = kernel_cotangent.reshape(channels, count, features).transpose(1, 0, 2)
     return images_cotangent, kernel_cotangent
 
@@ -314,14 +300,14 @@ def _shift(images: jax.Array, tap: tuple[int, int]) -> jax.Array:
     return lax.pad(images, zero, ((0, 0, 0), (-di, di, 0), (-dj, dj, 0), (0, 0, 0)))
 
 
-def _shifted(images: jax.Array, taps: Taps, axis: int) -> jax.Array:
-    """The images shifted by each tap, side by side along `axis`, that of the channels."""
+def _shifted(images: jax.Array, taps: Taps) -> jax.Array:
+    """The images shifted by each tap, side by side as channels."""
     height, width = images.shape[1:3]
     top, left = (max(0, *(-tap[i] for tap in taps)) for i in (0, 1))
     bottom, right = (max(0, *(tap[i] for tap in taps)) for i in (0, 1))
     padded = jnp.pad(images, ((0, 0), (top, bottom), (left, right), (0, 0)))
     return jnp.concatenate(
-        [padded[:, top + di :, left + dj :][:, :height, :width] for di, dj in taps], axis
+        [padded[:, top + di :, left + dj :][:, :height, :width] for di, dj in taps]
     )
 
 
@@ -519,11 +505,23 @@ def _phases_kernel(kernel: jax.Array) -> jax.Array:
 # ---- The compiler's own convolutions, with gradients that are as fast
 
 
+_FEW = 8
+"""Features that are too few for the compiler's own convolution to be fast on CPUs."""
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _direct(images: jax.Array, kernel: jax.Array, before: tuple[int, int]) -> jax.Array:
     """The convolution with an `(n, n, C, K)` kernel that begins `before` pixels up and left."""
-    margins = tuple((first, len(kernel) - 1 - first) for first in before)
-    return _plain_conv(images, kernel, margins)
+    side, _, channels, features = kernel.shape
+    margins = tuple((first, side - 1 - first) for first in before)
+    if features > _FEW:
+        return _plain_conv(images, kernel, margins)
+    # So few columns of a matrix product leave registers empty. Three times as many don't: a row
+    # convolution for each row of the kernel; their results are shifted and added.
+    rows = kernel.transpose(1, 2, 0, 3).reshape(1, side, channels, side * features)
+    parts = jnp.split(_plain_conv(images, rows, ((0, 0), margins[1])), side, axis=3)
+    padded = jnp.pad(jnp.stack(parts), ((0, 0), (0, 0), margins[0], (0, 0), (0, 0)))
+    return sum(padded[row][:, row:][:, : images.shape[1]] for row in range(side))
 
 
 def _direct_forward(images, kernel, before):
@@ -577,77 +575,65 @@ def _phases_of_repeated(images: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.concatenate(phases, 3)
 
 
+_ADJACENT = 16
+"""Images whose same pixels should lie side by side, where a window is as large as an image: one
+register of AVX-512."""
+
+
 def _gradient_of_kernel(
     images: jax.Array, cotangent: jax.Array, side: int, before: tuple[int, int]
 ) -> jax.Array:
     """`(n, n, C, K)`: each output's gradient times the pixels around it, summed over outputs.
 
-    A single matrix product over all pixels: of the images shifted by columns, side by side, and the
-    gradients shifted by rows, which takes 3 C + 3 K copies; or, if one of them has far fewer
-    channels, of that one shifted to all nine taps.
+    That is a convolution again: of the images, whose channels are its batch, with the gradients,
+    whose window is as large as the images. Both have the batch as channels, along which the
+    compiler's convolution is vectorized. So small batches are made larger: images are cut into
+    strips of rows.
     """
-    channels, features = images.shape[3], cotangent.shape[3]
-    in_rows, in_columns = ([n - first for n in range(side)] for first in before)
-    taps = tuple((row, column) for row in in_rows for column in in_columns)
-    if 2 * channels < features:
-        products = _dot(cotangent, _shifted(images, taps, 3))
-        return products.reshape(features, side, side, channels).transpose(1, 2, 3, 0)
-    if 2 * features < channels:
-        opposite = tuple((-row, -column) for row, column in taps)
-        products = _dot(_shifted(cotangent, opposite, 3), images)
-        return products.reshape(side, side, features, channels).transpose(0, 1, 3, 2)
-    rows = _shifted(cotangent, tuple((-shift, 0) for shift in in_rows), 3)
-    columns = _shifted(images, tuple((0, shift) for shift in in_columns), 3)
-    # The compiler transposes the left one, which should be what it can't fuse with the ReLU.
-    return _dot(rows, columns).reshape(side, features, side, channels).transpose(0, 2, 3, 1)
-
-
-def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
-    """`(B, H, W, C)` and `(B, H, W, K)` to the `(C, K)` sums over pixels of their products."""
-    return lax.dot_general(left, right, (((0, 1, 2), (0, 1, 2)), ((), ())))
-
-
-# ---- Winograd
-
-# G in the paper's equation 8; `transform` and `transform_back` multiply by its B and A.
-_WINOGRAD_KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
-
-
-def _winograd(images: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The convolution by tiles of 2×2 outputs, each from 4×4 pixels."""
+    if images.shape[3] > cotangent.shape[3]:
+        # Of what has the fewer channels, windows are cut out, each as often as there are taps.
+        row, column = before
+        opposite = _gradient_of_kernel(cotangent, images, side, (side - 1 - row, side - 1 - column))
+        return opposite[::-1, ::-1].transpose(0, 1, 3, 2)
     batch, height, width, channels = images.shape
-    features = kernel.shape[3]
-    rows, columns = -(-height // 2), -(-width // 2)
-    # A margin of one pixel, and of two where the last tile reaches beyond the image.
-    padded = jnp.pad(
-        images, ((0, 0), (1, 2 * rows - height + 1), (1, 2 * columns - width + 1), (0, 0))
-    )
+    count = 1
+    while batch * count < _ADJACENT and height % (2 * count) == 0:
+        count *= 2
+    rows = height // count
+    (top, left), (bottom, right) = before, (side - 1 - first for first in before)
+    padded = jnp.pad(images, ((0, 0), (top, bottom), (0, 0), (0, 0)))
+    strips = [padded[:, first : first + rows + side - 1] for first in range(0, height, rows)]
+    windows = jnp.stack(strips, 4).transpose(3, 1, 2, 0, 4)
+    windows = windows.reshape(channels, rows + side - 1, width, batch * count)
+    kernel = cotangent.reshape(batch, count, rows, width, -1).transpose(2, 3, 0, 1, 4)
+    kernel = kernel.reshape(rows, width, batch * count, -1)
+    return _plain_conv(windows, kernel, ((0, 0), (left, right))).transpose(1, 2, 0, 3)
 
-    def transform(array, axis, count):
-        a, b, c, d = (
-            lax.slice_in_dim(array, first, first + 2 * count - 1, 2, axis) for first in range(4)
-        )
-        return a - c, b + c, c - b, b - d
 
-    def transform_back(a, b, c, d):
-        return a + b + c, b - c - d
+@jax.custom_vjp
+def add_bias(features: jax.Array, bias: jax.Array) -> jax.Array:
+    """Adds a bias `(K,)` to each pixel of `(B, H, W, K)` features."""
+    return features + bias
 
-    tiles = jnp.stack(
-        [tile for part in transform(padded, 1, rows) for tile in transform(part, 2, columns)]
-    )
-    transform_kernel = _WINOGRAD_KERNEL.astype(kernel.dtype)
-    transformed_kernel = jnp.einsum(
-        "is,jt,stck->ijck",
-        transform_kernel,
-        transform_kernel,
-        kernel,
-        precision=lax.Precision.HIGHEST,
-    )
-    products = lax.dot_general(
-        tiles.reshape(16, batch * rows * columns, channels),
-        transformed_kernel.reshape(16, channels, features),
-        (((2,), (1,)), ((0,), (0,))),
-    ).reshape(4, 4, batch, rows, columns, features)
-    outputs = [jnp.stack(transform_back(*row), axis=3) for row in transform_back(*products)]
-    outputs = jnp.stack(outputs, axis=2)
-    return outputs.reshape(batch, 2 * rows, 2 * columns, features)[:, :height, :width]
+
+def _add_bias_forward(features, bias):
+    return add_bias(features, bias), None
+
+
+def _add_bias_backward(_, cotangent):
+    def added(cotangent):
+        def of(bias):
+            return jnp.broadcast_to(bias, cotangent.shape)
+
+        bias = jax.ShapeDtypeStruct(cotangent.shape[-1:], cotangent.dtype)
+        return jax.linear_transpose(of, bias)(cotangent)[0]
+
+    def multiplied(cotangent):
+        # The compiler's sums over pixels take three times as long as its matrix products.
+        pixels = cotangent.reshape(-1, cotangent.shape[-1]).astype(jnp.float32)
+        return (jnp.ones(len(pixels)) @ pixels).astype(cotangent.dtype)
+
+    return cotangent, lax.platform_dependent(cotangent, cpu=multiplied, default=added)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)

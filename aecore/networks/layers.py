@@ -115,12 +115,13 @@ class _Convolution(Layer):
         return promote_dtype(images, kernel, bias)
 
     def _finish(self, features: jax.Array, bias: jax.Array, batch_last: bool) -> jax.Array:
+        activation = self.activation or (lambda features: features)
+
         def finish(features, bias):
-            features += bias
-            return self.activation(features) if self.activation else features
+            return activation(convolution.add_bias(features, bias))
 
         def finish_batch_last(features, bias):
-            return finish(features, bias[:, None, None, None])
+            return activation(features + bias[:, None, None, None])
 
         if batch_last:
             on_cpu = convolution.with_batch_last(finish_batch_last)
@@ -139,14 +140,13 @@ class Conv(_Convolution):
     stride: int = 1
     batch_last: bool = False
     """Whether CPUs compute with the batch last: for layers that have few channels and follow one
-    another directly. Has no effect where Winograd's method is used; layers of phases always do."""
+    another directly. Layers of phases always do."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         images, kernel, bias = self._weights(images, images.shape[-1])
-        batch_last = self.batch_last and not convolution.suits_winograd(kernel, self.stride)
-        features = convolution.conv(images, kernel, self.stride, batch_last)
-        return self._finish(features, bias, batch_last)
+        features = convolution.conv(images, kernel, self.stride, self.batch_last)
+        return self._finish(features, bias, self.batch_last)
 
 
 class ConvOnRepeated(_Convolution):

@@ -252,9 +252,14 @@ class Engine:
 
     def _function(self, function: Callable, on_all: bool) -> Any:
         """A function `(params, *arrays)`, jitted as `(params, arrays)`, for the devices."""
-        if on_all:
-            return jax.jit(self._all.divided(function))
-        return jax.jit(lambda params, arrays: function(params, *arrays))
+
+        def on_one(params, arrays):
+            return function(params, *arrays)
+
+        return jax.jit(
+            self._all.divided(function) if on_all else on_one,
+            compiler_options=self._all.options,
+        )
 
     @property
     def field(self) -> ReceptiveField | None:

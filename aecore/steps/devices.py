@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aecore.errors import ConfigError
-from aecore.steps import gpu
+from aecore.steps import cpu, gpu
 
 AXIS = "batch"
 """Name of the devices' axis."""
@@ -230,8 +230,14 @@ class Devices:
 
     def _step_options(self) -> dict[str, str] | None:
         # Of several GPUs, each would also record what it tells the others; that is not tried out.
-        is_gpu = self.platform == "gpu" and self.device_count == 1
-        return gpu.recording(self.mesh.local_devices[0]) if is_gpu else None
+        if self.platform == "gpu" and self.device_count == 1:
+            return gpu.recording(self.mesh.local_devices[0])
+        return self.options
+
+    @property
+    def options(self) -> dict[str, str] | None:
+        """Compiler options for programs that use networks."""
+        return cpu.on_all_cores(self.mesh.local_devices[0]) if self.platform == "cpu" else None
 
     def divided(self, function: Callable) -> Callable:
         """`(params, *arrays) -> array` that runs a function on every device, on its share of each.
@@ -257,7 +263,7 @@ class Devices:
             out_specs=PartitionSpec(AXIS),
             check_vma=False,
         )
-        return jax.jit(divided, out_shardings=self.replicated)
+        return jax.jit(divided, out_shardings=self.replicated, compiler_options=self.options)
 
     def hold(self, array: np.ndarray) -> jax.Array:
         """Divides `(N, ...)` images among the devices; padded with zeros to equal shares."""

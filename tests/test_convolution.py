@@ -62,7 +62,7 @@ def arrays(height, width, channels, features):
     return images, kernel.astype(np.float32)
 
 
-CHANNELS = [(1, 16), (16, 8), (16, 1), (32, 40)]
+CHANNELS = [(1, 16), (16, 8), (16, 1), (32, 40), (56, 60)]
 SIZES = [(8, 8), (7, 10), (1, 1)]
 
 
@@ -114,7 +114,7 @@ def test_convolutions_from_phases_to_phases(height, width, channels, features):
     check(on_phases, reference_conv, *arrays(height, width, channels, features))
 
 
-@pytest.mark.parametrize(("channels", "features"), [(1, 16), (16, 1), (64, 32)])
+@pytest.mark.parametrize(("channels", "features"), [(1, 16), (16, 1), (64, 32), (56, 60)])
 def test_bfloat16(channels, features):
     images, kernel = arrays(8, 8, channels, features)
     for ours, reference in [

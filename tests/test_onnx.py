@@ -68,6 +68,8 @@ def largest_difference(function, *, channels=2, stride=2, sizes=((1, 1, 1), (2, 
         NoiseReducer(features=(4,)),
         NoiseReducer(features=(12, 8, 4), channels=3),
         ResolutionEnhancer(features=(8, 6, 4)),
+        # Enough channels for CPUs to run Winograd's algorithm; the graph has plain convolutions.
+        ResolutionEnhancer(features=(60, 56, 56)),
         SubpixelAutoencoder(),
         UNet(features=(4, 6), channels=3, patch=2),
         UNet(features=(4, 6), norm="group", residual=False),

@@ -685,11 +685,12 @@ def _winograd(images: jax.Array, kernel: jax.Array) -> jax.Array:
     Six convolutions with 1×3 kernels take the place of the twelve that four rows otherwise need.
     """
     batch, height, width, _ = images.shape
-    rows = _combined(_FOR_IMAGES, _six_rows(images))
+    count = -(-height // 4)
+    rows = _combined(_FOR_IMAGES, _six_rows(images, count))
     kernels = _combined(_FOR_KERNELS, list(kernel))
     products = [_plain_conv(part, taps[None]) for part, taps in zip(rows, kernels, strict=True)]
     outputs = jnp.stack(_combined(_BACK, products), 2)
-    return outputs.reshape(batch, -1, width, outputs.shape[-1])[:, :height]
+    return outputs.reshape(batch, 4 * count, width, kernel.shape[3])[:, :height]
 
 
 def _winograd_gradient_of_kernel(images: jax.Array, cotangent: jax.Array) -> jax.Array:
@@ -702,8 +703,9 @@ def _winograd_gradient_of_kernel(images: jax.Array, cotangent: jax.Array) -> jax
     if channels < features:
         opposite = _winograd_gradient_of_kernel(cotangent, images)
         return opposite[::-1, ::-1].transpose(0, 1, 3, 2)
-    rows = _combined(_FOR_IMAGES, _six_rows(images))
-    padded = jnp.pad(cotangent, ((0, 0), (0, -height % 4), (1, 1), (0, 0)))
+    count = -(-height // 4)
+    rows = _combined(_FOR_IMAGES, _six_rows(images, count))
+    padded = jnp.pad(cotangent, ((0, 0), (0, 4 * count - height), (1, 1), (0, 0)))
     four_rows = [padded[:, n::4] for n in range(4)]
     products = []
     for part, row in zip(rows, _combined(_transposed(_BACK), four_rows), strict=True):
@@ -713,12 +715,11 @@ def _winograd_gradient_of_kernel(images: jax.Array, cotangent: jax.Array) -> jax
     return jnp.stack(_combined(_transposed(_FOR_KERNELS), products))
 
 
-def _six_rows(images: jax.Array) -> list[jax.Array]:
-    """The rows that tiles of four output rows depend on: six arrays of one row a tile."""
-    height = images.shape[1]
-    padded = jnp.pad(images, ((0, 0), (1, -height % 4 + 1), (0, 0), (0, 0)))
-    last = padded.shape[1] - 6
-    return [lax.slice_in_dim(padded, n, n + last + 1, 4, 1) for n in range(6)]
+def _six_rows(images: jax.Array, count: int) -> list[jax.Array]:
+    """The rows that each of `count` tiles of four output rows depends on: six arrays."""
+    # Sizes may be symbols, as where a function is exported for images of any size.
+    padded = jnp.pad(images, ((0, 0), (1, 4 * count - images.shape[1] + 1), (0, 0), (0, 0)))
+    return [lax.slice_in_dim(padded, n, n + 4 * count - 3, 4, 1) for n in range(6)]
 
 
 def _transposed(matrix: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:

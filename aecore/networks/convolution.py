@@ -10,7 +10,8 @@ rounding. GPUs and TPUs use the compiler's own convolutions. On CPUs:
   compares them.
 - With many channels, the height is cut into tiles of four rows, and rows are transformed so that
   half as many products do the work (Winograd's F(4, 3), in one dimension; Lavin and Gray, "Fast
-  Algorithms for Convolutional Neural Networks", 2016).
+  Algorithms for Convolutional Neural Networks", 2016). For the kernel's gradient, fewer channels
+  suffice.
 - With few channels, matrix products with the *batch last*, on `(C, H, W, B)`, are faster. A
   convolution is a sum over its nine taps: the image, shifted, times the tap's `(C, K)` matrix. If
   fewer channels go in than come out, the shifted images are put side by side and multiplied at
@@ -187,6 +188,14 @@ def _plain_conv(
     )
 
 
+def _opposite(kernel: jax.Array) -> jax.Array:
+    """The kernel that takes a convolution's outputs back: `(n, n, C, K)` to `(n, n, K, C)`.
+
+    If images and gradients are exchanged, the kernel's gradient is that of this one.
+    """
+    return kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+
+
 @jax.custom_vjp
 def _dilated_conv(images: jax.Array, kernel: jax.Array) -> jax.Array:
     """The compiler's own convolution, to twice the size, of an image with zeros between its pixels.
@@ -211,10 +220,10 @@ def _dilated_conv_backward(saved, cotangent):
     margin = (len(kernel) - 3, 1)
     strided, gradient_of_kernel = jax.vjp(
         lambda kernel: _plain_conv(cotangent, kernel, (margin, margin), stride=2),
-        kernel[::-1, ::-1].transpose(0, 1, 3, 2),
+        _opposite(kernel),
     )
     (kernel_cotangent,) = gradient_of_kernel(images)
-    return strided, kernel_cotangent.transpose(0, 1, 3, 2)[::-1, ::-1]
+    return strided, _opposite(kernel_cotangent)
 
 
 _dilated_conv.defvjp(_dilated_conv_forward, _dilated_conv_backward)
@@ -542,7 +551,7 @@ def _direct_backward(before, saved, cotangent):
     images, kernel = saved
     after = tuple(len(kernel) - 1 - first for first in before)
     # Without the barrier the compiler would make it a reversed window, for which it has slow code.
-    opposite = lax.optimization_barrier(kernel[::-1, ::-1].transpose(0, 1, 3, 2))
+    opposite = lax.optimization_barrier(_opposite(kernel))
     images_cotangent = _direct(cotangent, opposite, after)
     return images_cotangent, _gradient_of_kernel(images, cotangent, len(kernel), before)
 
@@ -589,10 +598,9 @@ _ADJACENT = 16
 """Images whose same pixels should lie side by side, where a window is as large as an image: one
 register of AVX-512."""
 
-
 _ENOUGH = 24
-"""Channels and features from which on the same is faster for the kernel's gradient: on 2 cores 1.2
-to 1.5 times with 32, 1.2 to 2.1 times with more, 0.8 times with 12."""
+"""Channels and features from which on Winograd's method is faster for the kernel's gradient: on
+2 cores 1.2 to 1.5 times with 32, 1.2 to 2.1 times with more, 0.8 times with 12."""
 
 
 def _gradient_of_kernel(
@@ -611,8 +619,8 @@ def _gradient_of_kernel(
     if images.shape[3] > cotangent.shape[3]:
         # Of what has the fewer channels, windows are cut out, each as often as there are taps.
         row, column = before
-        opposite = _gradient_of_kernel(cotangent, images, side, (side - 1 - row, side - 1 - column))
-        return opposite[::-1, ::-1].transpose(0, 1, 3, 2)
+        after = side - 1 - row, side - 1 - column
+        return _opposite(_gradient_of_kernel(cotangent, images, side, after))
     batch, height, width, channels = images.shape
     count = 1
     while batch * count < _ADJACENT and height % (2 * count) == 0:
@@ -659,7 +667,7 @@ add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 # ---- Winograd
 
-# B, G and A of F(4, 3), transposed as there.
+# Bᵀ, G and Aᵀ of F(4, 3), as there.
 _FOR_IMAGES = (
     (4, 0, -5, 0, 1, 0),
     (0, -4, -4, 1, 1, 0),
@@ -701,8 +709,7 @@ def _winograd_gradient_of_kernel(images: jax.Array, cotangent: jax.Array) -> jax
     """
     (_, height, width, channels), features = images.shape, cotangent.shape[3]
     if channels < features:
-        opposite = _winograd_gradient_of_kernel(cotangent, images)
-        return opposite[::-1, ::-1].transpose(0, 1, 3, 2)
+        return _opposite(_winograd_gradient_of_kernel(cotangent, images))
     count = -(-height // 4)
     rows = _combined(_FOR_IMAGES, _six_rows(images, count))
     padded = jnp.pad(cotangent, ((0, 0), (0, 4 * count - height), (1, 1), (0, 0)))

@@ -106,7 +106,8 @@ def test_images_of_any_size_come_out_as_from_a_restorer(model, tmp_path):
         shape = (batch, height, width, model.channels)
         images = np.random.default_rng(shape).random(shape, np.float32)
         (restored,) = session.run(["restored"], {"images": images})
-        np.testing.assert_allclose(restored, restorer(images), atol=1e-5)
+        # Random parameters and GroupNorm magnify what differs by rounding.
+        np.testing.assert_allclose(restored, restorer(images), atol=5e-5)
 
 
 def test_a_network_may_enlarge():

@@ -168,6 +168,28 @@ def test_equal_largest_values_share_the_gradient():
     np.testing.assert_allclose(*gradient(weights), wanted)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("factor", [1, 2, 3])
+def test_tpus_merge_phases_by_products_that_are_exact(factor, dtype, monkeypatch):
+    random = np.random.default_rng(factor)
+    phases = jnp.asarray(random.normal(size=(2, 3, 5, 2 * factor**2)), dtype)
+    cotangent = jnp.asarray(random.normal(size=(2, 3 * factor, 5 * factor, 2)), dtype)
+
+    def merged_and_gradient():
+        merged, gradient = jax.vjp(lambda p: convolution.merge_phases(p, factor), phases)
+        return merged, *gradient(cotangent)
+
+    def for_tpus(*args, tpu, default):
+        return tpu(*args)
+
+    expected = merged_and_gradient()
+    np.testing.assert_array_equal(convolution.split_phases(expected[0], factor), phases)
+    monkeypatch.setattr(lax, "platform_dependent", for_tpus)
+    for found, wanted in zip(merged_and_gradient(), expected, strict=True):
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize(("platform", "scatters"), [("cpu", 0), ("cuda", 0), ("tpu", 1)])
 def test_the_gradient_of_max_pool_scatters_where_that_is_fast(platform, scatters):
     gradient = jax.jit(jax.grad(lambda images: convolution.max_pool(images).sum()))

@@ -171,9 +171,65 @@ def split_phases(images: jax.Array, factor: int = 2) -> jax.Array:
     return _split(images, 3, factor)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def merge_phases(phases: jax.Array, factor: int = 2) -> jax.Array:
-    """Phases `(B, H, W, f² C)` to their image, `(B, f H, f W, C)`."""
-    return _merge(phases, 3, factor)
+    """Phases `(B, H, W, f² C)` to their image, `(B, f H, f W, C)`.
+
+    TPUs are slow to put the numbers of a row between those of another, and quick to multiply by a
+    matrix that does it. For TPU v5e, the compiler estimates 47,900 cycles an image for a training
+    step of `lfw_unet`'s network (batch 64, bfloat16, resident feed), and 50,700 without the matrix;
+    for `photo_upscale`'s (batch 32), 115,500 and 161,200.
+    """
+
+    def multiplied(phases):
+        batch, height, width, channels = phases.shape
+        parts = phases.reshape(batch, height, width, factor, factor, channels // factor**2)
+        rows = _multiply_exactly("bijpqc,xjq->bipxc", parts, _places(width, factor))
+        return rows.reshape(batch, factor * height, factor * width, -1)
+
+    def moved(phases):
+        return _merge(phases, 3, factor)
+
+    return lax.platform_dependent(phases, tpu=multiplied, default=moved)
+
+
+def _merge_phases_forward(phases, factor):
+    return merge_phases(phases, factor), None
+
+
+def _merge_phases_backward(factor, _, cotangent):
+    def multiplied(images):
+        batch, height, width, channels = images.shape
+        height, width = height // factor, width // factor
+        rows = images.reshape(batch, height, factor, factor * width, channels)
+        parts = _multiply_exactly("bipxc,xjq->bijpqc", rows, _places(width, factor))
+        return parts.reshape(batch, height, width, -1)
+
+    def moved(images):
+        return _split(images, 3, factor)
+
+    # With one channel, numbers of a row are quicker to part than to multiply: denoise 831 cycles an
+    # image, and 850 with the matrix.
+    on_tpu = moved if cotangent.shape[3] == 1 else multiplied
+    return (lax.platform_dependent(cotangent, tpu=on_tpu, default=moved),)
+
+
+merge_phases.defvjp(_merge_phases_forward, _merge_phases_backward)
+
+
+def _places(width: int, factor: int) -> jax.Array:
+    """`(f W, W, f)`: 1 where column j of phase q is in its place in the merged row, f j + q."""
+    place, column, phase = (
+        lax.broadcasted_iota(jnp.int32, (factor * width, width, factor), axis) for axis in range(3)
+    )
+    return place == factor * column + phase
+
+
+def _multiply_exactly(equation: str, images: jax.Array, matrix: jax.Array) -> jax.Array:
+    # Without HIGHEST, TPUs would round float32 to bfloat16.
+    return jnp.einsum(
+        equation, images, matrix.astype(images.dtype), precision=lax.Precision.HIGHEST
+    )
 
 
 def _plain_conv(

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ONE_DEVICE
 from etils import epath
 from test_training import change
 
@@ -41,7 +42,7 @@ def test_a_second_training_in_a_run_directory_is_refused(folder):
 
 
 def test_two_trainings_that_start_at_once(tiny):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | ONE_DEVICE
     script = Path(__file__).with_name("tiny_experiment.py")
     command = [sys.executable, script, "--run-dir", tiny.run_dir, "--training.steps", "40"]
     started = [

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import ONE_DEVICE
 from test_photographs import save
 from test_training import newest
 
@@ -46,7 +47,7 @@ def start(run, *flags, processes=1, second=(), output=None, pause=0):
       pause: seconds between the starts of the first and the second one.
     """
     port = free_port()
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | ONE_DEVICE
     commands = [[sys.executable, str(EXPERIMENT), "--run-dir", str(run), *flags]] * processes
     if processes > 1:
         commands = [
@@ -111,7 +112,7 @@ def test_two_processes_under_slurm_do_what_one_does(alone, tmp_path):
     started = []
     for index in ("0", "1"):
         own = {"SLURM_NTASKS": "2", "SLURM_PROCID": index, "SLURM_LOCALID": index}
-        environment = os.environ | job | own | {"XLA_FLAGS": ""}
+        environment = os.environ | job | own | ONE_DEVICE
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started.append(subprocess.Popen(command, env=environment, **pipes))
     first, _ = finish(started)

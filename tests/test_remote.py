@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import save_pictures
+from conftest import ONE_DEVICE, save_pictures
 from etils import epath
 from PIL import Image
 from test_photographs import save as save_photographs
@@ -36,7 +36,7 @@ def cloud():
 @pytest.fixture
 def python(cloud):
     """Runs a Python program that uses the bucket; returns what it printed."""
-    environment = os.environ | emulator.environment(cloud.listen()) | {"XLA_FLAGS": ""}
+    environment = os.environ | emulator.environment(cloud.listen()) | ONE_DEVICE
 
     def run(*words, status=0):
         done = subprocess.run(
@@ -138,7 +138,7 @@ def test_processes_that_train_on_photographs_in_a_bucket_each_read_their_share(
     processes = [
         subprocess.Popen(
             [sys.executable, EXPERIMENT, *flags[:-1], f"{flags[-1]}{index}"],
-            env=os.environ | emulator.environment(address) | {"XLA_FLAGS": ""},
+            env=os.environ | emulator.environment(address) | ONE_DEVICE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

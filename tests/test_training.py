@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import save_pictures
+from conftest import ONE_DEVICE, save_pictures
 from etils import epath
 
 import aecore
@@ -558,7 +558,7 @@ def test_channels_and_sizes_that_the_model_does_not_take_are_refused(tiny, tmp_p
 
 
 def start(run_dir, *args):
-    environment = os.environ | {"XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"} | ONE_DEVICE
     command = [sys.executable, Path(__file__).with_name("tiny_experiment.py")]
     return subprocess.Popen(
         [*command, "--run-dir", run_dir, *args], env=environment, stderr=subprocess.PIPE, text=True

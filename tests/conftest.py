@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for all tests, and data that several of them share."""
 
 import contextlib
+import gc
 import os
 import shutil
 import subprocess
@@ -20,12 +21,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PLATFORMS"] = "cpu"
     # Most of the tests' time goes into compiling small programs, and most of that into making their
-    # machine code fast. Of a flag that comes twice, the later one counts.
-    os.environ["XLA_FLAGS"] = (
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-        + os.environ.get("XLA_FLAGS", "")
-        + " --xla_force_host_platform_device_count=8"
-    )
+    # machine code fast.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 
 ONE_DEVICE = {
     "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1",
@@ -38,6 +37,30 @@ import aecore
 from aecore.degradations import GaussianNoise
 from aecore.models import NoiseReducer
 from aecore.networks.base import abstract_params
+
+# Tracing makes many objects, few of them garbage; looking for it after every 700 would take a tenth
+# of the tests' time.
+gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Frees what a module has compiled; garbage collection does not look again at what is left."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Fast machine code, as users get it, for a module that computes more than it compiles."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.hookimpl(optionalhook=True)

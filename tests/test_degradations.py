@@ -300,7 +300,8 @@ def test_noise_of_an_image_depends_on_its_key_alone(degradation):
     together = degradation(images, keys)
     apart = [degradation(images[i : i + 1], keys[i : i + 1])[0] for i in range(6)]
     # Products of matrices are rounded differently for other numbers of images on some CPUs.
-    np.testing.assert_allclose(together, np.stack(apart), rtol=0, atol=1e-6)
+    multiplies = isinstance(degradation, Resize | Shuffled)
+    np.testing.assert_allclose(together, np.stack(apart), rtol=0, atol=1e-6 if multiplies else 0)
 
 
 @pytest.mark.parametrize("degradation", RANDOM_ONES, ids=lambda value: type(value).__name__)

@@ -20,6 +20,8 @@ from aecore.saved import exported
 from aecore.saved.trained import TrainedNetwork
 from aecore.scoring import pictures
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 SIZES = [(41, 56), (56, 40), (41, 56), (33, 70), (44, 41)]
 
 

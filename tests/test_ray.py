@@ -21,6 +21,8 @@ from aecore.media import images
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.fixture(scope="module")
 def cluster():
@@ -60,14 +62,14 @@ def summary(dataset):
 def test_a_worker_that_dies_loses_nothing(cluster, trained, tmp_path, capfd):
     source, out = tmp_path / "in", tmp_path / "out"
     for number in range(10):
-        save_pictures(source / str(number), 500, (28, 28), seed=number)
+        save_pictures(source / str(number), 200, (28, 28), seed=number)
         for index in range(6):
             content = (source / str(number) / f"{index}.png").read_bytes()
             (source / str(number) / f"{index}.png").write_bytes(content[: 20 * index])
     killed = []
 
     def kill_one():
-        while len(list(out.glob("*/*.png"))) < 1500:
+        while len(list(out.glob("*/*.png"))) < 600:
             time.sleep(0.05)
         killed.append(workers()[0])
         os.kill(killed[0], signal.SIGKILL)
@@ -78,12 +80,12 @@ def test_a_worker_that_dies_loses_nothing(cluster, trained, tmp_path, capfd):
     killer.join()
     assert killed
     rows, status = summary(dataset)
-    assert len(rows) == 5000
+    assert len(rows) == 2000
     assert status.count("failed") == 60
     assert all(row["reason"] for row in rows if row["status"] == "failed")
     # What the worker had finished before it died is skipped when its pictures are done again.
-    assert status.count("restored") > 4800
-    assert status.count("restored") + status.count("skipped") == 4940
+    assert status.count("restored") > 1800
+    assert status.count("restored") + status.count("skipped") == 1940
     alone = tmp_path / "alone"
     args = [source, "-o", alone, "-m", trained, "--recursive", "--report", tmp_path / "r.json"]
     assert run(capfd, *args)[0] == 1
@@ -97,7 +99,7 @@ def test_a_worker_that_dies_loses_nothing(cluster, trained, tmp_path, capfd):
     reasons = {entry["source"]: entry["reason"] for entry in entries if "reason" in entry}
     assert reasons == {row["source"]: row["reason"] for row in rows if row["reason"]}
     _, status = summary(aecore.ray.restore(source, trained, out, recursive=True))
-    assert status.count("skipped") == 4940
+    assert status.count("skipped") == 1940
 
 
 def test_sizes_kinds_and_what_is_missing(cluster, trained, tmp_path):

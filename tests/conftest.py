@@ -45,22 +45,10 @@ gc.set_threshold(50_000, 20, 20)
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Frees what a module has compiled; garbage collection does not look again at what is left."""
+    """Frees what a module has compiled, which otherwise grows to several GB."""
     yield
     jax.clear_caches()
     gc.collect()
-    gc.freeze()
-
-
-@pytest.fixture(scope="module")
-def optimized():
-    """Fast machine code, as users get it, for a module that computes more than it compiles."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
-        jax.config.update("jax_disable_most_optimizations", False)
-        yield
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.hookimpl(optionalhook=True)

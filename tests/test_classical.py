@@ -124,6 +124,16 @@ def test_ranks_are_those_of_psnr():
     assert psnr[ranked["worst"]].tolist() == [2, 1, 0]
 
 
+@pytest.mark.parametrize("count", range(1, 11))
+def test_of_few_images_none_is_ranked_twice(count):
+    psnr = RANDOM.permutation(count).astype(np.float32)
+    ranked = np.concatenate([*evaluation.ranked(psnr).values()])
+    shown = count if count < 3 else 3 * min(count // 3, 3)
+    assert len(set(ranked.tolist())) == len(ranked) == shown
+    assert psnr[ranked[0]] == count - 1
+    assert psnr[ranked[-1]] == 0
+
+
 def test_evaluate_saves_what_it_found(tiny):
     summary = aecore.train(tiny, progress=False)
     first = aecore.evaluate(tiny.run_dir, classical=["median"], save=True)

@@ -12,8 +12,6 @@ from conftest import save_pictures
 from aecore.models import NoiseReducer, ResolutionEnhancer
 from aecore.networks.base import parameter_bytes
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 NOTEBOOKS = sorted(EXPERIMENTS.glob("*.ipynb"))
 

@@ -21,8 +21,6 @@ from aecore.media import images
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 
 @pytest.fixture(scope="module")
 def cluster():

@@ -473,8 +473,16 @@ def _read_summary(directory: epath.Path) -> dict[str, Any]:
 
 
 def ranked(psnr: np.ndarray, count: int = 3) -> dict[str, np.ndarray]:
-    """Indices of the images with the highest, median and lowest PSNR, `count` each."""
+    """Indices of the images with the highest, median and lowest PSNR.
+
+    Args:
+      psnr: `(N,)`, of each image.
+      count: how many of each kind; fewer if an image would otherwise come twice.
+    """
     order = np.argsort(-psnr, kind="stable")
+    if len(order) < 3:
+        return {"best": order[:1], "worst": order[1:]}
+    count = min(count, len(order) // 3)
     middle = (len(order) - count) // 2
     return {"best": order[:count], "median": order[middle:][:count], "worst": order[-count:]}
 

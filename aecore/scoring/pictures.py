@@ -40,9 +40,6 @@ _TUNED_ON = 6
 _MIDDLE = 128
 """Side of those middles, and of the pictures in a file of the best and worst results."""
 
-_SHOWN = 3
-"""Of the best, of the median and of the worst results, each."""
-
 _ROUNDED_TO = 128
 """What the sides of the arrays that are scored are multiples of. For each size one program is
 compiled, in 0.7 s, where scoring a picture of 480x320 takes 0.1 s."""
@@ -320,7 +317,7 @@ def save_ranked(
     """A picture of the best, median and worst results: their middles."""
     place = {_name(job.source, index): index for index in range(len(job.source))}
     psnr = np.array([picture.values[RESTORED]["psnr"] for picture in found])
-    ranked = evaluation.ranked(psnr, min(_SHOWN, len(found)))
+    ranked = evaluation.ranked(psnr)
     rows: dict[str, list[np.ndarray]] = {DEGRADED: [], RESTORED: [], "original": []}
     titles = []
     for label, chosen in ranked.items():

@@ -29,7 +29,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 ONE_DEVICE = {
     "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1",
 }
-"""The environment of a program that is to have one device."""
+"""The environment of a program that is to have one device.
+
+Of a flag that comes twice, the later one counts."""
 
 import jax
 

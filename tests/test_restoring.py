@@ -757,12 +757,10 @@ def test_few_networks_are_kept(trained, tmp_path, loaded):
 # ---- What a network was not trained on
 
 
-def photographs(count=24, side=256):
-    folder = os.environ.get("AECORE_TEST_DATA")
-    if not folder or not (Path(folder) / "photos" / "cbsd68").is_dir():
-        pytest.skip("AECORE_TEST_DATA names no folder with photos/cbsd68")
-    paths = sorted((Path(folder) / "photos" / "cbsd68").glob("*.png"))[:count]
-    return [np.asarray(Image.open(path).convert("RGB"))[:side, :side] for path in paths]
+@pytest.fixture
+def photographs(photos_dir):
+    paths = sorted(Path(photos_dir, "cbsd68").glob("*.png"))[:24]
+    return [np.asarray(Image.open(path).convert("RGB"))[:256, :256] for path in paths]
 
 
 def jpeg(image, quality):
@@ -799,20 +797,19 @@ def test_restoring_says_once_what_a_picture_is_unlike(caplog):
     assert messages[1].startswith("much larger than the 28x28 pixels")
 
 
-def test_photographs_are_unlike_pixelated_faces_and_noisy_clothes():
-    images = [small(image) for image in photographs()]
+def test_photographs_are_unlike_pixelated_faces_and_noisy_clothes(photographs):
+    images = [small(image) for image in photographs]
     assert noticed("lfw-enhance", images, "not pixelated to 40%") == len(images)
     floats = [pixelated(image) for image in images]
     saved = [np.rint(image * 255).astype(np.uint8) for image in floats]
     for own in (floats, saved, [jpeg(image, 90) for image in saved]):
         assert noticed("lfw-enhance", own, "") <= 0.05 * len(own)
-    grays = [small(image, 28)[..., 1] for image in photographs()]
+    grays = [small(image, 28)[..., 1] for image in photographs]
     assert noticed("fashion-mnist-denoise", grays, "less noise") == len(grays)
 
 
 @pytest.mark.parametrize("knows_blockiness", [True, False])
-def test_jpeg_is_unlike_noise(knows_blockiness):
-    images = photographs()
+def test_jpeg_is_unlike_noise(knows_blockiness, photographs):
     noise = GaussianNoise((0.0, 0.1) if knows_blockiness else (0.02, 0.1))
     random = np.random.default_rng(0)
 
@@ -820,7 +817,7 @@ def test_jpeg_is_unlike_noise(knows_blockiness):
         values = image / 255 + random.normal(0, random.uniform(0.02, 0.1), image.shape)
         return np.clip(values, 0, 1).astype(np.float32)
 
-    inputs = expectations.describe(np.stack([degrade(image) for image in images[::2]]))
+    inputs = expectations.describe(np.stack([degrade(image) for image in photographs[::2]]))
     if not knows_blockiness:
         del inputs["blockiness"]
     description = Description(
@@ -835,8 +832,8 @@ def test_jpeg_is_unlike_noise(knows_blockiness):
             for image in images
         )
 
-    assert count([jpeg(image, 40) for image in images]) >= 0.9 * len(images)
-    own = [degrade(image) for image in images]
+    assert count([jpeg(image, 40) for image in photographs]) >= 0.9 * len(photographs)
+    own = [degrade(image) for image in photographs]
     assert sum(bool(expectations.differences(description, image)) for image in own) <= 1
 
 

@@ -1,7 +1,9 @@
-"""What CPUs need for convolutions: that these are computed on all cores."""
+"""What CPUs need for training: convolutions on all cores, and memory that stays at hand."""
 
+import ctypes
 import functools
 import os
+import sys
 from typing import Any
 
 import jax
@@ -34,3 +36,23 @@ def on_all_cores(device: Any) -> dict[str, str] | None:
     except jax.errors.JaxRuntimeError:
         return None
     return options
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Numbers of `mallopt`'s parameters, as in glibc's `malloc.h`."""
+
+_KEPT_BYTES = 2**28
+
+
+def keep_memory() -> None:
+    """Has this process keep up to 256 MiB that it no longer needs; it can't be undone.
+
+    glibc gives large arrays back to the system at once. The next step asks for them again, and the
+    system clears them page by page: on 2 cores, a step of a UNet for photographs (32, 64 and 96
+    features, 16 crops of 64×64) takes 120 ms with that and 100 ms without. Other C libraries than
+    glibc are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            mallopt(parameter, _KEPT_BYTES)

@@ -14,7 +14,7 @@ from aecore.data.batches import Batch
 from aecore.errors import ConfigError
 from aecore.networks.base import abstract_params
 from aecore.networks.network import LinenNetwork, Precision
-from aecore.steps import state, step
+from aecore.steps import cpu, state, step
 from aecore.steps.devices import COMPILED_BY, Devices
 from aecore.steps.state import TrainState
 from aecore.steps.step import Apply, Loss, Prepare
@@ -131,6 +131,8 @@ def devices(training: Training, parallel: str | None = None) -> Devices:
         )
     chosen = COMPILED_BY[parallel or training.parallel](available[: training.devices])
     chosen.check_batch_size(training.batch_size)
+    if chosen.platform == "cpu":
+        cpu.keep_memory()
     return chosen
 
 

@@ -6,9 +6,8 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from jax import lax
-
 from conftest import run_program
+from jax import lax
 
 from aecore.steps import cpu
 from aecore.steps.devices import Devices

@@ -593,7 +593,6 @@ def _many() -> int:
     return 56 if any(name.startswith(("AVX512", "X86_V4")) for name in names) else 32
 
 
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _direct(images: jax.Array, kernel: jax.Array, before: tuple[int, int]) -> jax.Array:
     """The convolution with an `(n, n, C, K)` kernel that begins `before` pixels up and left."""

@@ -3,13 +3,14 @@
     python experiments/compare_peers.py --task denoise --batch-size 256
     python experiments/compare_peers.py --task denoise --measure restore
     python experiments/compare_peers.py --task photo --batch-size 16 --side 64
+    python experiments/compare_peers.py --measure restore --network photo-denoise --side 321
 
 The first measures training steps. The second measures restoring many images: `Restorer` on uint8
 and on float images, ONNX Runtime with the same network (`pip install ".[onnx]" onnxruntime`), and
 Keras's `predict`.
 
 The networks are those of the two recipes, and of task photo a UNet for photographs, which is not
-compared with Keras.
+compared with Keras; neither are networks given by name, which restore `--batch-size` images a call.
 
 The images are made in memory beforehand, so no input pipeline is measured except the one of Keras's
 `fit`. The libraries run in turns, several times for some seconds each. The median, lowest and
@@ -254,32 +255,33 @@ def torch_step(task: str, images: np.ndarray, precision: str, *, channels_last: 
     return step
 
 
-def untrained(task: str):
-    """A `Restorer` of the network in aecore."""
+def restorer_of(task: str, network: str | None):
+    """A `Restorer` of a trained network, or of the task's, untrained."""
     import jax
 
     import aecore
 
+    if network is not None:
+        return aecore.Restorer.load(network)
     model = aecore_network(task)
     params = model.init(jax.random.key(0), np.zeros((1, *SHAPES[task]), np.float32))["params"]
     return aecore.Restorer.of(model, params)
 
 
-def aecore_restore(task: str, images: np.ndarray, dtype: str) -> Step:
+def aecore_restore(restorer, images: np.ndarray, dtype: str) -> Step:
     """`Restorer` on all images."""
-    restorer = untrained(task)
     if dtype == "float32":
         images = images.astype(np.float32) / 255
     return lambda: restorer(images)[0, 0, 0, 0]
 
 
-def onnx_restore(task: str, images: np.ndarray) -> Step:
+def onnx_restore(restorer, images: np.ndarray) -> Step:
     """The network, exported by aecore, in ONNX Runtime."""
     import onnxruntime
 
     from aecore.saved import exported
 
-    session = onnxruntime.InferenceSession(exported.as_onnx(untrained(task).trained))
+    session = onnxruntime.InferenceSession(exported.as_onnx(restorer.trained))
     name = session.get_inputs()[0].name
     floats = images.astype(np.float32) / 255
     return lambda: session.run(None, {name: floats})[0][0, 0, 0, 0]
@@ -297,6 +299,7 @@ def main(
     measure: Literal["train", "restore"] = "train",
     batch_size: int = 256,
     side: int | None = None,
+    network: str | None = None,
     precision: Literal["float32", "bfloat16"] = "float32",
     seconds: float = 4.0,
     repeats: int = 7,
@@ -309,16 +312,20 @@ def main(
         measure: Training steps, or restoring many images.
         batch_size: Images per step; in restoring, Keras's batch size.
         side: Height and width of the images in pixels; by default the recipe's.
+        network: A trained network to restore with: the name of one that ships, or a run.
         precision: Precision in which the networks compute.
         seconds: Length of each measurement.
         repeats: Number of measurements of each library.
         without: Libraries to leave out: keras, torch, onnx.
     """
-    count = batch_size
-    if measure == "restore":
+    restorer = restorer_of(task, network) if measure == "restore" else None
+    count, channels = batch_size, SHAPES[task][2]
+    if restorer and network:
+        channels = restorer.trained.network.channels
+    elif restorer:
         count = max(batch_size, 2048 if task == "denoise" else 64)
     side = side or SHAPES[task][0]
-    shape = (count, side, side, SHAPES[task][2])
+    shape = (count, side, side, channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     args = (task, images, precision)
     several = f"aecore, {STEPS} steps a call"
@@ -332,15 +339,15 @@ def main(
     }
     if measure == "restore":
         makers = {
-            "aecore": lambda: aecore_restore(task, images, "uint8"),
-            "aecore, floats": lambda: aecore_restore(task, images, "float32"),
-            "ONNX Runtime": lambda: onnx_restore(task, images),
+            "aecore": lambda: aecore_restore(restorer, images, "uint8"),
+            "aecore, floats": lambda: aecore_restore(restorer, images, "float32"),
+            "ONNX Runtime": lambda: onnx_restore(restorer, images),
             "Keras, predict": lambda: keras_restore(task, images, batch_size),
         }
     steps = {}
     for name, make in makers.items():
         library = name.split(",")[0].split()[0].lower().replace("py", "")
-        if library in without or (library == "keras" and task == "photo"):
+        if library in without or (library == "keras" and (network or task == "photo")):
             continue
         try:
             steps[name] = make()
@@ -357,7 +364,7 @@ def main(
             float(result)
         speeds[name].append(done / (time.perf_counter() - start))
     print(
-        f"{task}, {measure}, {side}x{side}, batch {batch_size}, {precision}, "
+        f"{network or task}, {measure}, {side}x{side}, batch {batch_size}, {precision}, "
         f"{repeats} times {seconds:g} s each"
     )
     reference = statistics.median(speeds["aecore"][1:])

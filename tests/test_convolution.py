@@ -227,3 +227,24 @@ def test_activations_and_biases_of_both_layouts(channels, features):
         layer = layers.Conv(features, activation=nn.relu, batch_last=batch_last)
         result = layer.apply({"params": {"kernel": kernel, "bias": bias}}, images)
         np.testing.assert_allclose(result, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("extensions", "convolutions"),
+    [
+        ({"baseline": ["X86_V2"], "found": ["X86_V3", "X86_V4"]}, 1),
+        ({"baseline": ["SSE", "SSE2"], "found": ["AVX2", "AVX512F"]}, 1),
+        ({"baseline": ["X86_V2"], "found": ["X86_V3"], "not found": ["X86_V4"]}, 6),
+        ({"baseline": ["NEON"]}, 6),
+        ({}, 6),
+    ],
+    ids=str,
+)
+def test_wide_registers_need_more_channels_for_winograd(monkeypatch, extensions, convolutions):
+    monkeypatch.setattr(np, "show_config", lambda mode: {"SIMD Extensions": extensions})
+    convolution._many.cache_clear()
+    # A function of this test, as JAX keeps what it has traced.
+    program = jax.jit(lambda images, kernel: convolution.conv(images, kernel))
+    text = program.lower(*arrays(8, 8, 48, 48)).as_text()
+    convolution._many.cache_clear()
+    assert text.count("stablehlo.convolution") == convolutions

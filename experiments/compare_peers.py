@@ -318,6 +318,8 @@ def main(
         repeats: Number of measurements of each library.
         without: Libraries to leave out: keras, torch, onnx.
     """
+    if network and measure != "restore":
+        raise SystemExit("--network can only be measured restoring; add --measure restore")
     restorer = restorer_of(task, network) if measure == "restore" else None
     count, channels = batch_size, SHAPES[task][2]
     if restorer and network:

@@ -45,12 +45,13 @@ _KEPT_BYTES = 2**28
 
 
 def keep_memory() -> None:
-    """Has this process keep up to 256 MiB that it no longer needs; it can't be undone.
+    """Has this process keep memory that it no longer needs; it can't be undone.
 
     glibc gives large arrays back to the system at once. The next step asks for them again, and the
     system clears them page by page: on 2 cores, a step of a UNet for photographs (32, 64 and 96
-    features, 16 crops of 64×64) takes 120 ms with that and 100 ms without. Other C libraries than
-    glibc are left alone.
+    features, 16 crops of 64×64) takes 120 ms with that and 100 ms without. Arrays of more than
+    256 MiB, and what is free beyond that at the end of the heap, are given back as before. Other C
+    libraries than glibc are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -114,7 +114,7 @@ def _input_shape(model: Any, image_shape: tuple[int, int, int]) -> tuple[int, in
 
 
 def devices(training: Training, parallel: str | None = None) -> Devices:
-    """The devices that an experiment uses.
+    """The devices that an experiment uses; on CPUs, the process keeps memory from then on.
 
     Args:
       training: says how many, and how steps are compiled for them.

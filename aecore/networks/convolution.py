@@ -792,9 +792,17 @@ def _winograd_gradient_of_kernel(images: jax.Array, cotangent: jax.Array) -> jax
 
 def _six_rows(images: jax.Array, count: int) -> list[jax.Array]:
     """The rows that each of `count` tiles of four output rows depends on: six arrays."""
-    # Sizes may be symbols, as where a function is exported for images of any size.
-    padded = jnp.pad(images, ((0, 0), (1, 4 * count - images.shape[1] + 1), (0, 0), (0, 0)))
-    return [lax.slice_in_dim(padded, n, n + 4 * count - 3, 4, 1) for n in range(6)]
+    height = 4 * count
+    # Sizes may be symbolic, as where a function is exported for images of any size.
+    whole = jnp.pad(images, ((0, 0), (0, height - images.shape[1]), (0, 0), (0, 0)))
+    zero = jnp.zeros((), images.dtype)
+
+    def row(n):
+        # Each is moved by itself: the compiler then adds no zeros to a copy of the whole images.
+        moved = lax.pad(whole, zero, ((0, 0, 0), (1 - n, n - 4, 0), (0, 0, 0), (0, 0, 0)))
+        return lax.slice_in_dim(moved, 0, height - 3, 4, 1)
+
+    return [row(n) for n in range(6)]
 
 
 def _transposed(matrix: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:

@@ -11,7 +11,9 @@ from aecore.errors import ImageError
 RANDOM = np.random.default_rng(0)
 
 
-@pytest.mark.parametrize("shape", [(4, 28, 28, 1), (3, 80, 80, 3), (2, 11, 17, 3)])
+@pytest.mark.parametrize(
+    "shape", [(4, 28, 28, 1), (3, 80, 80, 3), (2, 11, 17, 3), (1, 257, 394, 3), (1, 395, 256, 1)]
+)
 @pytest.mark.parametrize("strength", [0.005, 0.1, 0.5])
 def test_metrics_agree_with_scikit_image(shape, strength):
     random = np.random.default_rng(0)

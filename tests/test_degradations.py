@@ -58,7 +58,7 @@ def run_in_tf_data(degradation, images, seed=(3, 4)):
 def degraded(run, degradation, images):
     if run == "tf":
         return run_in_tf_data(degradation, images)
-    return np.asarray(degradation(images, jax.random.key(0)))
+    return np.asarray(jax.jit(degradation)(images, jax.random.key(0)))
 
 
 def opencv_pixelate(image, scale):

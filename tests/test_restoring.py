@@ -143,7 +143,8 @@ def test_many_images_are_restored_as_one_by_one(trained):
 def test_restore_is_the_network(trained):
     restorer = aecore.Restorer.load(str(trained))
     image = RANDOM.random((16, 20), np.float32)
-    expected = restorer.network.model.apply({"params": restorer.params}, image[None, ..., None])
+    apply = jax.jit(restorer.network.model.apply)
+    expected = apply({"params": restorer.params}, image[None, ..., None])
     np.testing.assert_allclose(aecore.restore(image, trained), expected[0, ..., 0], atol=1e-6)
     codes = restorer.encode(image)
     assert codes.shape == (1, 4, 5, 8)
@@ -435,7 +436,7 @@ def test_bfloat16_is_close(trained):
 @pytest.mark.parametrize("model", [UNet((4, 6), channels=3, patch=2), Upscaler(4, 1, scale=2)])
 def test_what_a_correction_is_added_to_keeps_its_bits(model):
     """Untrained, the correction is zero."""
-    params = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
     image = RANDOM.random((16, 20, 3), np.float32)
     exact, rounded = (
         aecore.Restorer.of(model, params, precision=precision)(image)
@@ -637,9 +638,9 @@ def test_apply_takes_arrays_that_are_divided_among_devices(trained):
     result = jax.jit(restorer.apply)(params, jax.device_put(images, divided))
     assert result.sharding.is_equivalent_to(divided, 4)
     np.testing.assert_allclose(result, expected, atol=1e-6)
-    gradient = jax.grad(lambda params, x: restorer.apply(params, x).sum())
+    gradient = jax.jit(jax.grad(lambda params, x: restorer.apply(params, x).sum()))
     for leaf, other in zip(
-        jax.tree.leaves(jax.jit(gradient)(params, jax.device_put(images, divided))),
+        jax.tree.leaves(gradient(params, jax.device_put(images, divided))),
         jax.tree.leaves(gradient(restorer.params, images)),
         strict=True,
     ):

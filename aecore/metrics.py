@@ -152,27 +152,31 @@ def _ssim_terms(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _gaussian_filter(images: jax.Array) -> jax.Array:
     """SSIM's window means, as matrix products: much faster than dm_pix's convolutions."""
     for axis in (1, 2):
-        size = images.shape[axis]
-        if size <= _MOST_FOR_MATRIX:
-            images = _window_means(images, axis)
-            continue
-        count = size - SSIM_WINDOW + 1
-        firsts = range(0, count, _BLOCK)
-        margins = [(0, 0)] * images.ndim
-        margins[axis] = (0, -count % _BLOCK)
-        padded = jnp.pad(images, margins)
-        length = _BLOCK + SSIM_WINDOW - 1
-        blocks = [jax.lax.slice_in_dim(padded, n, n + length, axis=axis) for n in firsts]
-        means = _window_means(jnp.stack(blocks, axis), axis + 1)
-        whole = (*images.shape[:axis], len(firsts) * _BLOCK, *images.shape[axis + 1 :])
-        images = jax.lax.slice_in_dim(means.reshape(whole), 0, count, axis=axis)
+        is_short = images.shape[axis] <= _MOST_FOR_MATRIX
+        means = _window_means if is_short else _window_means_in_blocks
+        images = means(images, axis)
     return images
 
 
 def _window_means(images: jax.Array, axis: int) -> jax.Array:
+    """The window's means along an axis, which becomes 10 shorter."""
     matrix, highest = _window_matrix(images.shape[axis]), jax.lax.Precision.HIGHEST
     product = jnp.tensordot(matrix, images, axes=(1, axis), precision=highest)
     return jnp.moveaxis(product, 0, axis)
+
+
+def _window_means_in_blocks(images: jax.Array, axis: int) -> jax.Array:
+    """The same, `_BLOCK` places of the result at a time."""
+    count = images.shape[axis] - SSIM_WINDOW + 1
+    firsts = range(0, count, _BLOCK)
+    margins = [(0, 0)] * images.ndim
+    margins[axis] = (0, -count % _BLOCK)
+    padded = jnp.pad(images, margins)
+    length = _BLOCK + SSIM_WINDOW - 1
+    blocks = [jax.lax.slice_in_dim(padded, n, n + length, axis=axis) for n in firsts]
+    means = _window_means(jnp.stack(blocks, axis), axis + 1)
+    whole = (*images.shape[:axis], len(firsts) * _BLOCK, *images.shape[axis + 1 :])
+    return jax.lax.slice_in_dim(means.reshape(whole), 0, count, axis=axis)
 
 
 def _window_matrix(size: int) -> np.ndarray:

@@ -798,7 +798,9 @@ def _six_rows(images: jax.Array, count: int) -> list[jax.Array]:
     zero = jnp.zeros((), images.dtype)
 
     def row(n):
-        # Each is moved by itself: the compiler then adds no zeros to a copy of the whole images.
+        # Each is moved by itself, so that zeros aren't added to a copy of the whole images, and cut
+        # after its last row, so that rows 1 to 4 need none. With `_shift`, which adds zeros that
+        # are cut off again, all of `_winograd` takes 1.3 to 1.7 times as long.
         moved = lax.pad(whole, zero, ((0, 0, 0), (1 - n, n - 4, 0), (0, 0, 0), (0, 0, 0)))
         return lax.slice_in_dim(moved, 0, height - 3, 4, 1)
 

@@ -105,7 +105,8 @@ def test_convolutions_of_repeated_pixels(height, width, channels, features):
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_convolutions_of_repeated_pixels_on_other_platforms(height, width, monkeypatch):
     monkeypatch.setattr(convolution, "by_platform", lambda plain, on_cpu: plain)
-    check(convolution.conv_on_repeated, on_repeated, *arrays(height, width, 16, 8))
+    plain = convolution._conv_on_repeated.__wrapped__()
+    check(plain, on_repeated, *arrays(height, width, 16, 8))
 
 
 @pytest.mark.parametrize(("channels", "features"), CHANNELS)
@@ -123,6 +124,27 @@ def test_bfloat16(channels, features):
         (on_phases, reference_conv),
     ]:
         check(ours, reference, images, kernel, dtype=jnp.bfloat16, tolerance=0.02)
+
+
+def test_layers_of_equal_shapes_share_what_was_traced():
+    traced = []
+
+    def counted(images, kernel):
+        traced.append(images.shape)
+        return reference_conv(images, kernel)
+
+    conv = convolution.by_platform(counted, counted)
+    images, kernel = arrays(8, 8, 4, 4)
+
+    def thrice(conv, images, kernel):
+        return conv(conv(conv(images, kernel), kernel), kernel).sum()
+
+    found = jax.grad(functools.partial(thrice, conv), (0, 1))(images, kernel)
+    # Once for each of two platforms, and once more for its gradient.
+    assert len(traced) == 4
+    wanted = jax.grad(functools.partial(thrice, reference_conv), (0, 1))(images, kernel)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_other_platforms_get_the_compilers_own_convolution():
@@ -244,6 +266,6 @@ def test_wide_registers_need_more_channels_for_winograd(monkeypatch, extensions,
     monkeypatch.setattr(np, "show_config", lambda mode: {"SIMD Extensions": extensions})
     monkeypatch.setattr(convolution, "_many", convolution._many.__wrapped__)
     # A function of this test, as JAX keeps what it has traced.
-    program = jax.jit(lambda images, kernel: convolution.conv(images, kernel))
-    text = program.lower(*arrays(8, 8, 48, 48)).as_text()
+    conv = convolution._conv.__wrapped__(1, False)
+    text = jax.jit(conv).lower(*arrays(8, 8, 48, 48)).as_text()
     assert text.count("stablehlo.convolution") == convolutions

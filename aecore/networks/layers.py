@@ -115,18 +115,24 @@ class _Convolution(Layer):
         return promote_dtype(images, kernel, bias)
 
     def _finish(self, features: jax.Array, bias: jax.Array, batch_last: bool) -> jax.Array:
-        activation = self.activation or (lambda features: features)
+        return _finishing(self.activation, batch_last)(features, bias)
 
-        def finish(features, bias):
-            return activation(convolution.add_bias(features, bias))
 
-        def finish_batch_last(features, bias):
-            return activation(features + bias[:, None, None, None])
+@functools.lru_cache(maxsize=64)
+def _finishing(activation: Callable[[jax.Array], jax.Array] | None, batch_last: bool) -> Callable:
+    """Adds a bias `(K,)` to `(B, H, W, K)` features, and applies the activation."""
+    activation = activation or (lambda features: features)
 
-        if batch_last:
-            on_cpu = convolution.with_batch_last(finish_batch_last)
-            return convolution.by_platform(finish, on_cpu)(features, bias)
-        return finish(features, bias)
+    def finish(features, bias):
+        return activation(convolution.add_bias(features, bias))
+
+    def finish_batch_last(features, bias):
+        return activation(features + bias[:, None, None, None])
+
+    if batch_last:
+        on_cpu = convolution.with_batch_last(finish_batch_last)
+        return convolution.by_platform(finish, on_cpu)
+    return finish
 
 
 def _zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

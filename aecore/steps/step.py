@@ -88,6 +88,8 @@ def _mean_over_parts(function: Callable, parts: int, params: Any, *batch: Any) -
     if parts == 1:
         return function(params, *batch)
     divided = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
+    # Traced once, for its shapes and for the loop.
+    function = jax.jit(function, inline=True)
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, function(params, *part)), None

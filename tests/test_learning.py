@@ -50,7 +50,8 @@ def curves(model, loss, originals, seeds=SEEDS, rates=RATES, steps=STEPS):
     scale = model.scale
     batch, side = originals.shape[:2]
 
-    def train(seed, rate):
+    def train(seed_and_rate):
+        seed, rate = seed_and_rate
         key = jax.random.key(seed)
         params = model.init(key, originals[:1, ::scale, ::scale])["params"]
         state = optimizer.init(params)
@@ -76,8 +77,9 @@ def curves(model, loss, originals, seeds=SEEDS, rates=RATES, steps=STEPS):
 
         return jax.lax.scan(step, (params, state), jnp.arange(steps))[1]
 
-    over_rates = jax.vmap(train, (None, 0))
-    return jax.vmap(over_rates, (0, None))(jnp.arange(seeds), jnp.asarray(rates, jnp.float32))
+    pairs = jnp.meshgrid(jnp.arange(seeds), jnp.asarray(rates, jnp.float32), indexing="ij")
+    found = jax.lax.map(train, tuple(values.ravel() for values in pairs))
+    return tuple(values.reshape(seeds, len(rates), steps) for values in found)
 
 
 RESIDUAL = [

@@ -41,7 +41,9 @@ def photos(tmp_path):
 def network(model):
     """Untrained, so that it gives back its input, or a bicubic interpolation."""
     shape = (1, 4 * model.stride, 4 * model.stride, model.channels)
-    return TrainedNetwork.of(model, model.init(jax.random.key(0), np.zeros(shape))["params"])
+    return TrainedNetwork.of(
+        model, jax.jit(model.init)(jax.random.key(0), np.zeros(shape))["params"]
+    )
 
 
 @pytest.fixture

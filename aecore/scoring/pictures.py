@@ -27,7 +27,7 @@ from aecore.data.ahead import results_ahead
 from aecore.data.indexed import Pairs, Source
 from aecore.degradations import Compose, Degradation, JaxOps
 from aecore.errors import ConfigError, DataError, ImageError
-from aecore.networks import layers
+from aecore.media.frames import enlarged
 from aecore.restoring.restorer import Restorer
 from aecore.scoring import classical, evaluation, reports
 from aecore.storage import to_path
@@ -201,13 +201,9 @@ def _degrade(degradation: Degradation) -> Callable[[jax.Array, int], jax.Array]:
     return degrade
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _enlarge(image: jax.Array, scale: int) -> jax.Array:
-    return layers.enlarged(image[None], scale)[0]
-
-
 def _plain(given: np.ndarray, scale: int) -> np.ndarray:
-    return given if scale == 1 else np.asarray(_enlarge(given, scale)).clip(0, 1)
+    # By Pillow, for which nothing is compiled for each size.
+    return given if scale == 1 else enlarged(given, scale)
 
 
 def tune(

@@ -49,10 +49,11 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 def traced_once(function: Callable) -> Callable:
     """The function, which Python runs once for all arguments of the same shapes and dtypes.
 
-    What it computes is put in place of each call. A training step of a UNet with two blocks on each
-    of four levels is traced in a third of the time.
+    Layers of equal shapes then share what was traced, and how it is lowered; the compiler puts it
+    in place of each call. A training step of a UNet with three levels of three blocks is traced in
+    a third of the time, and lowered in half of it.
     """
-    return jax.jit(function, inline=True)
+    return jax.jit(function)
 
 
 def conv(

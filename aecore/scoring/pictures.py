@@ -27,7 +27,7 @@ from aecore.data.ahead import results_ahead
 from aecore.data.indexed import Pairs, Source
 from aecore.degradations import Compose, Degradation, JaxOps
 from aecore.errors import ConfigError, DataError, ImageError
-from aecore.media.frames import enlarged
+from aecore.media.images import enlarged
 from aecore.restoring.restorer import Restorer
 from aecore.scoring import classical, evaluation, reports
 from aecore.storage import to_path

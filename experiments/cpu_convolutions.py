@@ -3,7 +3,7 @@
     python experiments/cpu_convolutions.py
 
 Three forms take turns: XLA's convolution as JAX compiles it by default, the same with the options
-of `aecore.steps.cpu`, and `aecore.networks.convolution.conv` with these options. Medians are
+of `aecore.steps.cpu`, and aecore's `lowering.convolution.conv` with these options. Medians are
 printed in GFLOP/s, counted as those of a direct convolution, whatever is really computed. Within a
 loop the compiler's own gradient of the kernel is up to a hundred times slower yet.
 """
@@ -18,7 +18,7 @@ import tyro
 from jax import lax
 
 from aecore.measuring import benchmarking
-from aecore.networks import convolution
+from aecore.networks.lowering import convolution
 from aecore.steps import cpu
 
 SHAPES = [

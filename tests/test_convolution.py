@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from aecore.networks import convolution, layers
+from aecore.networks import layers
+from aecore.networks.lowering import convolution, cpu, operations, winograd, xla
+from aecore.networks.lowering.phases import merge_phases, split_phases
+from aecore.networks.lowering.platforms import by_platform
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -26,12 +29,12 @@ def reference_conv_transpose(images, kernel):
 
 
 def on_phases(images, kernel):
-    phases = convolution.conv_on_phases(convolution.split_phases(images), kernel)
-    return convolution.merge_phases(phases)
+    phases = convolution.conv_on_phases(split_phases(images), kernel)
+    return merge_phases(phases)
 
 
 def to_phases(images, kernel):
-    return convolution.merge_phases(convolution.conv_transpose_to_phases(images, kernel))
+    return merge_phases(convolution.conv_transpose_to_phases(images, kernel))
 
 
 def check(ours, reference, images, kernel, dtype=jnp.float32, tolerance=1e-5):
@@ -103,10 +106,8 @@ def test_convolutions_of_repeated_pixels(height, width, channels, features):
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_convolutions_of_repeated_pixels_on_other_platforms(height, width, monkeypatch):
-    monkeypatch.setattr(convolution, "by_platform", lambda plain, on_cpu: plain)
-    plain = convolution._conv_on_repeated.__wrapped__()
-    check(plain, on_repeated, *arrays(height, width, 16, 8))
+def test_convolutions_of_repeated_pixels_on_other_platforms(height, width):
+    check(xla.conv_on_repeated, on_repeated, *arrays(height, width, 16, 8))
 
 
 @pytest.mark.parametrize(("channels", "features"), CHANNELS)
@@ -133,7 +134,7 @@ def test_layers_of_equal_shapes_share_what_was_traced():
         traced.append(images.shape)
         return reference_conv(images, kernel)
 
-    conv = convolution.by_platform(counted, counted)
+    conv = by_platform(counted, counted)
     images, kernel = arrays(8, 8, 4, 4)
 
     def thrice(conv, images, kernel):
@@ -158,7 +159,7 @@ def test_other_platforms_get_the_compilers_own_convolution():
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_transposed_convolutions_of_other_platforms(height, width, channels, features):
     check(
-        convolution._dilated_conv,
+        xla.conv_transpose,
         reference_conv_transpose,
         *arrays(height, width, channels, features),
     )
@@ -176,7 +177,7 @@ def test_a_transposed_convolutions_kernel_has_the_gradient_of_a_strided_ones():
 def test_max_pool(dtype):
     images = np.random.default_rng(0).random((2, 6, 10, 3)).astype(dtype)
     wanted, gradient = jax.vjp(lambda images: nn.max_pool(images, (2, 2), (2, 2)), images)
-    result, our_gradient = jax.vjp(convolution.max_pool, images)
+    result, our_gradient = jax.vjp(operations.max_pool, images)
     np.testing.assert_array_equal(result, wanted)
     weights = np.random.default_rng(1).normal(size=result.shape).astype(dtype)
     if dtype == jnp.float32:  # With fewer bits, the largest value of a block may be there twice.
@@ -184,7 +185,7 @@ def test_max_pool(dtype):
 
 
 def test_equal_largest_values_share_the_gradient():
-    _, gradient = jax.vjp(convolution.max_pool, jnp.ones((1, 4, 4, 2)))
+    _, gradient = jax.vjp(operations.max_pool, jnp.ones((1, 4, 4, 2)))
     weights = np.random.default_rng(0).random((1, 2, 2, 2), np.float32)
     wanted = weights.repeat(2, axis=1).repeat(2, axis=2) / 4
     np.testing.assert_allclose(*gradient(weights), wanted)
@@ -198,14 +199,14 @@ def test_tpus_merge_phases_by_products_that_are_exact(factor, dtype, monkeypatch
     cotangent = jnp.asarray(random.normal(size=(2, 3 * factor, 5 * factor, 2)), dtype)
 
     def merged_and_gradient():
-        merged, gradient = jax.vjp(lambda p: convolution.merge_phases(p, factor), phases)
+        merged, gradient = jax.vjp(lambda p: merge_phases(p, factor), phases)
         return merged, *gradient(cotangent)
 
     def for_tpus(*args, tpu, default):
         return tpu(*args)
 
     expected = merged_and_gradient()
-    np.testing.assert_array_equal(convolution.split_phases(expected[0], factor), phases)
+    np.testing.assert_array_equal(split_phases(expected[0], factor), phases)
     monkeypatch.setattr(lax, "platform_dependent", for_tpus)
     for found, wanted in zip(merged_and_gradient(), expected, strict=True):
         assert found.dtype == dtype
@@ -214,7 +215,7 @@ def test_tpus_merge_phases_by_products_that_are_exact(factor, dtype, monkeypatch
 
 @pytest.mark.parametrize(("platform", "scatters"), [("cpu", 0), ("cuda", 0), ("tpu", 1)])
 def test_the_gradient_of_max_pool_scatters_where_that_is_fast(platform, scatters):
-    gradient = jax.jit(jax.grad(lambda images: convolution.max_pool(images).sum()))
+    gradient = jax.jit(jax.grad(lambda images: operations.max_pool(images).sum()))
     lowered = gradient.trace(jnp.zeros((1, 4, 4, 1))).lower(lowering_platforms=(platform,))
     assert lowered.as_text().count('"stablehlo.select_and_scatter"') == scatters
 
@@ -264,8 +265,8 @@ def test_activations_and_biases_of_both_layouts(channels, features):
 )
 def test_wide_registers_need_more_channels_for_winograd(monkeypatch, extensions, convolutions):
     monkeypatch.setattr(np, "show_config", lambda mode: {"SIMD Extensions": extensions})
-    monkeypatch.setattr(convolution, "_many", convolution._many.__wrapped__)
-    # A function of this test, as JAX keeps what it has traced.
-    conv = convolution._conv.__wrapped__(1, False)
-    text = jax.jit(conv).lower(*arrays(8, 8, 48, 48)).as_text()
+    monkeypatch.setattr(winograd, "enough_channels", winograd.enough_channels.__wrapped__)
+    # Not `cpu.conv` itself, as JAX keeps what it has traced.
+    conv = jax.jit(lambda images, kernel: cpu.conv(images, kernel))
+    text = conv.lower(*arrays(8, 8, 48, 48)).as_text()
     assert text.count("stablehlo.convolution") == convolutions

@@ -22,6 +22,7 @@ from aecore.models import (
 )
 from aecore.networks import layers, summary
 from aecore.networks.base import check_memory, parameter_bytes
+from aecore.networks.lowering import operations
 from aecore.networks.network import LinenNetwork, fits_within
 from aecore.networks.receptive_field import ReceptiveField
 
@@ -289,12 +290,12 @@ def test_impossible_settings_are_refused(build, message):
 def test_the_relu_of_the_networks_is_flaxs():
     values = np.array([-np.inf, -1.0, -0.0, 0.0, 1e-30, 2.0, np.inf], np.float32)
     (result, gradient), (wanted, wanted_gradient) = (
-        jax.vjp(function, values) for function in (layers.relu, nn.relu)
+        jax.vjp(function, values) for function in (operations.relu, nn.relu)
     )
     np.testing.assert_array_equal(result, wanted)
     cotangents = np.array([1.0, -2.0, 3.0, -4.0, 5.0, -6.0, 7.0], np.float32)
     np.testing.assert_array_equal(*gradient(cotangents), *wanted_gradient(cotangents))
-    program = str(jax.make_jaxpr(jax.grad(lambda values: layers.relu(values).sum()))(values))
+    program = str(jax.make_jaxpr(jax.grad(lambda values: operations.relu(values).sum()))(values))
     assert " sign " in program
     assert " gt " not in program
 

@@ -18,8 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from aecore.networks import convolution
-from aecore.networks.convolution import merge_phases
+from aecore.networks.lowering import convolution
+from aecore.networks.lowering.operations import add_bias, relu
+from aecore.networks.lowering.phases import merge_phases
+from aecore.networks.lowering.platforms import by_platform
+from aecore.networks.lowering.products import with_batch_last
 
 Shape = tuple[int, ...]
 
@@ -124,14 +127,13 @@ def _finishing(activation: Callable[[jax.Array], jax.Array] | None, batch_last: 
     activation = activation or (lambda features: features)
 
     def finish(features, bias):
-        return activation(convolution.add_bias(features, bias))
+        return activation(add_bias(features, bias))
 
     def finish_batch_last(features, bias):
         return activation(features + bias[:, None, None, None])
 
     if batch_last:
-        on_cpu = convolution.with_batch_last(finish_batch_last)
-        return convolution.by_platform(finish, on_cpu)
+        return by_platform(finish, with_batch_last(finish_batch_last))
     return finish
 
 
@@ -271,18 +273,6 @@ def _cubic_weights(scale: int) -> list[list[float]]:
     near = 1.5 * x**3 - 2.5 * x**2 + 1
     far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
     return np.select([x <= 1, x < 2], [near, far]).tolist()
-
-
-@jax.custom_jvp
-def relu(values: jax.Array) -> jax.Array:
-    """`nn.relu`, with a gradient computed from the output, which the next layer keeps anyway."""
-    return jnp.maximum(values, 0)
-
-
-# Written as `output > 0`, XLA would turn it into `values > 0` again. A product instead of a choice,
-# as the compiler for TPUs would keep the choices as packed bits, which takes it a tenth of the
-# denoise recipe's step (939 cycles an image on TPU v5e, as it estimates; 843 so).
-relu.defjvps(lambda tangent, output, values: tangent * jnp.sign(output))
 
 
 class ResidualBlock(nn.Module):

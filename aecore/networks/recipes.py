@@ -3,15 +3,15 @@
 import flax.linen as nn
 
 from aecore.networks.base import Autoencoder, check_numbers, register
-from aecore.networks.convolution import max_pool, merge_phases
 from aecore.networks.layers import (
     Conv,
     ConvOnPhases,
     ConvOnRepeated,
     ConvTranspose,
     ConvTransposeToPhases,
-    relu,
 )
+from aecore.networks.lowering.operations import max_pool, relu
+from aecore.networks.lowering.phases import merge_phases
 
 
 @register

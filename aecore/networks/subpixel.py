@@ -4,8 +4,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from aecore.networks.base import Autoencoder, check_choice, check_numbers, register
-from aecore.networks.convolution import merge_phases, split_phases
-from aecore.networks.layers import Conv, for_relu, relu
+from aecore.networks.layers import Conv, for_relu
+from aecore.networks.lowering.operations import relu
+from aecore.networks.lowering.phases import merge_phases, split_phases
 
 
 @register

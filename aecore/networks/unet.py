@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from aecore.networks.base import Autoencoder, check_choice, check_numbers, register
-from aecore.networks.convolution import merge_phases, split_phases
 from aecore.networks.layers import (
     Conv,
     ConvTranspose,
     ResidualBlock,
     for_linear,
     for_transposed,
-    relu,
 )
+from aecore.networks.lowering.operations import relu
+from aecore.networks.lowering.phases import merge_phases, split_phases
 
 
 @register

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from aecore.networks.base import Autoencoder, check_choice, check_numbers, register
-from aecore.networks.convolution import merge_phases, split_phases
 from aecore.networks.layers import Conv, Enlarge, ResidualBlock, for_linear
+from aecore.networks.lowering.phases import merge_phases, split_phases
 
 
 @register

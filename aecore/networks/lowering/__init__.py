@@ -1,0 +1,1 @@
+"""Convolutions, and what is between them, computed in the way that is fast on each platform."""

@@ -1,0 +1,145 @@
+"""The compiler's convolutions of `(B, H, W, C)` images for CPUs, with gradients that are as fast.
+
+They are fast if they use all cores (`aecore.steps.cpu`) and have enough features, but the
+compiler's gradients of them are not. The image's gradient is written as another convolution, and so
+is the kernel's, with a window as large as the image. `experiments/cpu_convolutions.py` compares
+them. With many channels, Winograd's method (`winograd`) is faster.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from aecore.networks.lowering import kernels, winograd, xla
+from aecore.networks.lowering.phases import moved_together, split_phases
+
+
+def conv(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`(B, H, W, C)` to `(B, H, W, K)`."""
+    return _convolve(images, kernel, (1, 1))
+
+
+def conv_strided(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`(B, 2 H, 2 W, C)` to `(B, H, W, K)`."""
+    return _convolve(split_phases(images), kernels.as_square(kernels.strided(kernel)), (0, 0))
+
+
+def conv_transpose(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`(B, H, W, C)` to `(B, 2 H, 2 W, K)`."""
+    phases = _convolve(images, kernels.as_square(kernels.transposed(kernel)), (1, 1))
+    return moved_together(phases)
+
+
+@jax.custom_vjp
+def conv_on_repeated(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`(B, H, W, C)` to `(B, 2 H, 2 W, K)`: the convolution of the pixels, each repeated 2×2.
+
+    To repeat them is faster than to put phases together; the gradient is that of the phases.
+    """
+    return conv(images.repeat(2, axis=1).repeat(2, axis=2), kernel)
+
+
+def _conv_on_repeated_forward(images, kernel):
+    return conv_on_repeated(images, kernel), (images, kernel)
+
+
+def _conv_on_repeated_backward(saved, cotangent):
+    return jax.vjp(_phases_of_repeated, *saved)[1](split_phases(cotangent))
+
+
+conv_on_repeated.defvjp(_conv_on_repeated_forward, _conv_on_repeated_backward)
+
+
+def _phases_of_repeated(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The phases of the convolution of an image whose pixels are repeated, by four of 2×2."""
+
+    def halves(kernel, axis):
+        first, middle, last = jnp.split(kernel, 3, axis)
+        # Of an even output row, the first tap meets the pixel before.
+        before = jnp.concatenate([first, middle + last], axis)
+        return before, jnp.concatenate([first + middle, last], axis)
+
+    phases = [
+        jnp.asarray(_convolve(images, part, (1 - row, 1 - column)))
+        for row, part_of_rows in enumerate(halves(kernel, 0))
+        for column, part in enumerate(halves(part_of_rows, 1))
+    ]
+    return jnp.concatenate(phases, 3)
+
+
+_FEW = 8
+"""Features that are too few for the compiler's own convolution to be fast."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(images: jax.Array, kernel: jax.Array, before: tuple[int, int]) -> jax.Array:
+    """The convolution with an `(n, n, C, K)` kernel that begins `before` pixels up and left."""
+    side, _, channels, features = kernel.shape
+    margins = tuple((first, side - 1 - first) for first in before)
+    if side == 3 and before == (1, 1) and min(channels, features) >= winograd.enough_channels():
+        return winograd.conv(images, kernel)
+    if features > _FEW:
+        return xla.convolve(images, kernel, margins)
+    # So few columns of a matrix product leave registers empty. Three times as many don't: a row
+    # convolution for each row of the kernel; their results are shifted and added.
+    rows = kernel.transpose(1, 2, 0, 3).reshape(1, side, channels, side * features)
+    parts = jnp.split(xla.convolve(images, rows, ((0, 0), margins[1])), side, axis=3)
+    padded = jnp.pad(jnp.stack(parts), ((0, 0), (0, 0), margins[0], (0, 0), (0, 0)))
+    height = images.shape[1]
+    return functools.reduce(jnp.add, (padded[n, :, n : n + height] for n in range(side)))
+
+
+def _convolve_forward(images, kernel, before):
+    return _convolve(images, kernel, before), (images, kernel)
+
+
+def _convolve_backward(before, saved, cotangent):
+    images, kernel = saved
+    after = tuple(len(kernel) - 1 - first for first in before)
+    # Without the barrier the compiler would make it a reversed window, for which it has slow code.
+    opposite = lax.optimization_barrier(kernels.opposite(kernel))
+    images_cotangent = _convolve(cotangent, opposite, after)
+    return images_cotangent, _gradient_of_kernel(images, cotangent, len(kernel), before)
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+_ADJACENT = 16
+"""Images whose same pixels should lie side by side, where a window is as large as an image: one
+register of AVX-512."""
+
+
+def _gradient_of_kernel(
+    images: jax.Array, cotangent: jax.Array, side: int, before: tuple[int, int]
+) -> jax.Array:
+    """`(n, n, C, K)`: each output's gradient times the pixels around it, summed over outputs.
+
+    If there are few channels, that is a convolution again: of the images, whose channels are its
+    batch, with the gradients, whose window is as large as the images. Both have the batch as
+    channels, along which the compiler's convolution is vectorized. So small batches are made
+    larger: images are cut into strips of rows.
+    """
+    fewest = min(images.shape[3], cotangent.shape[3])
+    if side == 3 and before == (1, 1) and fewest >= winograd.ENOUGH_FOR_GRADIENT:
+        return winograd.gradient_of_kernel(images, cotangent)
+    if images.shape[3] > cotangent.shape[3]:
+        # Of what has the fewer channels, windows are cut out, each as often as there are taps.
+        row, column = before
+        after = side - 1 - row, side - 1 - column
+        return kernels.opposite(_gradient_of_kernel(cotangent, images, side, after))
+    batch, height, width, channels = images.shape
+    count = 1
+    while batch * count < _ADJACENT and height % (2 * count) == 0:
+        count *= 2
+    rows = height // count
+    (top, left), (bottom, right) = before, (side - 1 - first for first in before)
+    padded = jnp.pad(images, ((0, 0), (top, bottom), (0, 0), (0, 0)))
+    strips = [padded[:, first : first + rows + side - 1] for first in range(0, height, rows)]
+    windows = jnp.stack(strips, 4).transpose(3, 1, 2, 0, 4)
+    windows = windows.reshape(channels, rows + side - 1, width, batch * count)
+    kernel = cotangent.reshape(batch, count, rows, width, -1).transpose(2, 3, 0, 1, 4)
+    kernel = kernel.reshape(rows, width, batch * count, -1)
+    return xla.convolve(windows, kernel, ((0, 0), (left, right))).transpose(1, 2, 0, 3)

@@ -2,7 +2,8 @@
 
 from aecore import interrupts
 
-# isort: split
+interrupts.install()
+
 import collections
 import contextlib
 import dataclasses

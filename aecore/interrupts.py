@@ -1,7 +1,4 @@
-"""Ctrl-C and SIGTERM end a command in one line, from its first imports on.
-
-Importing this module sees to it, so commands import it before anything that takes long.
-"""
+"""Ctrl-C and SIGTERM end a command in one line, from its first imports on."""
 
 import atexit
 import functools
@@ -70,7 +67,8 @@ def _end() -> NoReturn:
     end_at_once(STATUS)
 
 
-def _install() -> None:
+def install() -> None:
+    """Sees to it, for a process that is a command; to be called before imports that take long."""
     if threading.current_thread() is not threading.main_thread():
         return
     for number, usual in (
@@ -81,6 +79,3 @@ def _install() -> None:
             signal.signal(number, _interrupt)
     sys.excepthook = functools.partial(_uncaught, sys.excepthook)
     sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
-
-
-_install()

@@ -29,3 +29,16 @@ except KeyboardInterrupt:
 """
     done = run_program(program)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_a_program_that_trains_keeps_its_own_ways():
+    done = run_program(
+        "import signal, sys\n"
+        "def ways():\n"
+        "    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]\n"
+        "    return [*handlers, sys.excepthook, sys.unraisablehook]\n"
+        "before = ways()\n"
+        "import aecore.training.loop\n"
+        "assert ways() == before\n"
+    )
+    assert done.returncode == 0, done.stderr

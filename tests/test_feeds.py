@@ -16,6 +16,7 @@ from aecore.data import sources
 from aecore.degradations import Compose, GaussianBlur, GaussianNoise
 from aecore.errors import ConfigError
 from aecore.models import NoiseReducer
+from aecore.steps import memory
 from aecore.steps.state import TrainState
 from aecore.training import assembly, feeds
 
@@ -139,6 +140,14 @@ def test_pictures_that_do_not_fit_on_the_devices(monkeypatch):
     monkeypatch.setattr(type(jax.devices()[0]), "memory_stats", statistics, raising=False)
     with pytest.raises(ConfigError, match=r"the images need 0.0 GiB .* use --training.feed stream"):
         run(some_crops(), feed="resident")
+
+
+def test_pictures_that_do_not_fit_are_not_decoded_first(monkeypatch):
+    monkeypatch.setattr(memory, "physical", lambda: 100_000)
+    crops = some_crops()
+    monkeypatch.setattr(crops, "_parts", ())
+    with pytest.raises(ConfigError, match="the machine's"):
+        run(crops, feed="resident")
 
 
 def test_a_training_that_ends_reads_no_further_batches(tiny, monkeypatch):

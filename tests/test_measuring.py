@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
@@ -18,9 +19,9 @@ import aecore
 from aecore import cli
 from aecore.degradations import GaussianNoise, Pixelate
 from aecore.errors import ConfigError
-from aecore.measuring import estimates, planning
+from aecore.measuring import benchmarking, estimates, planning
 from aecore.models import NoiseReducer, ResolutionEnhancer
-from aecore.steps import hardware
+from aecore.steps import hardware, memory
 from aecore.steps.devices import COMPILED_BY
 from aecore.training import assembly
 
@@ -52,6 +53,8 @@ def test_bench(tmp_path, capsys):
     for step in report["step"].values():
         assert step["compile_seconds"] > 0
         assert step["share_of_matrix_rate"] > 0
+        # 225 parameters and two moments of each, and a batch with what is made of it.
+        assert 3 * 4 * 225 < step["peak_memory"] < 2**24
         # Forwards alone, the two large layers make 9 * 196 * 2 * (2 + 4) products, and sums.
         assert step["flops_per_image"] > 2 * 9 * 196 * 2 * 6
     rates = [
@@ -67,6 +70,14 @@ def test_bench(tmp_path, capsys):
     out = capsys.readouterr().out
     for title in ("pipeline alone", "step alone", "whole loop", "restore"):
         assert title in out
+
+
+def test_bench_goes_on_where_the_devices_cannot_hold_the_images(tiny, monkeypatch):
+    monkeypatch.setattr(memory, "limit", lambda device: 1000)
+    examples = np.zeros((34, 16, 16, 1), np.uint8)
+    loops = benchmarking._loops(tiny, (16, 16, 1), examples, seconds=0.02, repeats=1)
+    assert loops["stream"]["images_per_second"]["median"] > 0
+    assert "use --training.feed stream" in loops["resident"]["not_possible"]
 
 
 def test_plan_for_this_machine(tmp_path, capsys):

@@ -175,6 +175,7 @@ def test_degradations_are_read_from_text(text, expected):
         ("GaussianNoise(strength=1)", "strength"),
         ("GaussianNoise(-1)", "sigma -1 is out of bounds"),
         ("__import__('os').system('true')", "not allowed"),
+        ("GaussianNoise(**{'sigma': 0.1})", r"\*\*{'sigma': 0.1} is not allowed"),
         ("GaussianNoise(1 / 0)", "division by zero"),
         ("25", "'25' is no degradation"),
         ("", "can't be read"),

@@ -187,10 +187,13 @@ class Crops:
         turn = (numbers[:, 2] & np.uint64(self._turns(flip))).astype(np.int32)
         return Places(index, top, left, turn)
 
-    def pack(self) -> tuple[Packed, ...]:
+    def pack(self, check: Callable[[int], None] = lambda _: None) -> tuple[Packed, ...]:
         """Decodes all pictures, in parallel, into one array; of pairs, into one each.
 
         Those that are too small are left out, or padded.
+
+        Args:
+          check: called with the bytes that this takes, before it begins; may raise.
 
         Raises:
           DataError: none can be used.
@@ -206,6 +209,8 @@ class Crops:
                     self._leave_out(index, error)
 
         self._in_parallel(measure, len(sizes))
+        pixels = sum(int((sizes // scale).prod(1).sum()) for scale in self._scales)
+        check(pixels * self._source.channels)
         packed = []
         for scale in self._scales:
             height, width = sizes.T // scale

@@ -55,6 +55,10 @@ def _value(node: ast.expr) -> Any:
             if name not in REGISTRY:
                 known = ", ".join(sorted(REGISTRY))
                 raise ValueError(f"there is no degradation {name}, only {known}")
-            named = {keyword.arg: _value(keyword.value) for keyword in keywords if keyword.arg}
+            named = {}
+            for keyword in keywords:
+                if keyword.arg is None:
+                    raise ValueError(f"**{ast.unparse(keyword.value)} is not allowed")
+                named[keyword.arg] = _value(keyword.value)
             return REGISTRY[name](*map(_value, args), **named)
     raise ValueError(f"{ast.unparse(node)} is not allowed")

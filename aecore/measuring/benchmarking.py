@@ -24,8 +24,8 @@ from aecore.errors import ConfigError
 from aecore.measuring import planning
 from aecore.networks.network import Precision
 from aecore.restoring.restorer import Restorer
-from aecore.steps import hardware, memory
-from aecore.steps.devices import COMPILED_BY, Devices
+from aecore.steps import hardware
+from aecore.steps.devices import COMPILED_BY
 from aecore.training import assembly, feeds
 from aecore.training.assembly import Assembly
 
@@ -167,7 +167,7 @@ def _steps(
                 "compile_seconds": first - second,
                 "flops_per_image": costs.flops,
                 "bytes_per_image": costs.bytes,
-                "peak_memory": _peak_memory(assembled.devices),
+                "peak_memory": planning.memory_of(planning.compile_step(assembled)).total,
             }
     rates = take_turns(works, seconds, repeats)
     for name, report in reports.items():
@@ -213,11 +213,6 @@ def _seconds(work: Callable[[float], int]) -> float:
     return time.perf_counter() - start
 
 
-def _peak_memory(devices: Devices) -> int | None:
-    """Bytes that were in use at most on a device, where it counts them."""
-    return memory.peak(devices.mesh.local_devices[0])
-
-
 def _loops(
     experiment: Experiment,
     image_shape: tuple[int, int, int],
@@ -226,19 +221,21 @@ def _loops(
     repeats: int,
 ) -> dict[str, Any]:
     """Training as it is, with each feed, without evaluation and saving; and on one batch."""
-    works, waiting = {}, {}
+    works, waiting, reports = {}, {}, {}
     with contextlib.ExitStack() as at_end:
         for name, settings in _FEEDS.items():
             waiting[name] = []
             training = dataclasses.replace(experiment.training, **settings)
             chosen = dataclasses.replace(experiment, training=training)
-            works[name] = _loop(chosen, image_shape, examples, waiting[name], at_end)
+            try:
+                works[name] = _loop(chosen, image_shape, examples, waiting[name], at_end)
+            except ConfigError as error:  # The devices can't hold the images.
+                reports[name] = {"not_possible": str(error)}
         devices = assembly.devices(experiment.training)
         works["one batch"] = one_batch(
             assembly.assemble(experiment, image_shape, devices, 1, degrades_on_device=False)
         )
         rates = take_turns(works, seconds, repeats)
-    reports = {}
     for name, rate in rates.items():
         reports[name] = {
             "images_per_second": rate,
@@ -334,8 +331,7 @@ def table(report: Mapping[str, Any]) -> str:
         notes = f"   compiled in {step['compile_seconds']:.1f} s"
         if "share_of_matrix_rate" in step:
             notes += f", {step['share_of_matrix_rate']:.0%} of the matrix rate"
-        if step["peak_memory"]:
-            notes += f", {step['peak_memory'] / 2**30:.2f} GiB at most"
+        notes += f", {step['peak_memory'] / 2**30:.2f} GiB on each device"
         row(name, step["images_per_second"], notes)
     costs = next(iter(report["step"].values()))
     lines.append(
@@ -344,6 +340,9 @@ def table(report: Mapping[str, Any]) -> str:
     )
     section("whole loop")
     for name, loop in report["loop"].items():
+        if "not_possible" in loop:
+            lines.append(f"  {name:28}not possible: {loop['not_possible']}")
+            continue
         notes = ""
         if name != "one batch":
             notes = f"   {loop['share_of_one_batch']:.0%} of one batch"

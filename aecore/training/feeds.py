@@ -274,14 +274,13 @@ class ResidentCrops:
         assembled: Assembly,
     ):
         devices = assembled.devices
-        packed = crops.pack()
+        packed = crops.pack(functools.partial(_check_memory, devices=devices))
         for pictures in packed:
             if pictures.planes.shape[1] >= 2**31:
                 raise ConfigError(
                     f"the pictures have {pictures.planes.shape[1]:,} pixels, more than the "
                     f"{2**31 - 1:,} that can be held on a device; use --training.feed stream"
                 )
-        _check_memory(sum(pictures.planes.nbytes for pictures in packed), devices)
 
         def train_step(state, batch, *, axis_name=None):
             (parts, turn), held = batch
@@ -374,9 +373,11 @@ def cut(
 
 def _check_memory(needed: float, devices: Devices) -> None:
     """Refuses images that, with this many bytes per device, leave too little room for the steps."""
-    limit = memory.limit(devices.mesh.local_devices[0])
-    if limit is not None and needed > 0.8 * limit:
+    limit, whose = memory.limit(devices.mesh.local_devices[0]), "the device's"
+    if limit is None:
+        limit, whose = memory.physical(), "the machine's"
+    if needed > 0.8 * limit:
         raise ConfigError(
-            f"the images need {needed / 2**30:.1f} GiB of the device's {limit / 2**30:.1f}; "
+            f"the images need {needed / 2**30:.1f} GiB of {whose} {limit / 2**30:.1f}; "
             "use --training.feed stream"
         )

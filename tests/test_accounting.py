@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from conftest import ONE_DEVICE
 from etils import epath
@@ -17,6 +18,7 @@ from test_training import change
 
 import aecore
 from aecore.errors import ConfigError
+from aecore.scoring import evaluation
 from aecore.training import claim
 
 
@@ -78,6 +80,24 @@ def test_a_claim_of_another_host_counts_while_it_shows_signs_of_life(folder, mon
         pass
 
 
+def test_a_claim_of_another_container_counts_while_it_shows_signs_of_life(folder, monkeypatch):
+    monkeypatch.setattr(claim, "_BEAT", 0.2)
+    # It shares the host's name, and its processes have numbers that are nobody's here.
+    other = {"process": 2**22 + 1, "namespace": "pid:[1]"}
+    left(folder, **other, beats=0)
+    threading.Timer(0.2, left, [folder], {**other, "beats": 1}).start()
+    with pytest.raises(ConfigError, match="is training"), claim.claimed(folder):
+        pass
+
+
+def test_a_start_that_fails_forgets_nothing_of_the_time_of_one_that_was_killed(folder):
+    left(folder, process=2**22 + 1, seconds=100.0)
+    with pytest.raises(ValueError), claim.claimed(folder, lambda: 3.0):
+        raise ValueError
+    with claim.claimed(folder) as seconds:
+        assert seconds == 100
+
+
 def test_the_time_of_a_run_adds_up(tiny):
     begin = time.perf_counter()
     summary = aecore.train(tiny, progress=False)
@@ -122,3 +142,35 @@ def test_a_trace_of_some_steps(tiny):
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     names = {event.get("name", "") for event in events}
     assert any("train_steps" in name for name in names)
+
+
+def test_a_run_that_is_stopped_writes_what_was_traced(tiny):
+    def stop(step, scores):
+        if step == 4:
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        aecore.train(change(tiny, profile="3,100"), progress=False, callback=stop)
+    assert list((Path(tiny.run_dir) / "profile").rglob("*.xplane.pb"))
+    aecore.train(change(tiny, profile="7,1"), progress=False)  # Another trace can begin.
+
+
+def test_a_training_that_fails_leaves_no_listener_behind(tiny, monkeypatch):
+    told = []
+    on, off = "register_event_duration_secs_listener", "unregister_event_duration_listener"
+    monkeypatch.setattr(jax.monitoring, on, told.append)
+    monkeypatch.setattr(jax.monitoring, off, told.remove)
+    with pytest.raises(ConfigError):
+        aecore.train(change(tiny, devices=9), progress=False)
+    assert not told
+
+
+def test_scoring_the_input_counts_as_evaluating(tiny, monkeypatch):
+    real = evaluation.baseline
+
+    def slow(*args):
+        time.sleep(1)
+        return real(*args)
+
+    monkeypatch.setattr(evaluation, "baseline", slow)
+    assert aecore.train(change(tiny, steps=8), progress=False)["time"]["training"] < 1

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from aecore.data.batches import epoch_order, training_batches
 from aecore.degradations import Compose, GaussianBlur, GaussianNoise
 from aecore.errors import ConfigError
 from aecore.models import NoiseReducer, ResolutionEnhancer
+from aecore.steps.devices import equally_many
 from aecore.steps.step import degrading
 from aecore.training import assembly, feeds
 
@@ -267,6 +269,19 @@ def test_shares_of_a_batch_are_the_batch(count):
         for field, pieces in zip(next(whole), parts, strict=True):
             # A product's rounding may depend on how many are computed at once.
             np.testing.assert_allclose(field, np.concatenate(pieces), atol=1e-6)
+
+
+def test_processes_have_equally_many_devices():
+    def chosen(count, *processes):
+        available = [SimpleNamespace(process_index=process) for process in processes]
+        found = equally_many(available, count)
+        return [device.process_index for device in found]
+
+    assert chosen(2, 0, 0, 0) == [0, 0]
+    assert chosen(4, 0, 0, 0, 1, 1, 1) == [0, 0, 1, 1]
+    for count, message in [(3, "use 2 or 4"), (1, "use 2"), (7, "more than the 6"), (8, "7|8")]:
+        with pytest.raises(ConfigError, match=message):
+            chosen(count, 0, 0, 0, 1, 1, 1)
 
 
 def test_a_batch_is_divided_as_suits_the_cache():

@@ -507,11 +507,12 @@ def test_a_different_experiment_is_refused(tiny):
         aecore.train(tiny, progress=False)
 
 
-def test_other_images_are_refused(tiny, tmp_path):
+def test_other_images_are_refused_before_they_are_put_on_devices(tiny, tmp_path, monkeypatch):
     folder = tmp_path / "others"
     save_pictures(folder, 40, seed=1)
     aecore.train(change(tiny, steps=2), progress=False)
     moved = dataclasses.replace(tiny.data, data_dir=str(folder))
+    monkeypatch.delattr(feeds, "create")
     with pytest.raises(CheckpointError, match="was trained on other images"):
         aecore.train(change(tiny, data=moved), progress=False)
 

@@ -64,6 +64,34 @@ def in_background(work: Callable[[], Any]) -> Callable[[], None]:
     return wait
 
 
+def equally_many(
+    devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm]
+    count: int,
+) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
+    """The first devices of each process, equally many of each: `count` in all.
+
+    Raises:
+      ConfigError: there are fewer, or the processes can't have equally many.
+    """
+    processes = sorted({device.process_index for device in devices})
+    each, rest = divmod(count, len(processes))
+    of_process = [
+        [device for device in devices if device.process_index == process] for process in processes
+    ]
+    if count > len(devices) or max(each, 1) > min(map(len, of_process)):
+        raise ConfigError(
+            f"training.devices {count} is more than the {len(devices)} there are; "
+            "use fewer, or None for all"
+        )
+    if rest:
+        choice = " or ".join(str(n * len(processes)) for n in (each, each + 1) if n)
+        raise ConfigError(
+            f"training.devices {count} can't be divided among {len(processes)} processes; "
+            f"use {choice}"
+        )
+    return [device for own in of_process for device in own[:each]]
+
+
 class Devices:
     """`jit` over a one-dimensional mesh of devices.
 

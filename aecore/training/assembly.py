@@ -15,7 +15,7 @@ from aecore.errors import ConfigError
 from aecore.networks.base import abstract_params
 from aecore.networks.network import LinenNetwork, Precision
 from aecore.steps import cpu, state, step
-from aecore.steps.devices import COMPILED_BY, Devices
+from aecore.steps.devices import COMPILED_BY, Devices, equally_many
 from aecore.steps.state import TrainState
 from aecore.steps.step import Apply, Loss, Prepare
 
@@ -124,12 +124,9 @@ def devices(training: Training, parallel: str | None = None) -> Devices:
       ConfigError: there are fewer devices, or they can't divide a batch among them.
     """
     available = jax.devices()
-    if training.devices is not None and training.devices > len(available):
-        raise ConfigError(
-            f"training.devices {training.devices} is more than the {len(available)} there are; "
-            "use fewer, or None for all"
-        )
-    chosen = COMPILED_BY[parallel or training.parallel](available[: training.devices])
+    if training.devices is not None:
+        available = equally_many(available, training.devices)
+    chosen = COMPILED_BY[parallel or training.parallel](available)
     chosen.check_batch_size(training.batch_size)
     if chosen.platform == "cpu":
         cpu.keep_memory()

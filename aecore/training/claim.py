@@ -40,7 +40,7 @@ def claimed(directory: epath.Path, seconds: Callable[[], float] = lambda: 0.0) -
     """Trains in a run directory alone.
 
     A claim that a process left when it was killed doesn't count: on this host one sees that the
-    process is gone, of another host's that its signs of life have ended.
+    process is gone, of another host's or container's that its signs of life have ended.
 
     Args:
       directory: the run directory, which exists.
@@ -55,17 +55,20 @@ def claimed(directory: epath.Path, seconds: Callable[[], float] = lambda: 0.0) -
     remote = is_remote(directory)
     beat = _REMOTE_BEAT if remote else _BEAT
     earlier = _left(directory, beat)
+    taken = float(earlier.get("seconds", 0.0))
     token = uuid.uuid4().hex
     said = {
         "token": token,
         "host": socket.gethostname(),
         "process": os.getpid(),
         "started": _started(os.getpid()),
+        "namespace": _namespace(),
         "beats": 0,
     }
 
     def write() -> None:
-        text = json.dumps({**said, "seconds": seconds()}) + "\n"
+        # Until the run's own time is known, it is at least what the earlier process had noted.
+        text = json.dumps({**said, "seconds": max(seconds(), taken)}) + "\n"
         write_whole(directory / FILE, text.encode())
 
     write()
@@ -85,7 +88,7 @@ def claimed(directory: epath.Path, seconds: Callable[[], float] = lambda: 0.0) -
     thread.start()
     failed = False
     try:
-        yield float(earlier.get("seconds", 0.0))
+        yield taken
     except Exception:
         failed = True
         raise
@@ -105,7 +108,9 @@ def _left(directory: epath.Path, beat: float) -> dict[str, Any]:
     other = read(directory)
     if other is None or other.get("process") is None:
         return other or {}
-    if other.get("host") == socket.gethostname():
+    # Claims by earlier versions don't say the namespace.
+    namespace = other.get("namespace", _namespace())
+    if (other.get("host"), namespace) == (socket.gethostname(), _namespace()):
         if _is_alive(other):
             raise ConfigError(_refusal(directory, other))
         return other
@@ -146,6 +151,14 @@ def _is_alive(claim: dict[str, Any]) -> bool:
     except OSError:  # It is another user's.
         pass
     return _started(process) == claim.get("started")
+
+
+def _namespace() -> str | None:
+    """Where this process's number is valid; containers on one host may share its name alone."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return None
 
 
 def _started(process: int) -> int | None:

@@ -21,7 +21,8 @@ loading the data; lost is the time of an earlier process after its last checkpoi
 class Clock:
     """Divides a run's time, that of its earlier processes included, among what it was spent on.
 
-    Each moment counts for one activity, so that they add up to the whole.
+    Each moment counts for one activity, so that they add up to the whole. Used as a context, it is
+    told of compilations.
 
     Args:
       batch_size: images per step.
@@ -42,7 +43,13 @@ class Clock:
         self._thread = threading.get_ident()
         self._told: dict[str, float] = {}
         self._compilations: list[tuple[float, float]] = []
+
+    def __enter__(self) -> "Clock":
         jax.monitoring.register_event_duration_secs_listener(self._compiled)
+        return self
+
+    def __exit__(self, *_) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._compiled)
 
     def go_on(self, description: Description, until: float) -> None:
         """Adds the time of the run's earlier processes.
@@ -92,11 +99,6 @@ class Clock:
         self._count()
         self._add(self._activity, -seconds)
         self._add(activity, seconds)
-
-    def stop(self) -> None:
-        """Ends the count."""
-        self._count()
-        jax.monitoring.unregister_event_duration_listener(self._compiled)
 
     def total(self) -> float:
         """Seconds so far; other threads may ask too."""

@@ -96,14 +96,16 @@ def train(
       Interrupted: Ctrl-C or SIGTERM stopped it; a checkpoint was saved.
     """
     started = time.time() if started is None else started
-    with processes.together(experiment):
-        return _train(experiment, progress, started, callback)
+    with (
+        processes.together(experiment),
+        Clock(experiment.training.batch_size, started=started) as clock,
+    ):
+        return _train(experiment, progress, clock, callback)
 
 
 def _train(
-    experiment: Experiment, progress: bool, started: float, callback: Callback | None
+    experiment: Experiment, progress: bool, clock: Clock, callback: Callback | None
 ) -> dict[str, Any]:
-    clock = Clock(experiment.training.batch_size, started=started)
     # Otherwise an experiment that a checkpoint can't describe would come to light after training.
     described = describe(experiment)
     experiment_from_json(described, model=experiment.model)
@@ -150,7 +152,7 @@ def _train(
         if run.is_first:
             write_json(directory / "experiment.json", described)
         shown = _bar(run, progress and run.is_first)
-        with run.log, contextlib.closing(run.feed), shown as bar:
+        with run.log, contextlib.closing(run.feed), run.profile, shown as bar:
             run.fit(bar)
         return run.summarize()
 
@@ -201,6 +203,19 @@ class _Run:
         self.is_first = jax.process_index() == 0
 
         assembled = assembly.assemble(experiment, dataset.image_shape, devices, self.last_step)
+        self.description = dataclasses.replace(
+            Description.from_json(describe(experiment)),
+            aecore=aecore.__version__,
+            image_size=dataset.image_shape[:2],
+            channels=dataset.image_shape[2],
+            fingerprint=fingerprint,
+            random_streams=RANDOM_STREAMS,
+        )
+        self.abstract_state = assembled.abstract_state
+        restored = checkpoints.restore(self.abstract_state)
+        # Before images are put on devices, and compiling begins.
+        if restored:
+            resuming.check_run(restored[1], self.description, experiment, directory, len(examples))
         self.feed = feeds.create(examples, experiment.degradation, training, assembled)
         self.evaluator = evaluation.Evaluator(
             assembled.apply,
@@ -214,19 +229,10 @@ class _Run:
         self.degraded_samples = degraded[:_SAMPLES].copy()
         self.original_samples = originals[:_SAMPLES].astype(np.float32) / 255
         self.description = dataclasses.replace(
-            Description.from_json(describe(experiment)),
-            aecore=aecore.__version__,
-            image_size=dataset.image_shape[:2],
-            channels=dataset.image_shape[2],
-            fingerprint=fingerprint,
-            random_streams=RANDOM_STREAMS,
-            inputs=expectations.describe(degraded),
+            self.description, inputs=expectations.describe(degraded)
         )
-        self.abstract_state = assembled.abstract_state
-        restored = checkpoints.restore(self.abstract_state)
         if restored:
             self.state, resumed = restored
-            resuming.check_run(resumed, self.description, experiment, directory, len(examples))
             self.description = dataclasses.replace(
                 self.description, started_from=resumed.started_from
             )
@@ -365,7 +371,6 @@ class _Run:
             scores = {"step": restorer.description.step, **evaluation.summarize(values)}
         if self.is_first:
             self._draw(restorer)
-        self.clock.stop()
         summary = {
             "name": self.experiment.name,
             "steps": self.step,
@@ -476,21 +481,25 @@ class _Run:
                 scores = self.evaluator(
                     self.state.inference_params, self.validation, self._evaluation_may_stop
                 )
+                self._check_finite("validation loss", scores["mse"], self.step)
+                if not self.history:
+                    self._warn_if_no_better(scores["mse"], self.baseline["mse"])
         except evaluation.Stopped:
             self._stop()
-        self._check_finite("validation loss", scores["mse"], self.step)
-        if not self.history and scores["mse"] >= self.baseline["mse"] and self.is_first:
+        self.history.append({"step": self.step, **scores})
+        self.log.add_scores(self.step, scores)
+        self._save()
+
+    def _warn_if_no_better(self, mse: float, of_input: float) -> None:
+        if mse >= of_input and self.is_first:
             _log.warning(
                 "after %d steps the network is no better than its input (MSE %.5f, that of the "
                 "input %.5f); if this goes on, try a lower --optimizer.learning-rate, or "
                 "--optimizer.warmup-steps",
                 self.step,
-                scores["mse"],
-                self.baseline["mse"],
+                mse,
+                of_input,
             )
-        self.history.append({"step": self.step, **scores})
-        self.log.add_scores(self.step, scores)
-        self._save()
 
     def _evaluation_may_stop(self) -> bool:
         # Several processes would have to agree before each batch.

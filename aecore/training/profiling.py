@@ -9,7 +9,10 @@ from aecore.config import Training
 
 
 class Profile:
-    """Traces the steps that `training.profile` names, into the run's folder `profile`."""
+    """Traces the steps that `training.profile` names, into the run's folder `profile`.
+
+    Used as a context, it writes what it has traced of a run that ends before the last of them.
+    """
 
     def __init__(self, training: Training, directory: epath.Path):
         self._folder = str(directory / "profile")
@@ -19,6 +22,12 @@ class Profile:
             first, count, *hosts = training.profile.split(",")
             if hosts or jax.process_index() == 0:
                 self._first, self._last = int(first), int(first) + int(count) - 1
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.end()
 
     def edges(self) -> Iterator[int]:
         """The steps after which tracing begins or ends, which a call should not go beyond."""

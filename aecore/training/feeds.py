@@ -61,7 +61,10 @@ class Feed(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends what works ahead, which may otherwise keep a process from ending; frees batches."""
+        """Ends what works ahead, which may otherwise keep a process from ending.
+
+        Frees the images on the devices; the feed can't be used any more.
+        """
         ...
 
 
@@ -170,7 +173,7 @@ class Stream:
     def launch(self, state, step, most):
         done = step % self._group
         if step != self._next_step:
-            self.close()
+            self._placed.close()
             self._placed = self._placed_ahead(step)
             self._current = next(self._placed)
         elif done == 0:
@@ -182,7 +185,7 @@ class Stream:
 
     def close(self):
         self._placed.close()
-        self._next_step = None
+        self._current = None
 
     def _placed_ahead(self, step: int) -> Generator[Any, None, None]:
         """Groups of batches; the first one is that of `step`, and lacks what comes before it."""
@@ -205,7 +208,60 @@ def _stack(*arrays: np.ndarray) -> np.ndarray:
     return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
 
 
-class Resident:
+class _OfEpochs:
+    """Steps on what the devices hold, of which each epoch's batches are made at its start.
+
+    Args:
+      steps: compiled `(state, batches, count, *held) -> (state, losses)`.
+      count: of the examples.
+      training: batch size and seed.
+      devices: that do the steps.
+      held: what every device holds whole, as further arguments of the steps.
+    """
+
+    def __init__(
+        self,
+        steps: Callable[..., Any],
+        count: int,
+        training: Training,
+        devices: Devices,
+        held: tuple[Any, ...] = (),
+    ):
+        self._steps = steps
+        self._count = count
+        self._training = training
+        self._devices = devices
+        self._held = held
+        self._epoch = None
+        self._batches = None
+        self.seconds_waited = 0.0
+        self._calls = _Calls(_MOST_STEPS)
+        self.seconds_per_step = self._calls.seconds_per_step
+
+    def launch(self, state, step, most):
+        batch_size = self._training.batch_size
+        steps_per_epoch = self._count // batch_size
+        epoch, done = divmod(step, steps_per_epoch)
+        if epoch != self._epoch:
+            self._batches = None  # Frees its memory before the next one is made.
+            order = epoch_order(self._training.seed, epoch, self._count)
+            order = order[: steps_per_epoch * batch_size]
+            self._batches = self._of_epoch(epoch, order.reshape(steps_per_epoch, batch_size))
+            self._epoch = epoch
+        count = min(most, self._calls.steps, steps_per_epoch - done)
+        count_on_devices = self._devices.replicate(np.int32(count))
+        state, losses = self._steps(state, self._batches, count_on_devices, *self._held)
+        return state, losses, count
+
+    def close(self):
+        self._batches, self._held = None, ()
+
+    def _of_epoch(self, epoch: int, examples: np.ndarray) -> Any:
+        """An epoch's batches, from its examples' indices: `(S, B)` int64."""
+        raise NotImplementedError
+
+
+class Resident(_OfEpochs):
     """All images on the devices, as bytes; one call does many steps without work on the host.
 
     At the start of an epoch, the devices copy the images into the epoch's order, so that each batch
@@ -221,45 +277,25 @@ class Resident:
             images = rows.reshape(-1, *assembled.image_shape)
             return assembled.train_step(state, images, axis_name=axis_name)
 
-        self._devices = devices
-        self._arrange = devices.compile_arrange()
         # One row per image: TPUs store the last axes in tiles, which few channels would not fill.
         rows = array.reshape(len(array), -1)
         shape = len(array) // training.batch_size, *devices.batch_shape(training.batch_size)
         batches = devices.abstract_share((*shape, rows.shape[1]), rows.dtype, 1)
         steps = devices.compile_train_steps(train_step, _MOST_STEPS)
-        self._steps = _compiled_ahead(steps, assembled, batches)
-        self._held = devices.hold(rows)
-        self._count = len(array)
-        self._batch_size = training.batch_size
-        self._seed = training.seed
-        self._epoch = None
-        self._batches = None
-        self.seconds_waited = 0.0
-        self._calls = _Calls(_MOST_STEPS)
-        self.seconds_per_step = self._calls.seconds_per_step
+        steps = _compiled_ahead(steps, assembled, batches)
+        super().__init__(steps, len(array), training, devices)
+        self._arrange = devices.compile_arrange()
+        self._images = devices.hold(rows)
 
-    def launch(self, state, step, most):
-        steps_per_epoch = self._count // self._batch_size
-        epoch, done = divmod(step, steps_per_epoch)
-        if epoch != self._epoch:
-            order = epoch_order(self._seed, epoch, self._count)
-            indices = order[: steps_per_epoch * self._batch_size].astype(np.int32)
-            self._batches = None  # Frees its memory before the next one is made.
-            self._batches = self._arrange(
-                self._held,
-                self._devices.replicate(indices.reshape(steps_per_epoch, self._batch_size)),
-            )
-            self._epoch = epoch
-        count = min(most, self._calls.steps, steps_per_epoch - done)
-        state, losses = self._steps(state, self._batches, self._devices.replicate(np.int32(count)))
-        return state, losses, count
+    def _of_epoch(self, epoch, examples):
+        return self._arrange(self._images, self._devices.replicate(examples.astype(np.int32)))
 
     def close(self):
-        self._batches = self._epoch = None
+        super().close()
+        self._images = None
 
 
-class ResidentCrops:
+class ResidentCrops(_OfEpochs):
     """Whole pictures on the devices, as bytes, of which each step cuts its crops itself.
 
     Each device holds all pictures, so that a batch is the same on any number of devices, and none
@@ -291,55 +327,36 @@ class ResidentCrops:
             examples = images[0] if len(images) == 1 else images
             return assembled.train_step(state, examples, axis_name=axis_name)
 
-        self._held = tuple(devices.replicate(pictures.planes) for pictures in packed)
+        held = tuple(devices.replicate(pictures.planes) for pictures in packed)
         shape = len(crops) // training.batch_size, *devices.batch_shape(training.batch_size)
         each = devices.abstract_share(shape, np.int32, 1)
         places = ((each, each),) * len(packed), each
         steps = devices.compile_train_steps(train_step, _MOST_STEPS, held=True)
-        self._steps = _compiled_ahead(steps, assembled, places, self._held)
+        steps = _compiled_ahead(steps, assembled, places, held)
+        super().__init__(steps, len(crops), training, devices, (held,))
         self._layouts = [pictures.layout for pictures in packed]
         self._crops = crops
-        self._training = training
-        self._devices = devices
-        self._epoch = None
-        self._places = None
-        self.seconds_waited = 0.0
-        self._calls = _Calls(_MOST_STEPS)
-        self.seconds_per_step = self._calls.seconds_per_step
 
-    def launch(self, state, step, most):
-        steps_per_epoch = len(self._crops) // self._training.batch_size
-        epoch, done = divmod(step, steps_per_epoch)
-        if epoch != self._epoch:
-            start = time.perf_counter()
-            self._places = self._places_of(epoch, steps_per_epoch)
-            self._epoch = epoch
-            self.seconds_waited += time.perf_counter() - start
-        count = min(most, self._calls.steps, steps_per_epoch - done)
-        state, losses = self._steps(
-            state, self._places, self._devices.replicate(np.int32(count)), self._held
-        )
-        return state, losses, count
-
-    def close(self):
-        self._places = self._epoch = None
-
-    def _places_of(self, epoch: int, steps_per_epoch: int) -> Any:
+    def _of_epoch(self, epoch, examples):
         """Where an epoch's crops start, how wide their pictures are, and how they are turned.
 
         Each is an array `(S, B)` of int32.
         """
+        start = time.perf_counter()
         training = self._training
-        order = epoch_order(training.seed, epoch, len(self._crops))
-        examples = order[: steps_per_epoch * training.batch_size]
-        places = self._crops.places(examples, seed=training.seed, epoch=epoch, flip=training.flip)
+        places = self._crops.places(
+            examples.ravel(), seed=training.seed, epoch=epoch, flip=training.flip
+        )
         located = tuple(layout.locate(places) for layout in self._layouts)
         share = self._devices.share(training.batch_size)
 
         def batches(values: np.ndarray) -> np.ndarray:
-            return values.astype(np.int32).reshape(steps_per_epoch, -1)[:, share]
+            return values.astype(np.int32).reshape(examples.shape)[:, share]
 
-        return self._devices.shard_batch(jax.tree.map(batches, (located, places.turn)), axis=1)
+        placed = jax.tree.map(batches, (located, places.turn))
+        result = self._devices.shard_batch(placed, axis=1)
+        self.seconds_waited += time.perf_counter() - start
+        return result
 
 
 def cut(

@@ -1,7 +1,9 @@
 """Crops of photographs: which they are, that they are read right, and what is read."""
 
+import errno
 import io
 import itertools
+import os
 import threading
 
 import numpy as np
@@ -272,6 +274,31 @@ def test_gray_and_broken_files(tmp_path, caplog):
     assert folder(tmp_path).image_shape == (16, 16, 3)
     (message,) = {record.message for record in caplog.records}
     assert message.startswith(f"skipped: {tmp_path}/2.png can't be read")
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.EIO, OSError),
+        (errno.EMFILE, OSError),
+        (errno.ENOENT, ImageError),
+        (errno.EACCES, ImageError),
+    ],
+)
+def test_only_what_will_fail_again_is_left_out(tmp_path, monkeypatch, number, kind):
+    save_noise(tmp_path, SIZES[:4])
+    dataset = folder(tmp_path)
+
+    def fail(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(type(sources.epath.Path(tmp_path)), "open", fail)
+    for read in (dataset.train.__getitem__, dataset.train.shape):
+        with pytest.raises(kind, match=f"{tmp_path}/.*png"):
+            read(0)
+    if kind is OSError:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            take(dataset.examples(), 1, batch_size=2)
 
 
 def test_a_fingerprint_tells_folders_apart_by_names_and_sizes(tmp_path):

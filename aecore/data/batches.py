@@ -15,7 +15,6 @@ from aecore.data.crops import Crops
 from aecore.data.ops import TensorFlowOps
 from aecore.data.tensorflow import import_tensorflow
 from aecore.degradations import Degradation, augmentations
-from aecore.errors import DataError
 
 
 class Batch(NamedTuple):
@@ -116,7 +115,7 @@ def training_batches(
         def read_crops(step):
             try:
                 return read(indices_of(step), epoch=step // steps_per_epoch)
-            except DataError as error:
+            except Exception as error:
                 # Raised here, it would be printed with a traceback, and become TensorFlow's own.
                 failures.append(error)
                 return [np.zeros((count, *shape), np.uint8) for shape in shapes]

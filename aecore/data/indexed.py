@@ -3,11 +3,13 @@
 An image is `(H, W, C)` uint8. Those of one source may differ in height and width, not in channels.
 """
 
+import contextlib
 import dataclasses
+import errno
 import io
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,7 +40,8 @@ class Source(Protocol):
         """The image at an index, `(H, W, C)` uint8, not to be written to.
 
         Raises:
-          ImageError: it is broken, and always will be.
+          ImageError: it is missing or broken, and always will be.
+          OSError: it can't be read now, as without a network.
         """
         ...
 
@@ -154,6 +157,42 @@ class Encoded:
         return self.name
 
 
+_LASTING = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+)
+"""Numbers of the errors that a file gives until somebody changes it."""
+
+
+@contextlib.contextmanager
+def _telling_what_lasts(file: Any) -> Iterator[None]:
+    """Makes an ImageError of an error that will come again, and lets any other one pass.
+
+    A picture with an ImageError is left out for good. One that can't be read for a moment mustn't
+    be: a run would go on with other batches than if nothing had happened.
+    """
+    with storage.naming(file):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _LASTING:
+                raise
+            raise ImageError(f"{file} can't be read: {error.strerror}") from error
+        except ImageError as error:
+            cause = error.__cause__
+            while cause is not None:
+                # Pillow's own have no number.
+                numbered = isinstance(cause, OSError) and cause.errno is not None
+                if isinstance(cause, MemoryError) or (numbered and cause.errno not in _LASTING):
+                    raise cause from error
+                cause = cause.__cause__
+            raise
+
+
 class FileSource:
     """Pictures in files, each decoded when it is needed and kept while there is room.
 
@@ -192,28 +231,26 @@ class FileSource:
         if (image := jpeg.decode(content, self._channels)) is not None:
             return image
         file = self._files[index]
-        try:
-            read: Any = Encoded(str(file), lambda: content)
-            picture = images.read(read)
-            size = picture.height, picture.width
-            return images.at_working_size(picture, size, self._channels, "antialiased")
-        except ImageError as error:
-            if str(file) in str(error):
-                raise
-            raise ImageError(f"{file}: {error}") from error
+        with _telling_what_lasts(file):
+            try:
+                read: Any = Encoded(str(file), lambda: content)
+                picture = images.read(read)
+                size = picture.height, picture.width
+                return images.at_working_size(picture, size, self._channels, "antialiased")
+            except ImageError as error:
+                if str(file) in str(error):
+                    raise
+                raise ImageError(f"{file}: {error}") from error
 
     def _content(self, index: int) -> bytes:
         file = self._files[index]
-        try:
-            with file.open("rb") as opened:
-                return opened.read()
-        except Exception as error:  # Remote file systems have errors of their own.
-            reason = getattr(error, "strerror", None) or error
-            raise ImageError(f"{file} can't be read: {reason}") from error
+        with _telling_what_lasts(file), storage.naming(file), file.open("rb") as opened:
+            return opened.read()
 
     def shape(self, index: int) -> Shape:
         if index not in self._shapes:
-            height, width, _ = images.read_shape(self._files[index])
+            with _telling_what_lasts(self._files[index]):
+                height, width, _ = images.read_shape(self._files[index])
             self._shapes[index] = height, width, self._channels
         return self._shapes[index]
 

@@ -626,18 +626,18 @@ def test_pictures_of_many_sizes_on_all_devices(trained):
         np.testing.assert_array_equal(every[n], one[n])
 
 
-def test_apply_takes_arrays_that_are_divided_among_devices(trained):
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_apply_takes_arrays_that_are_divided_among_devices(trained, kind):
     restorer = aecore.Restorer.load(trained)
-    mesh = jax.sharding.Mesh(jax.local_devices(), ("images",))
+    mesh = jax.make_mesh((8,), ("images",), axis_types=(jax.sharding.AxisType[kind],))
     divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("images"))
     images = RANDOM.random((16, 8, 8, 1), np.float32)
     expected = jax.jit(restorer.apply)(restorer.params, images)
-    params = jax.device_put(
-        restorer.params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    )
-    result = jax.jit(restorer.apply)(params, jax.device_put(images, divided))
-    assert result.sharding.is_equivalent_to(divided, 4)
-    np.testing.assert_allclose(result, expected, atol=1e-6)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    for params in (restorer.params, jax.device_put(restorer.params, whole)):
+        result = jax.jit(restorer.apply)(params, jax.device_put(images, divided))
+        assert result.sharding.is_equivalent_to(divided, 4)
+        np.testing.assert_allclose(result, expected, atol=1e-6)
     gradient = jax.jit(jax.grad(lambda params, x: restorer.apply(params, x).sum()))
     for leaf, other in zip(
         jax.tree.leaves(gradient(params, jax.device_put(images, divided))),
@@ -920,3 +920,8 @@ def test_strength_of_a_network_that_enlarges():
     image = np.random.default_rng(0).integers(0, 256, (2, 9, 14, 3), np.uint8)
     expected = np.stack([images.enlarged(each, 2) for each in image])
     np.testing.assert_array_equal(restorer(image), expected)
+
+
+def test_a_runs_parameters_lie_on_no_device_until_it_restores(trained):
+    params = Restorer.load(str(trained), device="cpu").params
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))

@@ -139,7 +139,7 @@ class Restorer:
 
     @property
     def params(self) -> Any:
-        """The network's parameters."""
+        """The network's parameters, on the host: `jax.device_put` them to call `apply` often."""
         return self.trained.params
 
     @property
@@ -380,11 +380,17 @@ class Restorer:
         Args:
           params: such as `restorer.params`.
           images: `(B, H, W, C)` float32 in [0, 1]; H and W are multiples of the network's stride.
+            They may be divided among devices.
 
         Returns:
-          The restored images, neither clipped nor rounded.
+          The restored images, neither clipped nor rounded; divided as those that came in.
         """
-        return self.network.apply(params, images)
+        apply = self.network.apply
+        sharding = jax.typeof(images).sharding
+        if explicit := sharding.mesh.explicit_axes:
+            # Such as of `jax.make_mesh`. How a layer's results are divided is up to the compiler.
+            apply = jax.sharding.auto_axes(apply, axes=explicit, out_sharding=sharding)
+        return apply(params, images)
 
     @property
     def receptive_field(self) -> ReceptiveField | None:

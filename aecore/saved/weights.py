@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 
-from aecore.errors import CheckpointError
+from aecore.errors import CheckpointError, ConfigError
 from aecore.networks.network import LinenNetwork
 from aecore.saved import exported, hub
 from aecore.saved.trained import TrainedNetwork
@@ -160,11 +161,8 @@ def _stamp(path: epath.Path) -> tuple[str, int, int]:
 
 
 def _of_run(run: epath.Path, model: Any) -> TrainedNetwork:
-    from aecore.errors import ConfigError
     from aecore.networks.base import abstract_params
     from aecore.saved import checkpoints
-
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def build_model(description):
         try:
@@ -174,8 +172,9 @@ def _of_run(run: epath.Path, model: Any) -> TrainedNetwork:
 
     def abstract(description):
         shape = (*description.image_size, description.channels)
+        # Arrays of the host: which devices are to have them is not known here.
         return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+            lambda leaf: np.empty(leaf.shape, leaf.dtype),
             abstract_params(build_model(description), shape),
         )
 

@@ -1,4 +1,4 @@
-"""Makes the sample that ships in the package: `aecore/sample/fashion_mnist.npz`.
+"""Makes the sample that ships in the package: `aecore/data/sample/fashion_mnist.npz`.
 
     python experiments/make_sample.py --data-dir /usr/share/datasets/fashion-mnist
 
@@ -16,7 +16,7 @@ import aecore
 from aecore.data import sources
 
 
-def main(data_dir: str, out: Path = Path("aecore/sample/fashion_mnist.npz")) -> None:
+def main(data_dir: str, out: Path = Path("aecore/data/sample/fashion_mnist.npz")) -> None:
     """Writes the sample.
 
     Args:

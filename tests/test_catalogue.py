@@ -1,6 +1,7 @@
 """Experiments by name, and new experiment files."""
 
 import json
+import sys
 import tomllib
 from pathlib import Path
 
@@ -32,6 +33,16 @@ def test_every_experiment_loads_by_its_name_and_says_what_it_is():
     for other in ("photo-denoise", "photo_denoise"):
         assert catalogue.find(other) == catalogue.find("denoise")
     assert catalogue.load("fashion-mnist-blind").then is not None
+
+
+def test_a_file_may_import_its_neighbours(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    text = catalogue.find("quickstart").read_text()
+    (tmp_path / "mine.py").write_text(f"{text}\nfrom a_neighbour import then\n")
+    (tmp_path / "a_neighbour.py").write_text("def then(experiment):\n    import another\n")
+    (tmp_path / "another.py").touch()
+    definition = catalogue.load(str(tmp_path / "mine.py"))
+    definition.then(definition.experiment)
 
 
 def test_installed_files_come_before_a_folder_that_happens_to_be_called_experiments(

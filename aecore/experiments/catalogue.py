@@ -8,6 +8,7 @@ An experiment file is a Python program that defines `experiment`; if it also def
 import ast
 import dataclasses
 import runpy
+import sys
 from collections.abc import Callable
 
 from etils import epath
@@ -89,6 +90,9 @@ def load(source: str) -> Definition:
       ConfigError: there is no such file, or it defines no experiment.
     """
     path = find(source)
+    # As Python does for a program: it may import its neighbours, also while it trains.
+    if (folder := str(path.parent.resolve())) not in sys.path:
+        sys.path.insert(0, folder)
     defined = runpy.run_path(str(path))
     experiment = defined.get("experiment")
     if not isinstance(experiment, Experiment):

@@ -238,7 +238,7 @@ def changes(
     for field in dataclasses.fields(old):
         before, after = getattr(old, field.name), getattr(new, field.name)
         name = f"{path}{field.name}"
-        if before == after or field.name in ("parent",):
+        if before == after or field.name == "parent":
             continue
         same_kind = type(before) is type(after) and dataclasses.is_dataclass(before)
         if same_kind:

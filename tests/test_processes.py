@@ -20,7 +20,8 @@ from test_photographs import save
 from test_training import newest
 
 from aecore import Training
-from aecore.errors import ProcessError
+from aecore.errors import ConfigError, ProcessError
+from aecore.training import meeting
 from aecore.training import processes as processes_module
 
 EXPERIMENT = Path(__file__).with_name("tiny_experiment.py")
@@ -243,7 +244,7 @@ def test_a_process_that_comes_late(tmp_path):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_process_that_never_comes(index, monkeypatch, caplog):
-    monkeypatch.setattr(processes_module, "_REPORT_EVERY", 0.1)
+    monkeypatch.setattr(meeting, "_REPORT_EVERY", 0.1)
     address = f"127.0.0.1:{free_port()}"
     training = Training(distributed=f"{address},2,{index}", join_timeout=1)
     begin = time.monotonic()
@@ -273,3 +274,11 @@ def test_strangers_at_the_port_are_ignored(monkeypatch):
     threading.Timer(0.5, knock).start()
     with pytest.raises(ProcessError, match="1 did not come"):
         processes_module.join(training)
+
+
+def test_why_the_coordination_service_does_not_start_is_told():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        place = meeting.Place("127.0.0.1", port, 2, 0, timeout=1.0)
+        with pytest.raises(ConfigError, match=rf"at port {port} \(.*[Ff]ailed.*\); if"):
+            meeting.start_coordinator(place, Training())

@@ -1,7 +1,7 @@
 """How alike images are: two `(B, H, W, C)` float32 arrays in [0, 1] to `(B,)`, a value an image.
 
-All raise ImageError unless both arrays have the same shape. dm_pix is imported where it is needed,
-as it takes a tenth of a second, and restoring needs no scores.
+All raise ImageError unless both arrays have the same shape. `luma` prepares arrays for them. dm_pix
+is imported where it is needed, as it takes a tenth of a second, and restoring needs no scores.
 """
 
 from typing import Any
@@ -41,6 +41,17 @@ def check_shapes(outputs: jax.Array, targets: jax.Array) -> None:
         )
 
 
+def _check_window(outputs: jax.Array, targets: jax.Array) -> None:
+    """Raises ImageError too if SSIM's window doesn't fit into the images."""
+    check_shapes(outputs, targets)
+    height, width = jnp.shape(outputs)[1:3]
+    if min(height, width) < SSIM_WINDOW:
+        raise ImageError(
+            f"structural similarity of images of {height}x{width} is not defined; "
+            f"both sides must have at least {SSIM_WINDOW} pixels"
+        )
+
+
 def psnr(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     """Peak signal-to-noise ratio in dB, `-10 log10(MSE)` for a data range of 1, at most 100.
 
@@ -61,7 +72,7 @@ def ssim(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     """
     import dm_pix
 
-    check_shapes(outputs, targets)
+    _check_window(outputs, targets)
     # dm_pix declares the filter on chex's arrays, a union that includes JAX's.
     filter_fn: Any = _gaussian_filter
     return jnp.asarray(dm_pix.ssim(outputs, targets, filter_fn=filter_fn))
@@ -85,7 +96,7 @@ def ssim_within(outputs: jax.Array, targets: jax.Array, sizes: jax.Array) -> jax
     """`ssim` of each image's first `sizes[i]` rows and columns."""
     import dm_pix
 
-    check_shapes(outputs, targets)
+    _check_window(outputs, targets)
     filter_fn: Any = _gaussian_filter
     values = jnp.asarray(dm_pix.ssim(outputs, targets, filter_fn=filter_fn, return_map=True))
     return _mean_within(values, sizes - (SSIM_WINDOW - 1))
@@ -122,7 +133,7 @@ def ms_ssim(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     half the size of the one before. Of the five scales, those at which both sides have at least 11
     pixels are used, with weights that add up to 1.
     """
-    check_shapes(outputs, targets)
+    _check_window(outputs, targets)
     count = 1
     while count < len(_SCALES) and min(outputs.shape[1:3]) >> count >= SSIM_WINDOW:
         count += 1

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import threading
+import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -121,14 +122,17 @@ def _remote_reason(error: BaseException) -> str:
 
 def explained(error: Exception) -> str | None:
     """One line about an exception of a remote file system; None for any other exception."""
-    if isinstance(error, OSError):
-        is_remote_error = error.errno is None  # Those of this machine have a number.
-    else:
-        is_remote_error = type(error).__module__.partition(".")[0] in _REMOTE_LIBRARIES
+    if isinstance(error, OSError) and error.errno is not None:
+        return None
+    modules = [type(error).__module__]
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        modules.append(frame.f_globals.get("__name__", ""))
+    is_remote_error = any(name.startswith(_REMOTE_LIBRARIES) for name in modules)
     return f"gs:// {_remote_reason(error)}" if is_remote_error else None
 
 
-_REMOTE_LIBRARIES = ("aiohttp", "gcsfs", "google")
+_REMOTE_LIBRARIES = ("aiohttp", "gcsfs", "google.api_core", "google.auth", "google.cloud")
+"""Modules whose exceptions these are, or whose code raised them."""
 
 
 def exists(path: epath.Path) -> bool:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from aecore import cli
+from aecore.storage import explained
 
 
 def run(capsys, function, *args):
@@ -197,3 +198,14 @@ def test_experiments_are_importable_and_valid():
     folder = Path(__file__).parent.parent / "experiments"
     for path in folder.glob("*.py"):
         runpy.run_path(str(path), run_name=path.stem)
+
+
+@pytest.mark.parametrize(("module", "is_remote"), [("gcsfs.core", True), ("requests", False)])
+def test_an_error_is_blamed_on_a_bucket_only_if_it_comes_from_there(module, is_remote):
+    raising = {"__name__": module}
+    exec("def ask(): raise OSError('Forbidden')", raising)
+    try:
+        raising["ask"]()
+    except OSError as error:
+        found = explained(error)
+    assert (found or "").startswith("gs:// can't be reached") == is_remote

@@ -104,3 +104,11 @@ def test_arrays_that_would_be_broadcast_are_refused(name, outputs, targets):
     message = f"outputs of shape {outputs} can't be compared with targets of shape {targets}"
     with pytest.raises(ImageError, match=re.escape(message)):
         compare(np.zeros(outputs, np.float32), np.zeros(targets, np.float32))
+
+
+@pytest.mark.parametrize("compare", [metrics.ssim, metrics.ms_ssim, losses.LOSSES["ms_ssim_l1"]])
+@pytest.mark.parametrize("size", [(10, 16), (16, 4)])
+def test_images_smaller_than_the_window_are_refused(compare, size):
+    images = np.zeros((1, *size, 3), np.float32)
+    with pytest.raises(ImageError, match=f"{size[0]}x{size[1]} .* at least 11 pixels"):
+        compare(images, images)

@@ -90,6 +90,15 @@ def test_a_claim_of_another_container_counts_while_it_shows_signs_of_life(folder
         pass
 
 
+def test_of_two_claims_at_one_moment_the_earlier_gives_way(folder, monkeypatch):
+    monkeypatch.setattr(claim, "_BEAT", 0.05)
+    stopped = threading.Event()
+    with claim.claimed(folder, stop=stopped.set):
+        left(folder)
+        assert stopped.wait(10)
+    assert claim.read(folder)["token"] == "other"
+
+
 def test_a_start_that_fails_forgets_nothing_of_the_time_of_one_that_was_killed(folder):
     left(folder, process=2**22 + 1, seconds=100.0)
     with pytest.raises(ValueError), claim.claimed(folder, lambda: 3.0):

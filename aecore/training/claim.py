@@ -36,7 +36,11 @@ def read(directory: epath.Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def claimed(directory: epath.Path, seconds: Callable[[], float] = lambda: 0.0) -> Iterator[float]:
+def claimed(
+    directory: epath.Path,
+    seconds: Callable[[], float] = lambda: 0.0,
+    stop: Callable[[], None] = lambda: None,
+) -> Iterator[float]:
     """Trains in a run directory alone.
 
     A claim that a process left when it was killed doesn't count: on this host one sees that the
@@ -45,6 +49,8 @@ def claimed(directory: epath.Path, seconds: Callable[[], float] = lambda: 0.0) -
     Args:
       directory: the run directory, which exists.
       seconds: gives the time that the run has taken so far, to note with each sign of life.
+      stop: called from another thread if another process has claimed the directory at the same
+        moment after all, as where files are seen late; that one goes on.
 
     Yields:
       The time that the run had taken when an earlier process of it was killed or failed, or 0.
@@ -71,15 +77,23 @@ def claimed(directory: epath.Path, seconds: Callable[[], float] = lambda: 0.0) -
         text = json.dumps({**said, "seconds": max(seconds(), taken)}) + "\n"
         write_whole(directory / FILE, text.encode())
 
+    def others() -> dict[str, Any] | None:
+        found = read(directory)
+        return None if found is None or found.get("token") == token else found
+
     write()
     # Of several that found no claim at the same moment, the last to write has it.
     time.sleep(3.0 if remote else 0.1)
-    if (other := read(directory)) is not None and other.get("token") != token:
+    if (other := others()) is not None:
         raise ConfigError(_refusal(directory, other))
     ended = threading.Event()
 
     def live() -> None:
         while not ended.wait(beat):
+            if others() is not None:
+                _log.error("another process trains in %s too; this one stops", directory)
+                stop()
+                return
             said["beats"] += 1
             with contextlib.suppress(OSError):  # A sign of life may fail, such as on a full disk.
                 write()
@@ -96,10 +110,11 @@ def claimed(directory: epath.Path, seconds: Callable[[], float] = lambda: 0.0) -
         ended.set()
         thread.join()
         with contextlib.suppress(OSError), naming(directory):
-            if failed:  # What was not saved is lost, which is noted for whoever goes on.
+            is_own = others() is None
+            if is_own and failed:  # What was not saved is lost, which is noted for whoever goes on.
                 said["process"] = None
                 write()
-            else:
+            elif is_own:
                 (directory / FILE).unlink(missing_ok=True)
 
 

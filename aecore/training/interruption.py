@@ -27,6 +27,10 @@ class Interruption:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def request(self) -> None:
+        """Asks for a stop, as a signal does."""
+        self.requested = True
+
     def _handle(self, number, frame) -> None:
         del frame
         now = time.monotonic()
@@ -35,4 +39,4 @@ class Interruption:
             raise KeyboardInterrupt
         if not self.requested:
             self._first = now
-        self.requested = True
+        self.request()

@@ -132,8 +132,8 @@ def _train(
     except OSError as error:
         raise ConfigError(f"{directory} can't be made: {error}; use another --run-dir") from error
     with (
-        _alone(directory, clock) as earlier,
         Interruption() as interruption,
+        _alone(directory, clock, interruption) as earlier,
         Checkpoints(directory / "checkpoints", experiment.training.keep) as checkpoints,
     ):
         run = _Run(
@@ -158,10 +158,14 @@ def _train(
 
 
 @contextlib.contextmanager
-def _alone(directory: epath.Path, clock: Clock) -> Iterator[float]:
+def _alone(directory: epath.Path, clock: Clock, interruption: Interruption) -> Iterator[float]:
     """Claims the run directory, for the first process of a training; yields as `claimed` does."""
     is_first = jax.process_index() == 0
-    own = claim.claimed(directory, clock.total) if is_first else contextlib.nullcontext(0.0)
+    own = (
+        claim.claimed(directory, clock.total, interruption.request)
+        if is_first
+        else contextlib.nullcontext(0.0)
+    )
     with own as earlier:
         processes.check_sees(directory)
         yield earlier

@@ -131,9 +131,10 @@ def _train(
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{directory} can't be made: {error}; use another --run-dir") from error
+    interruption = Interruption()
     with (
-        Interruption() as interruption,
         _alone(directory, clock, interruption) as earlier,
+        interruption,
         Checkpoints(directory / "checkpoints", experiment.training.keep) as checkpoints,
     ):
         run = _Run(

@@ -1,6 +1,7 @@
 """Scores of any network on any pictures, against other libraries and published figures."""
 
 import csv
+import dataclasses
 import json
 
 import jax
@@ -17,6 +18,7 @@ from aecore.errors import ConfigError, DataError
 from aecore.models import UNet, Upscaler
 from aecore.restoring.restorer import Restorer
 from aecore.saved import exported
+from aecore.saved.descriptions import Description, describe
 from aecore.saved.trained import TrainedNetwork
 from aecore.scoring import pictures
 
@@ -150,6 +152,33 @@ def test_pairs_are_scored_as_they_are(photos, tmp_path, denoiser):
     assert scores["evaluation"]["psnr"] == pytest.approx(np.mean(expected), abs=1e-3)
 
 
+def restorer_of_run(kind, dataset, degradation):
+    """Untrained, with a description as a run has it."""
+    model = kind((4, 8), channels=3, patch=2)
+    data = aecore.Data(dataset, crop=16)
+    description = describe(aecore.Experiment("a", model, degradation, data))
+    return Restorer(
+        dataclasses.replace(network(model), description=Description.from_json(description))
+    )
+
+
+def test_what_a_run_undoes_is_known_without_its_model(photos):
+    class Unregistered(UNet):
+        pass
+
+    job = pictures.find(
+        str(photos), None, restorer_of_run(Unregistered, "folder", GaussianNoise(0.1))
+    )
+    assert job.degradation == GaussianNoise(0.1)
+
+
+def test_what_a_run_on_pairs_undoes_must_be_said(photos):
+    restorer = restorer_of_run(UNet, "pairs", Compose())
+    with pytest.raises(ConfigError, match="trained on pairs.* with degradation=.*--degradation"):
+        pictures.find(str(photos), None, restorer)
+    assert pictures.find(str(photos), GaussianNoise(0.1), restorer).scale == 1
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -191,7 +220,7 @@ def test_what_can_not_be_scored(photos, denoiser, tmp_path):
         with pytest.raises(error, match=message):
             aecore.evaluate(denoiser, **{"data": str(photos), **settings})
 
-    refused("doesn't say what it was trained to undo")
+    refused("trained to undo is not known.*; say what to do to the pictures with degradation=")
     refused("2 times smaller, but the network enlarges them 1", degradation=Downscale(2))
     (tmp_path / "empty").mkdir()
     noise = GaussianNoise(0.1)

@@ -76,7 +76,7 @@ def find(data: str, degradation: Degradation | None, restorer: Restorer) -> Scor
       restorer: the network.
 
     Raises:
-      ConfigError: there is nothing to do to the pictures, or the scales don't fit.
+      ConfigError: it isn't known what to do to the pictures, or the scales don't fit.
       DataError: there are no pictures.
     """
     folder = to_path(data)
@@ -99,12 +99,13 @@ def find(data: str, degradation: Degradation | None, restorer: Restorer) -> Scor
 
 
 def _own(restorer: Restorer) -> Degradation:
-    if restorer.description.degradation is None:
+    try:
+        return restorer.description.build_degradation()
+    except ConfigError as error:
         raise ConfigError(
-            "the network doesn't say what it was trained to undo; say what to do to the pictures, "
-            "such as --degradation 'GaussianNoise(25 / 255)'"
-        )
-    return restorer.description.experiment().degradation
+            f"{error}; say what to do to the pictures with degradation= (--degradation), such as "
+            "'GaussianNoise(25 / 255)'"
+        ) from error
 
 
 def score(

@@ -138,6 +138,26 @@ def test_the_command_prints_and_writes_what_was_scored(photos, denoiser, tmp_pat
     assert 450 < Image.open(tmp_path / "ranked.png").size[0] < 650
 
 
+def test_pictures_of_one_name_in_several_folders_are_told_apart(tmp_path, denoiser, monkeypatch):
+    for folder, gray in (("a", 60), ("b", 190)):
+        (tmp_path / "photos" / folder).mkdir(parents=True)
+        Image.new("RGB", (48, 48), (gray, 0, 0)).save(tmp_path / "photos" / folder / "1.png")
+    shown = {}
+    monkeypatch.setattr(pictures.reports, "save_samples", lambda rows, *_: shown.update(rows))
+    found = aecore.evaluate(
+        denoiser,
+        data=str(tmp_path / "photos"),
+        degradation=Compose(),
+        csv=str(tmp_path / "scores.csv"),
+        pictures=str(tmp_path / "ranked.png"),
+    )
+    assert found["evaluation"]["images"] == 2
+    with (tmp_path / "scores.csv").open() as file:
+        names = [row["picture"] for row in csv.DictReader(file) if row["result"] == "restored"]
+    assert names == ["a/1.png", "b/1.png"]
+    assert sorted(np.rint(shown["original"].max(axis=(1, 2, 3)) * 255)) == [60, 190]
+
+
 def test_pairs_are_scored_as_they_are(photos, tmp_path, denoiser):
     for name in ("original", "degraded"):
         (tmp_path / "pairs" / name).mkdir(parents=True)

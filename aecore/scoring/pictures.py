@@ -24,7 +24,7 @@ from aecore import metrics
 from aecore.config import Data
 from aecore.data import crops, sources
 from aecore.data.ahead import results_ahead
-from aecore.data.indexed import Pairs, Source
+from aecore.data.indexed import FileSource, Pairs, Source
 from aecore.degradations import Compose, Degradation, JaxOps
 from aecore.errors import ConfigError, DataError, ImageError
 from aecore.media.images import enlarged
@@ -50,7 +50,10 @@ DEGRADED, RESTORED = "degraded", "restored"
 class PictureScores(NamedTuple):
     """Scores of one picture."""
 
+    place: int
+    """Its index in the source."""
     name: str
+    """Its file, from the folder of pictures on."""
     height: int
     width: int
     values: dict[str, dict[str, float]]
@@ -62,6 +65,8 @@ class ScoringJob(NamedTuple):
     """What is to be scored."""
 
     source: Source
+    folder: epath.Path
+    """Where the pictures lie; of pairs, the originals."""
     degradation: Degradation
     scale: int
     """How many times larger the originals are than the degraded pictures."""
@@ -95,7 +100,7 @@ def find(data: str, degradation: Degradation | None, restorer: Restorer) -> Scor
             f"the degraded pictures are {scale} times smaller, but the network enlarges them "
             f"{restorer.network.scale} times; use a degradation with the network's scale"
         )
-    return ScoringJob(source, degradation, scale)
+    return ScoringJob(source, folder / "original" if is_pairs else folder, degradation, scale)
 
 
 def _own(restorer: Restorer) -> Degradation:
@@ -130,7 +135,7 @@ def score(
             _log.warning("skipped: %s", error)
             continue
         if min(height, width) * job.scale < metrics.SSIM_WINDOW + 2 * job.scale:
-            _log.warning("skipped: %s is too small to be scored", _name(job.source, index))
+            _log.warning("skipped: %s is too small to be scored", _name(job, index))
             continue
         sizes[index] = height, width
     if not sizes:
@@ -163,7 +168,8 @@ def score(
             bar.update()
             height, width = original.shape[:2]
             yield PictureScores(
-                _name(job.source, index),
+                index,
+                _name(job, index),
                 height,
                 width,
                 {
@@ -255,10 +261,10 @@ def _score(restored: jax.Array, original: jax.Array, size: jax.Array) -> dict[st
     return {name: value[0] for name, value in scores.items()}
 
 
-def _name(source: Source, index: int) -> str:
-    files = source.original if isinstance(source, Pairs) else source
-    name = getattr(files, "name", None)
-    return epath.Path(name(index)).name if name else str(index)
+def _name(job: ScoringJob, index: int) -> str:
+    files = job.source.original if isinstance(job.source, Pairs) else job.source
+    assert isinstance(files, FileSource)
+    return str(epath.Path(files.name(index)).relative_to(job.folder))
 
 
 def protocol(job: ScoringJob) -> str:
@@ -301,7 +307,7 @@ def write_csv(found: Sequence[PictureScores], file: epath.PathLike) -> None:
     names = list(found[0].values[RESTORED])
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["picture", "height", "width", "result", *names])
-    for picture in sorted(found):
+    for picture in sorted(found, key=lambda picture: picture.place):
         for row, values in picture.values.items():
             numbers = [f"{values[name]:.6g}" for name in names]
             writer.writerow([picture.name, picture.height, picture.width, row, *numbers])
@@ -312,14 +318,13 @@ def save_ranked(
     found: Sequence[PictureScores], job: ScoringJob, restorer: Restorer, file: epath.PathLike
 ) -> None:
     """A picture of the best, median and worst results: their middles."""
-    place = {_name(job.source, index): index for index in range(len(job.source))}
     psnr = np.array([picture.values[RESTORED]["psnr"] for picture in found])
     ranked = evaluation.ranked(psnr)
     rows: dict[str, list[np.ndarray]] = {DEGRADED: [], RESTORED: [], "original": []}
     titles = []
     for label, chosen in ranked.items():
         for number in chosen.tolist():
-            given, original = degraded_pair(job, place[found[number].name])
+            given, original = degraded_pair(job, found[number].place)
             results = (_plain(given, job.scale).clip(0, 1), restorer(given), original)
             for row, image in zip(rows.values(), results, strict=True):
                 row.append(crops.pad(_middle(image, _MIDDLE), _MIDDLE, _MIDDLE))

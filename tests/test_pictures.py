@@ -251,6 +251,23 @@ def test_what_can_not_be_scored(photos, denoiser, tmp_path):
         aecore.evaluate(denoiser, csv="scores.csv")
 
 
+@pytest.mark.parametrize("methods", [False, ["median"]])
+def test_pictures_of_which_none_can_be_scored(denoiser, tmp_path, methods):
+    save(tmp_path / "small", [(6, 6)])
+    (tmp_path / "broken").mkdir()
+    path = tmp_path / "broken/0.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:1000])  # The header is there, most of the pixels aren't.
+    for name in ("broken", "small"):
+        with pytest.raises(DataError, match=f"of the pictures in .*{name}.*; name a folder"):
+            aecore.evaluate(
+                denoiser,
+                data=str(tmp_path / name),
+                degradation=GaussianNoise(0.1),
+                classical=methods,
+            )
+
+
 @pytest.mark.parametrize(
     ("folder", "degradation", "published", "name"),
     [

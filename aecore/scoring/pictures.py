@@ -138,8 +138,6 @@ def score(
             _log.warning("skipped: %s is too small to be scored", _name(job, index))
             continue
         sizes[index] = height, width
-    if not sizes:
-        raise DataError("there are no pictures that can be scored")
     known = tune(job, list(sizes), methods)
 
     def pair(index):
@@ -348,6 +346,8 @@ def evaluate(
     if methods:
         chosen = classical.methods(job.degradation, None if methods is True else methods)
     found = list(score(job, restorer, chosen, progress))
+    if not found:
+        raise DataError(f"none of the pictures in {data} can be scored; name a folder of others")
     if csv_file is not None:
         write_csv(found, csv_file)
     if picture_file is not None:

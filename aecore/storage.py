@@ -79,6 +79,20 @@ def is_free(path: epath.PathLike) -> bool:
     return not os.path.exists(path) or os.path.isfile(path)  # noqa: PTH110, PTH113
 
 
+def check_writable(path: epath.Path) -> None:
+    """Refuses a path where no file can be written, before the work whose results it is for.
+
+    Raises:
+      ConfigError: it is a folder or a device, or its folder is missing.
+    """
+    # Buckets have no folders that must exist.
+    if not is_free(path) or not (is_remote(path) or path.parent.is_dir()):
+        raise ConfigError(
+            f"{path} can't be written: it is no regular file, or its folder is missing; "
+            "name another"
+        )
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an exception says that a disk or a quota is full."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

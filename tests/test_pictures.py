@@ -251,6 +251,21 @@ def test_what_can_not_be_scored(photos, denoiser, tmp_path):
         aecore.evaluate(denoiser, csv="scores.csv")
 
 
+@pytest.mark.parametrize("name", ["csv", "pictures"])
+def test_files_that_can_not_be_written_are_refused_before_scoring(
+    name, photos, denoiser, tmp_path, monkeypatch
+):
+    monkeypatch.delattr(pictures, "score")
+    for path in (tmp_path / "none" / "file", photos):
+        with pytest.raises(ConfigError, match=f"{path} can't be written"):
+            aecore.evaluate(
+                denoiser,
+                data=str(photos),
+                degradation=GaussianNoise(0.1),
+                **{name: str(path)},
+            )
+
+
 @pytest.mark.parametrize("methods", [False, ["median"]])
 def test_pictures_of_which_none_can_be_scored(denoiser, tmp_path, methods):
     save(tmp_path / "small", [(6, 6)])

@@ -12,7 +12,16 @@ from etils import epath
 
 from aecore.errors import ConfigError
 from aecore.media import images, videos
-from aecore.storage import entries, is_free, is_remote, naming, reason, resolved, to_path
+from aecore.storage import (
+    check_writable,
+    entries,
+    is_free,
+    is_remote,
+    naming,
+    reason,
+    resolved,
+    to_path,
+)
 
 COMPARISON = "_compare.png"
 """Appended to an output's stem to name the picture that compares it with its input."""
@@ -185,8 +194,7 @@ def check(jobs: Sequence[Job], *, comparing: bool, overwrite: bool, report: str 
         path = to_path(report)
         if resolved(path) in named or resolved(path) in sources:
             raise ConfigError(f"{path} is an input or an output; choose another report file")
-        if path.is_dir() or not (is_remote(path) or path.parent.is_dir()):
-            raise ConfigError(f"{path} can't be written: it is a folder, or its folder is missing")
+        check_writable(path)
 
 
 def _expand(

@@ -30,7 +30,7 @@ from aecore.errors import ConfigError, DataError, ImageError
 from aecore.media.images import enlarged
 from aecore.restoring.restorer import Restorer
 from aecore.scoring import classical, evaluation, reports
-from aecore.storage import to_path
+from aecore.storage import check_writable, to_path, write_whole
 
 _log = logging.getLogger(__name__)
 
@@ -309,7 +309,7 @@ def write_csv(found: Sequence[PictureScores], file: epath.PathLike) -> None:
         for row, values in picture.values.items():
             numbers = [f"{values[name]:.6g}" for name in names]
             writer.writerow([picture.name, picture.height, picture.width, row, *numbers])
-    to_path(file).write_text(text.getvalue())
+    write_whole(to_path(file), text.getvalue().encode())
 
 
 def save_ranked(
@@ -327,7 +327,8 @@ def save_ranked(
             for row, image in zip(rows.values(), results, strict=True):
                 row.append(crops.pad(_middle(image, _MIDDLE), _MIDDLE, _MIDDLE))
             titles.append(f"{label}, {psnr[number]:.1f} dB")
-    reports.save_samples({name: np.stack(row) for name, row in rows.items()}, file, titles)
+    sheet = {name: np.stack(row) for name, row in rows.items()}
+    reports.save_samples(sheet, to_path(file), titles)
 
 
 def evaluate(
@@ -341,6 +342,9 @@ def evaluate(
     progress: bool = False,
 ) -> dict[str, Any]:
     """Scores a network on pictures; see `aecore.evaluate`."""
+    for file in (csv_file, picture_file):
+        if file is not None:
+            check_writable(to_path(file))
     job = find(data, degradation, restorer)
     chosen = {}
     if methods:
@@ -348,11 +352,11 @@ def evaluate(
     found = list(score(job, restorer, chosen, progress))
     if not found:
         raise DataError(f"none of the pictures in {data} can be scored; name a folder of others")
+    scores = summarize(found)
     if csv_file is not None:
         write_csv(found, csv_file)
     if picture_file is not None:
         save_ranked(found, job, restorer, picture_file)
-    scores = summarize(found)
     return {
         "evaluation": {"step": restorer.description.step, **scores.pop(RESTORED)},
         "baseline": scores.pop(DEGRADED),

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from aecore.storage import write_whole
+
 _GAP = 0.04
 """Inches between pictures."""
 
@@ -21,7 +23,7 @@ def _save(figure: Any, path: epath.PathLike) -> None:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", dpi=150)
-    epath.Path(path).write_bytes(buffer.getvalue())
+    write_whole(path, buffer.getvalue())
 
 
 def save_samples(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from aecore.config import Data, Experiment, Optimizer, Training
     from aecore.restoring.restorer import Restorer, restore
-    from aecore.scoring.evaluation import evaluate
+    from aecore.scoring.evaluate import evaluate
     from aecore.training.loop import train
 
 __version__ = "0.1.0"
@@ -30,7 +30,7 @@ _HOME = {
     "Training": "config",
     "Restorer": "restoring.restorer",
     "restore": "restoring.restorer",
-    "evaluate": "scoring.evaluation",
+    "evaluate": "scoring.evaluate",
     "train": "training.loop",
 }
 

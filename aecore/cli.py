@@ -470,8 +470,9 @@ class Evaluate:
     def run(self) -> int:
         from aecore import degradations
         from aecore.scoring import evaluation
+        from aecore.scoring.evaluate import evaluate
 
-        scores = evaluation.evaluate(
+        scores = evaluate(
             self.model,
             data=self.data,
             data_dir=self.data_dir,

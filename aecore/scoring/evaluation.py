@@ -1,34 +1,24 @@
 """Scores of a network over a dataset; every image counts exactly once."""
 
 import collections
-import dataclasses
 import functools
-import json
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from aecore import metrics
-from aecore.data import sources
 from aecore.data.batches import evaluation_batches
 from aecore.data.grouping import Group, GroupedPictures
 from aecore.data.indexed import Pairs, Source
 from aecore.degradations import Degradation, PlacedJaxOps
-from aecore.errors import ConfigError, DataError
+from aecore.errors import DataError
 from aecore.networks import layers
-from aecore.restoring.restorer import Restorer
-from aecore.scoring import reports
 from aecore.steps import step
 from aecore.steps.devices import Devices, in_background
 from aecore.steps.step import Apply, degrading, degrading_pairs, score
-from aecore.storage import to_path, write_json
-
-_log = logging.getLogger(__name__)
 
 # The noise in evaluations depends on an image's index only, so that all runs and models are scored
 # on the same inputs.
@@ -237,9 +227,7 @@ def summarize(values: PerImage) -> Scores:
     if count == 1:
         return {"images": count, **means}
     # By the central limit theorem.
-    deviations = {
-        name: float(v.std(dtype=np.float64, ddof=count > 1)) for name, v in values.items()
-    }
+    deviations = {name: float(v.std(dtype=np.float64, ddof=1)) for name, v in values.items()}
     half = {name: 1.96 * deviation / count**0.5 for name, deviation in deviations.items()}
     return {"images": count, **means, "ci95": half}
 
@@ -272,10 +260,11 @@ def degraded(degradation: Degradation, images: np.ndarray, first: int = 0) -> np
       images: successive images of a dataset, `(N, H, W, C)` uint8.
       first: index of the first of them.
     """
-    return _degraded_at(degradation, images, np.arange(first, first + len(images)))
+    return degraded_at(degradation, images, np.arange(first, first + len(images)))
 
 
-def _degraded_at(degradation: Degradation, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
+def degraded_at(degradation: Degradation, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """The same of any images of a dataset, `(N, H, W, C)` uint8, at `(N,)` indices."""
     arguments = jax.device_put((images, indices.astype(np.int32)))
     return jax.device_get(_degrade(degradation)(*arguments))
 
@@ -336,142 +325,6 @@ def table(
     return "\n".join([f"{'':{width}}{heads}", *lines])
 
 
-def evaluate(
-    run: str,
-    *,
-    data: str | None = None,
-    data_dir: str | None = None,
-    batch_size: int | None = None,
-    model: Any = None,
-    degradation: Degradation | None = None,
-    classical: bool | Sequence[str] = False,
-    save: bool = False,
-    csv: str | None = None,
-    pictures: str | None = None,
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Scores the best checkpoint of a run on its validation images, or any network on any pictures.
-
-    A run's own images are scored as training does it. Pictures are scored as papers do: each is
-    degraded and restored whole, at its own size; see `protocol` in what is returned.
-
-    Args:
-      run: a run directory; for pictures, also an exported file, or the name of weights that ship
-        with aecore.
-      data: a folder of pictures, or of pairs in its folders `degraded` and `original`.
-      data_dir: where the run's data are now, if they have moved.
-      batch_size: images per call; None: a fast number.
-      model: needed if the checkpoint's model is not in `aecore.models.REGISTRY`.
-      degradation: applied to the images; by default that of the run, and none for pairs.
-      classical: whether to score classical methods too; or the names of methods to score. They are
-        tuned on training images; for pictures, on the middles of the first of them, which favours
-        them.
-      save: whether to add the scores to the run's `summary.json` and, of whole images, to write
-        `ranked.png` with the best, median and worst results by PSNR.
-      csv: for pictures, a file to write the scores of each to.
-      pictures: for pictures, a PNG file to show the best, median and worst results in.
-      progress: whether to show a progress bar.
-
-    Returns:
-      `evaluation` and `baseline`, as in `summary.json`; if asked for, `classical`: scores of each
-      method, and on the run's own images its `settings`. For pictures also `psnr_y` and `ssim_y`,
-      on luma, and `protocol`, a text.
-
-    Raises:
-      CheckpointError: there is no usable checkpoint.
-      ConfigError: `batch_size` is less than 1; the images don't fit the run; a classical method is
-        unknown or not installed; or the scores to save are not those of the run's own images.
-      DataError: the data can't be loaded.
-    """
-    if batch_size is not None and batch_size < 1:
-        raise ConfigError(f"batch_size {batch_size} is less than 1; use 1 or more")
-    if data is not None:
-        if save or data_dir is not None:
-            raise ConfigError(
-                "save and data_dir are for a run's own images only; leave out data, or these"
-            )
-        from aecore.scoring import pictures as any_pictures
-
-        return any_pictures.evaluate(
-            Restorer.load(run, model=model, batch_size=batch_size, in_range=False),
-            data,
-            degradation,
-            methods=(classical,) if isinstance(classical, str) else classical,
-            csv_file=csv,
-            picture_file=pictures,
-            progress=progress,
-        )
-    if csv is not None or pictures is not None:
-        raise ConfigError("csv and pictures are for scoring pictures; name their folder with data")
-    restorer = Restorer.load(run, model=model)
-    experiment = restorer.description.experiment(model=model)
-    places = (experiment.data.data_dir, data_dir)
-    if experiment.data.dataset in ("folder", "pairs") and places == (None, None):
-        raise ConfigError(f"{run} doesn't say where its pictures are; name some with data (--data)")
-    own = degradation in (None, experiment.degradation)
-    degradation = degradation or experiment.degradation
-    from aecore.scoring import classical as classical_methods
-
-    names = (classical,) if isinstance(classical, str) else classical
-    methods = {}
-    if names and experiment.data.crop is not None:
-        _log.warning(
-            "classical methods are left out, as %s was trained on crops; to score them, name a "
-            "folder of pictures",
-            run,
-        )
-    elif names:
-        methods = classical_methods.methods(degradation, None if names is True else names)
-    directory = to_path(run)
-    summary = _read_summary(directory) if save else {}
-    settings = experiment.data
-    if data_dir is not None:
-        settings = dataclasses.replace(settings, data_dir=data_dir)
-    dataset = sources.load(settings)
-    experiment.check_images(*dataset.image_shape, dataset.scale)
-    if dataset.fingerprint() != restorer.description.fingerprint:
-        own = False
-        _log.warning("these are not the images that %s was trained on", run)
-    if save and not own:
-        raise ConfigError(
-            "a run's summary holds scores on the run's own images and degradation only; "
-            "leave out save"
-        )
-    validation = dataset.to_validate()
-    devices = Devices()
-    multiple = restorer.network.stride * restorer.network.scale
-    evaluator = Evaluator(restorer.network.apply, degradation, devices, batch_size, multiple)
-    values = evaluator.per_image(devices.replicate(restorer.params), validation)
-    scores = {
-        "evaluation": {"step": restorer.description.step, **summarize(values)},
-        "baseline": baseline(degradation, devices, validation, batch_size),
-    }
-    if methods:
-        scores["classical"] = classical_methods.scores(
-            methods, degradation, dataset, progress=progress
-        )
-    if save:
-        merged = summary.get("classical", {}) | scores.get("classical", {})
-        summary |= scores | ({"classical": merged} if merged else {})
-        write_json(directory / "summary.json", summary)
-        if isinstance(validation, np.ndarray):
-            _save_ranked(directory, restorer, degradation, validation, values["psnr"])
-    return scores
-
-
-def _read_summary(directory: epath.Path) -> dict[str, Any]:
-    path = directory / "summary.json"
-    try:
-        summary = json.loads(path.read_text())
-        if not isinstance(summary.get("classical", {}), dict):
-            raise ValueError("classical is no object")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} can't be read ({error}); finish the training of this run first"
-        ) from error
-    return summary
-
-
 def ranked(psnr: np.ndarray, count: int = 3) -> dict[str, np.ndarray]:
     """Indices of the images with the highest, median and lowest PSNR.
 
@@ -485,24 +338,3 @@ def ranked(psnr: np.ndarray, count: int = 3) -> dict[str, np.ndarray]:
     count = min(count, len(order) // 3)
     middle = (len(order) - count) // 2
     return {"best": order[:count], "median": order[middle:][:count], "worst": order[-count:]}
-
-
-def _save_ranked(
-    directory: epath.Path,
-    restorer: Restorer,
-    degradation: Degradation,
-    validation: np.ndarray,
-    psnr: np.ndarray,
-) -> None:
-    chosen = ranked(psnr)
-    indices = np.concatenate(list(chosen.values()))
-    noisy = _degraded_at(degradation, validation[indices], indices)
-    reports.save_samples(
-        {
-            "degraded": noisy,
-            "restored": restorer(noisy),
-            "original": validation[indices].astype(np.float32) / 255,
-        },
-        directory / "ranked.png",
-        [f"{name}, {psnr[i]:.1f} dB" for name, part in chosen.items() for i in part],
-    )

@@ -2,6 +2,8 @@ import gzip
 import io
 import itertools
 import struct
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,8 +13,11 @@ from PIL import Image
 from aecore import Data
 from aecore.data import sources, tfds
 from aecore.data.batches import evaluation_batches, training_batches
+from aecore.data.grouping import GroupedPictures
+from aecore.data.headers import readable_shapes
 from aecore.degradations import Compose, GaussianNoise, Pixelate
-from aecore.errors import DataError
+from aecore.errors import DataError, ImageError
+from aecore.media import images
 
 # Each image is filled with its own index, so that a batch shows which images it holds.
 NUMBERED = np.broadcast_to(np.arange(50, dtype=np.uint8)[:, None, None, None], (50, 12, 12, 1))
@@ -153,6 +158,36 @@ def test_folder_with_nested_folders_differing_sizes_and_gray_among_colour(tmp_pa
 
     with pytest.raises(DataError, match="differ in size; choose one with --data.image-size"):
         sources.load(Data(dataset="folder", data_dir=str(tmp_path)))
+
+
+def test_shapes_and_warnings_come_in_the_order_of_the_pictures(caplog):
+    def shape_of(name):
+        time.sleep((ord(name) * 7 % 5) / 100)
+        if name in "bcx":
+            raise ImageError(f"{name} is broken")
+        return ord(name), 1, 1
+
+    found = list(readable_shapes(shape_of, "abcdefxyz"))
+    assert found == [(name, (ord(name), 1, 1)) for name in "adefyz"]
+    assert [r.message for r in caplog.records] == [f"skipped: {name} is broken" for name in "bcx"]
+
+
+@pytest.mark.parametrize("use", ["at one size", "grouped"])
+def test_a_bucket_is_asked_for_several_headers_at_once(use, tmp_path, monkeypatch):
+    save_pictures(tmp_path, 8)
+    together, read_shape = threading.Barrier(8), images.read_shape
+
+    def read_together(path):
+        together.wait(5)
+        return read_shape(path)
+
+    monkeypatch.setattr(images, "read_shape", read_together)
+    data = Data(dataset="folder", data_dir=str(tmp_path))
+    if use == "grouped":
+        (group,) = GroupedPictures(sources.pictures(data)).groups
+        assert group.members == [*range(8)]
+    else:
+        assert len(sources.load(data).train) == 7
 
 
 def test_truncated_pictures_are_skipped(tmp_path, caplog):

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import threading
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ import aecore
 from aecore import cli, degradations, metrics
 from aecore.degradations import JPEG, Blur, Compose, Downscale, GaussianNoise, Sometimes
 from aecore.errors import ConfigError, DataError
+from aecore.media import images
 from aecore.models import UNet, Upscaler
 from aecore.restoring.restorer import Restorer
 from aecore.saved import exported
@@ -249,6 +251,18 @@ def test_what_can_not_be_scored(photos, denoiser, tmp_path):
     refused("leave out data", save=True)
     with pytest.raises(ConfigError, match="name their folder with data"):
         aecore.evaluate(denoiser, csv="scores.csv")
+
+
+def test_headers_are_read_at_the_same_time(photos, denoiser, monkeypatch):
+    together = threading.Barrier(len(SIZES))
+
+    def read_together(path):
+        together.wait(5)
+        return 8, 8, 3
+
+    monkeypatch.setattr(images, "read_shape", read_together)
+    with pytest.raises(DataError, match="none of the pictures"):  # All are too small.
+        aecore.evaluate(denoiser, data=str(photos), degradation=GaussianNoise(0.1))
 
 
 @pytest.mark.parametrize("name", ["csv", "pictures"])

@@ -11,6 +11,7 @@ import numpy as np
 
 from aecore.data.ahead import results_ahead
 from aecore.data.crops import pad
+from aecore.data.headers import readable_shapes
 from aecore.data.indexed import Pairs, Shape, Source
 from aecore.data.shapes import Size, shared_shapes, smallest_containing
 from aecore.errors import ImageError
@@ -64,16 +65,11 @@ class GroupedPictures:
         self.groups: list[Group] = []
         sizes = {}
         too_small = 0
-        for index in range(len(source)):
-            try:
-                size = source.shape(index)[:2]
-            except ImageError as error:
-                self._leave_out(index, error)
-                continue
-            if min(size) < least:
+        for index, (height, width, _) in readable_shapes(source.shape, range(len(source))):
+            if min(height, width) < least:
                 too_small += 1
             else:
-                sizes[index] = size
+                sizes[index] = height, width
         if too_small:
             _log.warning("skipped: %d pictures with sides of less than %d pixels", too_small, least)
         if not sizes:
@@ -140,12 +136,9 @@ class GroupedPictures:
                     degraded = self._source.degraded[index]
                     batch.degraded[row] = pad(degraded, *batch.degraded.shape[1:3])
             except ImageError as error:
-                self._leave_out(index, error)
+                self._broken.add(index)
+                _log.warning("skipped: %s", error)
                 continue
             batch.sizes[row] = original.shape[:2]
             batch.indices[row] = index
         return batch
-
-    def _leave_out(self, index: int, error: ImageError) -> None:
-        self._broken.add(index)
-        _log.warning("skipped: %s", error)

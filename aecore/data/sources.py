@@ -2,7 +2,6 @@
 
 import dataclasses
 import gzip
-import logging
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +13,11 @@ from tqdm import tqdm
 from aecore.config import Data
 from aecore.data import tfds, whole
 from aecore.data.crops import Crop, Crops, central
+from aecore.data.headers import readable_shapes
 from aecore.data.indexed import ArraySource, Cache, FileSource, Pairs, Shape, Source
 from aecore.errors import DataError, ImageError
 from aecore.media import images
 from aecore.storage import to_path
-
-_log = logging.getLogger(__name__)
 
 _SAMPLE = epath.Path(__file__).parent / "sample" / "fashion_mnist.npz"
 _DEBIAN_FASHION_MNIST = epath.Path("/usr/share/datasets/fashion-mnist")
@@ -204,12 +202,9 @@ def _pictures(data: Data) -> whole.Pictures:
 
 def _folder_pictures(data: Data) -> whole.Pictures:
     folder = _folder(data)
-    shapes = {}
-    for path in tqdm(images.walk(folder), "looking at pictures", unit="", delay=2, leave=False):
-        try:
-            shapes[path] = images.read_shape(path)
-        except ImageError as error:
-            _log.warning("skipped: %s", error)
+    files = images.walk(folder)
+    found = readable_shapes(images.read_shape, files)
+    shapes = dict(tqdm(found, "looking at pictures", len(files), unit="", delay=2, leave=False))
     if not shapes:
         raise _no_pictures(folder)
     heights, widths, channels = (set(values) for values in zip(*shapes.values(), strict=True))

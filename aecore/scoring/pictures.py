@@ -24,6 +24,7 @@ from aecore import metrics
 from aecore.config import Data
 from aecore.data import crops, sources
 from aecore.data.ahead import results_ahead
+from aecore.data.headers import readable_shapes
 from aecore.data.indexed import FileSource, Pairs, Source
 from aecore.degradations import Compose, Degradation, JaxOps
 from aecore.errors import ConfigError, DataError, ImageError
@@ -128,12 +129,8 @@ def score(
       progress: whether to show a progress bar.
     """
     sizes = {}
-    for index in range(len(job.source)):
-        try:
-            height, width = (side // job.scale for side in job.source.shape(index)[:2])
-        except ImageError as error:
-            _log.warning("skipped: %s", error)
-            continue
+    for index, shape in readable_shapes(job.source.shape, range(len(job.source))):
+        height, width = (side // job.scale for side in shape[:2])
         if min(height, width) * job.scale < metrics.SSIM_WINDOW + 2 * job.scale:
             _log.warning("skipped: %s is too small to be scored", _name(job, index))
             continue

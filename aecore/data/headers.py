@@ -1,0 +1,45 @@
+"""Shapes of many pictures, of which only the headers are read, several at the same time."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from aecore.data.ahead import results_ahead
+from aecore.data.indexed import Shape
+from aecore.errors import ImageError
+
+_log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+_AT_A_TIME = 32
+"""Headers read at the same time, as a bucket takes long to answer each request."""
+
+
+def readable_shapes(
+    shape_of: Callable[[Item], Shape], items: Sequence[Item]
+) -> Iterator[tuple[Item, Shape]]:
+    """Pictures whose headers can be read, in order. Others are left out, with a warning for each.
+
+    Args:
+      shape_of: reads one picture's shape, in one of several threads; ImageError: it is broken.
+      items: the pictures, by whatever `shape_of` takes.
+
+    Yields:
+      A picture, and its height, width and channels.
+    """
+
+    def attempt(item: Item) -> Shape | ImageError:
+        try:
+            return shape_of(item)
+        except ImageError as error:
+            return error
+
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        found = results_ahead(lambda item: pool.submit(attempt, item), items, most=2 * _AT_A_TIME)
+        for item, shape in zip(items, found, strict=True):
+            if isinstance(shape, ImageError):
+                _log.warning("skipped: %s", shape)
+            else:
+                yield item, shape

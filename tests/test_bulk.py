@@ -690,6 +690,42 @@ def test_resolution_profile_and_comparison_of_larger_pictures(enlarging, tmp_pat
         assert np.abs(left - right).max() <= 1
 
 
+@pytest.mark.parametrize("width", ["wide", b"\x0e", (14, 9)])
+def test_a_width_in_exif_that_is_no_number_stops_nothing(tmp_path, width):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "aecore"
+    exif.get_ifd(ExifTags.IFD.Exif).update(
+        {ExifTags.Base.ExifImageWidth: width, ExifTags.Base.ExifImageHeight: 9}
+    )
+    Image.new("RGB", (14, 9)).save(tmp_path / "a.png", exif=exif)
+    frame = images.read_picture(tmp_path / "a.png").frames[0]
+    larger = Image.Exif()
+    larger.load(frame.restored(np.zeros((18, 28, 3), np.uint8)).carried["exif"])
+    assert larger.get_ifd(ExifTags.IFD.Exif) == {
+        ExifTags.Base.ExifImageWidth: width,
+        ExifTags.Base.ExifImageHeight: 18,
+    }
+
+
+def test_a_picture_that_cannot_be_enlarged_stops_no_other(enlarging, tmp_path, capfd, monkeypatch):
+    save_pictures(tmp_path / "in", 3)
+    enlarge = images.Frame.restored
+
+    def restored(frame, values):
+        if frame.carried.get("comment"):
+            raise ImageError("values and alpha don't make a picture")
+        return enlarge(frame, values)
+
+    monkeypatch.setattr(images.Frame, "restored", restored)
+    with Image.open(tmp_path / "in" / "1.png") as picture:
+        picture.save(tmp_path / "in" / "1.gif", comment="odd")
+    args = [tmp_path / "in", "-o", tmp_path / "out", "-m", enlarging[0]]
+    status, output, errors = run(capfd, *args)
+    assert status == 1
+    assert errors == f"{tmp_path}/in/1.gif: values and alpha don't make a picture\n"
+    assert "3 restored, 1 failed" in output
+
+
 def test_animations_come_back_larger(enlarging, tmp_path, capfd):
     model, scale = enlarging
     frames = [Image.fromarray(RANDOM.integers(0, 256, (9, 8, 3), np.uint8)) for _ in range(3)]

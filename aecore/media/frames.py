@@ -93,10 +93,11 @@ def _exif_of_larger(data: bytes, scale: int) -> bytes:
     exif = Image.Exif()
     exif.load(data)
     details = exif.get_ifd(ExifTags.IFD.Exif)
-    sides = {ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight} & set(details)
-    for side in sides:
-        details[side] = scale * int(details[side])
-    return exif.tobytes() if sides else data
+    for side in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight):
+        # Some programs write text.
+        if isinstance(details.get(side), int):
+            details[side] *= scale
+    return exif.tobytes()
 
 
 def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:

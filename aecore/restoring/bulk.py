@@ -209,10 +209,10 @@ def _write(
     compare: bool,
     quality: int | None,
 ) -> Done | Failure:
-    frames = tuple(
-        frame.restored(values) for frame, values in zip(picture.frames, restored, strict=True)
-    )
     try:
+        frames = tuple(
+            frame.restored(values) for frame, values in zip(picture.frames, restored, strict=True)
+        )
         job.target.parent.mkdir(parents=True, exist_ok=True)
         whole = dataclasses.replace(picture, frames=frames)
         notes = images.write_picture(whole, job.target, quality=quality)

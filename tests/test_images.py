@@ -18,7 +18,7 @@ import tifffile
 from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin, features
 
 from aecore.errors import ImageError
 from aecore.media import decoders, encoders, frames, images
@@ -622,6 +622,46 @@ def test_the_resolution_of_a_tiff_keeps_its_meaning(tmp_path, unit):
     picture = read_picture(tmp_path / "a.tif")
     notes = write_picture(picture, tmp_path / "b.png")
     assert notes == (("the shape of pixels was dropped: PNG can't hold it",) if unit == 1 else ())
+
+
+RESOLUTION = (
+    ExifTags.Base.XResolution,
+    ExifTags.Base.YResolution,
+    ExifTags.Base.ResolutionUnit,
+)
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".webp", ".tif", ".avif"])
+@pytest.mark.parametrize("target_ending", [".png", ".jpg", ".webp", ".tif", ".avif"])
+def test_a_larger_picture_has_one_resolution(tmp_path, ending, target_ending):
+    if ".avif" in (ending, target_ending) and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    exif = exif_of_a_camera()
+    exif.update(zip(RESOLUTION, (72.0, 72.0, 2), strict=True))
+    smooth().save(tmp_path / f"a{ending}", exif=exif.tobytes())
+    picture = read_picture(tmp_path / f"a{ending}")
+    larger = picture.frames[0].restored(noise(3, size=(2 * SIZE[0], 2 * SIZE[1])))
+    notes = write_picture(Picture((larger,), "", picture.carried), tmp_path / f"b{target_ending}")
+    assert notes == ()
+    again = read_picture(tmp_path / f"b{target_ending}").frames[0].carried
+    assert again["dpi"] == pytest.approx((144, 144), abs=0.02)
+    with Image.open(tmp_path / f"b{target_ending}") as image:
+        tags = image.getexif()
+        assert tags[ExifTags.Base.Make] == "Maker"
+        stated = tuple(tags[tag] for tag in RESOLUTION if tag in tags)
+        assert stated == (() if target_ending in (".png", ".jpg") else (144, 144, 2))
+
+
+@pytest.mark.parametrize(("unit", "expected"), [(None, 30), (1, None), (2, 30), (3, 76.2)])
+def test_a_resolution_that_only_exif_has(tmp_path, unit, expected):
+    exif = Image.Exif()
+    exif.update(zip(RESOLUTION[:2], (30.0, 30.0), strict=True))
+    if unit is not None:
+        exif[ExifTags.Base.ResolutionUnit] = unit
+    smooth().save(tmp_path / "a.webp", exif=exif.tobytes())
+    picture = read_picture(tmp_path / "a.webp")
+    assert picture.notes == ()
+    assert picture.frames[0].carried.get("dpi") == (expected and (expected, expected))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

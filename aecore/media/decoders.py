@@ -338,21 +338,18 @@ def _read_carried(image: Image.Image, turned: bool, notes: list[str]) -> tuple[i
     info = image.info
     carried = {}
     orientation = 1
+    in_exif = None
     try:
         exif = _exif_copy(image, notes)
-        if image.format == "TIFF":
-            # These are what `dpi` is made from.
-            for tag in {282, 283, 296} & set(exif):
-                del exif[tag]
         orientation = exif.get(ExifTags.Base.Orientation, 1)
         # Reading a JPEG or a PNG, Pillow may have failed already, and kept an empty one.
         if len(info.get("exif", b"")) > 24 and not len(exif):
             raise ValueError("no tag can be read")
+        in_exif = _pop_resolution(exif)
         turned = turned or orientation in (5, 6, 7, 8)
         carried["exif"] = _exif_bytes(exif, turned=turned)
     except Exception:  # Any damage, as in reading pixels; these are worth having without.
         notes.append("EXIF was dropped: it is damaged")
-        exif = Image.Exif()
     xmp = info.get("xmp") or info.get("XML:com.adobe.xmp")
     if isinstance(xmp, str):
         xmp = xmp.encode()
@@ -366,23 +363,39 @@ def _read_carried(image: Image.Image, turned: bool, notes: list[str]) -> tuple[i
     for name in ("icc_profile", "comment"):
         if isinstance(info.get(name), bytes):
             carried[name] = info[name]
-    name, resolution = "dpi", info.get("dpi")
+    name, resolution = "dpi", info.get("dpi", in_exif)
     if image.format == "TIFF" and TiffImagePlugin.X_RESOLUTION not in _tags(image):
         resolution = None
     elif image.format == "TIFF" and resolution is None:
         # Without a unit, only the ratio of the two means something.
         name, resolution = "aspect", info.get("resolution")
-    if image.format == "WEBP" and exif.get(ExifTags.Base.ResolutionUnit) == 2:
-        resolution = exif.get(ExifTags.Base.XResolution), exif.get(ExifTags.Base.YResolution)
-    with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):
-        pair = tuple(float(value) for value in (resolution or ()) if value is not None)
-        if len(pair) == 2 and all(0 < value < 1e6 for value in pair):
-            carried[name] = pair
+    if (pair := _positive(resolution)) is not None:
+        carried[name] = pair
     if image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False):
         carried["duration"] = float(info.get("duration", 0))
     if isinstance(image, PngImagePlugin.PngImageFile):
         carried["png"] = _png_chunks(image)
     return orientation, {key: value for key, value in carried.items() if value or value == 0}
+
+
+def _pop_resolution(exif: Image.Exif) -> tuple[float, float] | None:
+    """Takes the resolution out of EXIF, so that it is said once; None if it isn't known in dpi."""
+    across = exif.pop(ExifTags.Base.XResolution, None)
+    down = exif.pop(ExifTags.Base.YResolution, None)
+    unit = exif.pop(ExifTags.Base.ResolutionUnit, 2)
+    pair, per_inch = _positive((across, down)), {2: 1, 3: 2.54}.get(unit)
+    if pair is None or per_inch is None:
+        return None
+    return per_inch * pair[0], per_inch * pair[1]
+
+
+def _positive(resolution: Any) -> tuple[float, float] | None:
+    """Two numbers that can be a resolution; None for anything else that a file may say."""
+    with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):
+        across, down = map(float, resolution)
+        if 0 < across < 1e6 and 0 < down < 1e6:
+            return across, down
+    return None
 
 
 def _exif_copy(image: Image.Image, notes: list[str]) -> Image.Exif:

@@ -57,7 +57,7 @@ FORMATS = {
     "GIF": _Format(frozenset({"L", "RGB", "RGBA"}), frozenset({"duration", "comment"}), True),
     "JPEG": _Format(frozenset({"L", "RGB"}), _EMBEDDED | {"dpi", "comment"}),
     "JPEG2000": _Format(frozenset({"L", "LA", "RGB", "RGBA", "I;16"})),
-    "AVIF": _Format(frozenset({"RGB", "RGBA"}), _EMBEDDED),
+    "AVIF": _Format(frozenset({"RGB", "RGBA"}), _EMBEDDED | {"dpi"}),
     "BMP": _Format(frozenset({"1", "L", "RGB"}), frozenset({"dpi"})),
     "PPM": _Format(frozenset({"1", "L", "I;16", "RGB", "RGB;16"})),
     "TGA": _Format(frozenset({"1", "L", "LA", "RGB", "RGBA"})),
@@ -220,6 +220,7 @@ def _with_pillow(
             del options["dpi"]
     elif file_format == "AVIF":
         options |= compression
+        options["exif"] = _with_resolution(frame.carried)
     file = io.BytesIO()
     to_image(frame).save(file, format=file_format, **options)
     return file.getvalue()
@@ -439,10 +440,10 @@ def _webp_chunks(content: bytes) -> bytes:
 
 def _with_resolution(carried: Mapping[str, Any]) -> bytes:
     """EXIF that includes the resolution, for formats that have no other place for it."""
+    if "dpi" not in carried:
+        return carried.get("exif", b"")
     exif = Image.Exif()
     exif.load(carried.get("exif", b""))
-    if "dpi" not in carried or ExifTags.Base.XResolution in exif:
-        return carried.get("exif", b"")
     exif[ExifTags.Base.XResolution], exif[ExifTags.Base.YResolution] = carried["dpi"]
     exif[ExifTags.Base.ResolutionUnit] = 2
     return exif.tobytes()

@@ -44,8 +44,8 @@ class Frame:
     mode: str = "RGB"
     """1, L, LA, RGB, RGBA or I;16, as Pillow calls them, or LA;16, RGB;16 or RGBA;16."""
     carried: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Metadata of this frame, as far as the file has it: icc_profile, exif (without
-    orientation), xmp and comment (bytes), dpi (a pair), aspect (a pair: a resolution without unit),
+    """Metadata of this frame, as far as the file has it: icc_profile, exif (without orientation and
+    resolution), xmp and comment (bytes), dpi (a pair), aspect (a pair: a resolution without unit),
     duration (ms), png (chunks of a PNG)."""
 
     def replace(self, values: np.ndarray, alpha: np.ndarray | None) -> "Frame":

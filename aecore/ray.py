@@ -60,8 +60,8 @@ def restore(
         as `ray.data.read_parquet` gives.
       run: a run directory, an exported file, or the name of weights that ship with aecore.
       output: a folder; for a single file, also a file. Of a dataset, the column `path` names the
-        files within the folder. None: the column `bytes` is restored instead, in the format that
-        the column `path` says, or else as PNG.
+        files within the folder: `gs://bucket/a.png` becomes `bucket/a.png` there. None: the column
+        `bytes` is restored instead, in the format that the column `path` says, or else as PNG.
       recursive: whether folders within folders are searched.
       suffix: appended to the stems of files in the output folder.
       extension: the ending of outputs, without the dot; or `auto` for the input's own.
@@ -235,7 +235,7 @@ class _Worker:
             folder = epath.Path(name)
             jobs = []
             for index, (content, path) in enumerate(zip(contents, paths, strict=True)):
-                named = epath.Path(f"{index}.png" if path is None else path.lstrip("/"))
+                named = epath.Path(f"{index}.png" if path is None else _without_root(path))
                 source = folder / f"{index}{named.suffix}"
                 source.write_bytes(content or b"")
                 within = folder / "restored" / source.name
@@ -279,7 +279,8 @@ class _Worker:
 
     def _settled(self, job: Job) -> _Result | None:
         """What is known of a picture before it is read."""
-        if ".." in job.target.parts:
+        output = self._options.output
+        if output is not None and not _lies_in(job.target, to_path(output)):
             return _Result("failed", f"{job.target} leads out of the output folder")
         try:
             if not self._options.overwrite and exists(job.target):
@@ -287,6 +288,15 @@ class _Worker:
         except OSError as error:
             return _Result("failed", f"{job.target}: {reason(error)}")
         return None
+
+
+def _without_root(path: str) -> str:
+    """A path, or an address such as `gs://bucket/a.png`, as one that folders can have within."""
+    return (path.partition("://")[2] or path).lstrip("/")
+
+
+def _lies_in(path: epath.Path, folder: epath.Path) -> bool:
+    return path.is_relative_to(folder) and ".." not in path.relative_to(folder).parts
 
 
 def _with(table: pyarrow.Table, results: Sequence[_Result]) -> pyarrow.Table:

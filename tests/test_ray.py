@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from conftest import ONE_DEVICE, save_pictures
 from PIL import Image
-from test_bulk import names, run, save_video
+from test_bulk import names, run, save_unchanged, save_video
 
 import aecore
 from aecore.errors import CheckpointError, ConfigError
 from aecore.media import images
+from aecore.ray import _Options, _Worker
 
 ray = pytest.importorskip("ray")
+pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("ray.data")
 
 
@@ -33,6 +35,11 @@ def cluster():
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    return save_unchanged(tmp_path_factory.mktemp("model") / "unchanged.aecore", 1)
 
 
 def workers():
@@ -54,6 +61,13 @@ def workers():
             if command.startswith("ray::MapWorker(MapBatches(_Worker"):
                 found.append(pid)
     return found
+
+
+def worker(model, output):
+    """What a worker does, in this process."""
+    naming = {"suffix": "", "extension": "auto"}
+    written = {"alpha": "keep", "quality": None}
+    return _Worker(_Options(model, {"device": "cpu"}, str(output), naming, False, written))
 
 
 def summary(dataset):
@@ -163,6 +177,24 @@ def test_files_named_by_a_dataset(cluster, trained, tmp_path):
         assert all(set(row) >= {"path", "target"} and "bytes" not in row for row in rows)
         assert names(tmp_path / "out") == ["a/b.bmp", "c.jpg"]
     assert Image.open(tmp_path / "out" / "c.jpg").format == "JPEG"
+
+
+def test_addresses_in_a_dataset_are_names_within_the_output_folder(unchanged, tmp_path):
+    save_pictures(tmp_path / "in", 1)
+    picture = tmp_path / "in" / "0.png"
+    before = picture.read_bytes()
+    addresses = ["gs://bucket/a.png", "s3://bucket/b/c.png", picture.as_uri(), "gs://", ""]
+    addresses += ["gs://../d.png"]
+    contents = {"bytes": [before] * len(addresses), "path": addresses}
+    # The folder's own name may lead upwards.
+    out = tmp_path / "in" / ".." / "out"
+    rows = worker(unchanged, out)(pyarrow.table(contents)).to_pylist()
+    assert [row["status"] for row in rows] == ["restored"] * 3 + ["failed"] * 3
+    assert all("leads out" in row["reason"] for row in rows[3:])
+    expected = ["bucket/a.png", "bucket/b/c.png", str(picture).lstrip("/")]
+    assert names(tmp_path / "out") == sorted(expected)
+    assert names(tmp_path) == sorted(["in/0.png", *(f"out/{name}" for name in expected)])
+    assert picture.read_bytes() == before
 
 
 def test_what_cannot_work_is_said_at_once(cluster, tmp_path, trained, monkeypatch):

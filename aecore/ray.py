@@ -254,28 +254,28 @@ class _Worker:
         return _with(table.set_column(place, "bytes", column), results)
 
     def _restored(self, jobs: Sequence[Job]) -> list[_Result]:
-        results: dict[epath.Path, _Result] = {}
+        results: dict[tuple[epath.Path, epath.Path | None], _Result] = {}  # By jobs.
 
         def collect(outcome: bulk.Done | Failure) -> None:
             if isinstance(outcome, Failure):
-                results[outcome.source] = _Result("failed", outcome.reason)
+                results[outcome.source, outcome.target] = _Result("failed", outcome.reason)
             else:
-                results[outcome.job.source] = _Result("restored", notes="; ".join(outcome.notes))
+                results[outcome.job] = _Result("restored", notes="; ".join(outcome.notes))
 
         with ThreadPoolExecutor(_REQUESTS) as pool:
             for job, settled in zip(jobs, pool.map(self._settled, jobs), strict=True):
                 if settled is not None:
-                    results[job.source] = settled
+                    results[job] = settled
         unfinished = ""
         try:
-            remaining = [job for job in jobs if job.source not in results]
+            remaining = [job for job in jobs if job not in results]
             for outcome in bulk.restore(
                 remaining, self._restorer, more_follow=True, late=collect, **self._options.written
             ):
                 collect(outcome)
         except Exception as error:  # Such as a full disk. Whatever it is, other pictures follow.
             unfinished = reason(error)
-        return [results.get(job.source, _Result("failed", unfinished)) for job in jobs]
+        return [results.get(job, _Result("failed", unfinished)) for job in jobs]
 
     def _settled(self, job: Job) -> _Result | None:
         """What is known of a picture before it is read."""

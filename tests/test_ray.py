@@ -197,6 +197,18 @@ def test_addresses_in_a_dataset_are_names_within_the_output_folder(unchanged, tm
     assert picture.read_bytes() == before
 
 
+def test_a_picture_that_is_named_twice_is_restored_into_both_places(unchanged, tmp_path):
+    save_pictures(tmp_path / "in" / "sub", 1)
+    source, out = tmp_path / "in" / "sub" / "0.png", tmp_path / "out"
+    out.mkdir()
+    (out / "0.png").write_bytes(source.read_bytes())
+    targets = [out / "0.png", out / "sub" / "0.png", out / "0.png" / "0.png"]
+    table = {"source": [str(source)] * 3, "target": list(map(str, targets))}
+    rows = worker(unchanged, out)(pyarrow.table(table)).to_pylist()
+    assert [row["status"] for row in rows] == ["skipped", "restored", "failed"]
+    assert names(out) == ["0.png", "sub/0.png"]
+
+
 def test_what_cannot_work_is_said_at_once(cluster, tmp_path, trained, monkeypatch):
     save_pictures(tmp_path / "in", 2)
     with pytest.raises(CheckpointError, match="does not exist"):

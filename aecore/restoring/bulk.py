@@ -177,9 +177,9 @@ def _failure(job: Job, error: Exception) -> Failure:
     if isinstance(error, ImageError):
         # Messages of several lines become one.
         source = " ".join(str(job.source).split())
-        return Failure(job.source, str(error).removeprefix(source).lstrip(": "))
+        return Failure(job.source, str(error).removeprefix(source).lstrip(": "), job.target)
     where = getattr(error, "filename", None) or job.target
-    return Failure(job.source, f"{where}: {reason(error)}")
+    return Failure(job.source, f"{where}: {reason(error)}", job.target)
 
 
 def _extent(job: Job) -> tuple[tuple[int, int], int] | Failure:

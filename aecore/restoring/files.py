@@ -55,6 +55,8 @@ class Failure(NamedTuple):
 
     source: epath.Path
     reason: str
+    target: epath.Path | None = None
+    """The job's, if there was one; one source may have several."""
 
     def __str__(self):
         # A file's name may contain line breaks.

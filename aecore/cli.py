@@ -165,7 +165,8 @@ class Restore:
     alpha: Literal["keep", "drop"] = "keep"
     """Whether outputs keep the input's alpha channel, which is never restored."""
     if_exists: Literal["fail", "skip", "overwrite"] = "fail"
-    """What to do if output files exist; fail: stop before restoring anything."""
+    """What to do if output files exist; fail: stop before restoring anything; skip: leave a picture
+    out if all that would be written exists."""
     shard: str | None = None
     """Restore one part of the inputs, such as 1/4, 2/4, 3/4 or 4/4, so that several machines can
     divide them. A file's name alone decides to which part it belongs. In Slurm, with --array=1-4:
@@ -284,23 +285,23 @@ class Restore:
                     raise KeyboardInterrupt
 
     def _without_existing(self, jobs: list[Any]) -> tuple[list[Any], list[Any]]:
-        """Jobs to do, and those to skip because their output exists."""
+        """Jobs to do, and those to skip because all that they would write exists."""
         from aecore.storage import sizes
 
-        there = sizes(path for job in jobs for path in job.outputs(self.compare))
-        existing = {job for job in jobs if any(p in there for p in job.outputs(self.compare))}
-        if existing and self.if_exists == "fail":
-            first = next(job for job in jobs if job in existing)
-            others = f", and {len(existing) - 1} others do" if len(existing) > 1 else ""
+        outputs = [job.outputs(self.compare) for job in jobs]
+        there = sizes(itertools.chain.from_iterable(outputs))
+        if there and self.if_exists == "fail":
+            first = next(path for paths in outputs for path in paths if path in there)
+            others = f", and {len(there) - 1} others do" if len(there) > 1 else ""
             raise ConfigError(
-                f"{first.target} exists{others}; use --if-exists skip or --if-exists overwrite"
+                f"{first} exists{others}; use --if-exists skip or --if-exists overwrite"
             )
         if self.if_exists == "overwrite":
             return jobs, []
-        return (
-            [job for job in jobs if job not in existing],
-            [job for job in jobs if job in existing],
-        )
+        remaining, skipped = [], []
+        for job, paths in zip(jobs, outputs, strict=True):
+            (skipped if all(path in there for path in paths) else remaining).append(job)
+        return remaining, skipped
 
 
 @dataclasses.dataclass(frozen=True)

@@ -508,6 +508,29 @@ def test_skipping_takes_linear_time(tmp_path, monkeypatch):
     assert len(hashed) < 5 * len(jobs)
 
 
+def test_a_missing_comparison_is_made_though_its_picture_exists(unchanged, tmp_path, capfd):
+    save_pictures(tmp_path / "in", 2)
+    out = tmp_path / "out"
+    args = [tmp_path / "in", "-o", out, "-m", unchanged]
+    assert run(capfd, *args)[0] == 0
+    (out / "1_compare.png").write_text("kept")
+    _, _, errors = run(capfd, *args, "--compare")
+    assert f"{out / '0.png'} exists, and 2 others do" in errors
+    (out / "0.png").unlink()
+    (out / "1.png").unlink()
+    _, _, errors = run(capfd, *args, "--compare")
+    assert f"{out / '1_compare.png'} exists; use" in errors
+    (out / "1.png").write_text("kept")
+    _, output, _ = run(capfd, *args, "--compare", "--if-exists", "skip")
+    assert "1 restored, 0 failed, 1 skipped" in output
+    assert names(out) == ["0.png", "0_compare.png", "1.png", "1_compare.png"]
+    assert (out / "1.png").read_text() == "kept"
+    (out / "0_compare.png").unlink()
+    _, output, _ = run(capfd, *args, "--compare", "--if-exists", "skip")
+    assert "1 restored, 0 failed, 1 skipped" in output
+    assert names(out) == ["0.png", "0_compare.png", "1.png", "1_compare.png"]
+
+
 def test_a_video_has_no_comparison(tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("v.mp4", "v_compare.png"):

@@ -798,6 +798,21 @@ def test_restoring_says_once_what_a_picture_is_unlike(caplog):
     assert messages[1].startswith("much larger than the 28x28 pixels")
 
 
+def test_pictures_to_enlarge_are_compared_with_small_ones():
+    model = models.Upscaler(4, 1, scale=4, channels=1)
+    description = Description(image_size=(80, 60))
+    trained = TrainedNetwork(LinenNetwork(model), random_params(model), description)
+
+    def notes(height, width):
+        restorer = aecore.Restorer(trained)
+        restorer(np.zeros((height, width), np.uint8))
+        return restorer._said
+
+    assert notes(20, 15) == set()
+    assert notes(9, 7) == {"much smaller than the 20x15 pixels that the network was trained on"}
+    assert notes(90, 65) == {"much larger than the 20x15 pixels that the network was trained on"}
+
+
 def test_photographs_are_unlike_pixelated_faces_and_noisy_clothes(photographs):
     images = [small(image) for image in photographs]
     assert noticed("lfw-enhance", images, "not pixelated to 40%") == len(images)

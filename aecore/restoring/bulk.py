@@ -13,10 +13,8 @@ from aecore.data.ahead import results_ahead
 from aecore.errors import ConfigError, ImageError
 from aecore.media import images, videos
 from aecore.media.images import Picture
-from aecore.restoring import expectations
 from aecore.restoring.files import Failure, Job
 from aecore.restoring.restorer import Restorer
-from aecore.saved.descriptions import Description
 from aecore.storage import is_disk_full, reason
 
 _THREADS = min(8, os.cpu_count() or 1)
@@ -133,7 +131,7 @@ def _restore_pictures(
             sizes[job], pixels[job] = extent
 
     def submit(job):
-        return readers.submit(_read, job, alpha, restorer.description)
+        return readers.submit(_read, job, alpha, restorer)
 
     under_way = collections.deque()
     unreadable = collections.deque()
@@ -189,12 +187,12 @@ def _extent(job: Job) -> tuple[tuple[int, int], int] | Failure:
         return _failure(job, error)
 
 
-def _read(job: Job, alpha: str, description: Description) -> tuple[Job, Picture] | Failure:
+def _read(job: Job, alpha: str, restorer: Restorer) -> tuple[Job, Picture] | Failure:
     try:
         picture = images.read_picture(job.source)
     except (ImageError, OSError) as error:
         return _failure(job, error)
-    unlike = expectations.differences(description, picture.frames[0].values)
+    unlike = restorer.differences(picture.frames[0].values)
     picture = dataclasses.replace(picture, notes=(*picture.notes, *unlike))
     if alpha == "drop":
         frames = tuple(frame.replace(frame.values, None) for frame in picture.frames)

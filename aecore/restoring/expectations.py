@@ -52,23 +52,25 @@ def describe(degraded: np.ndarray) -> dict[str, Any]:
     }
 
 
-def differences(description: Description, image: np.ndarray) -> tuple[str, ...]:
+def differences(description: Description, image: np.ndarray, *, scale: int = 1) -> tuple[str, ...]:
     """What is unusual about an image, for a network with this description.
 
     Args:
       description: of the network; what it lacks is not looked at.
       image: `(H, W)` or `(H, W, C)`, uint8, uint16, or float in [0, 1].
+      scale: how many times larger the network makes images.
 
     Returns:
       A sentence for each difference, the same for all images that differ in this way.
     """
-    return tuple(_differences(description, image))
+    return tuple(_differences(description, image, scale))
 
 
-def _differences(description: Description, image: np.ndarray) -> Iterator[str]:
+def _differences(description: Description, image: np.ndarray, enlarging: int) -> Iterator[str]:
     # Crops are small however large the pictures were.
     if description.image_size and not (description.data or {}).get("crop"):
-        height, width = description.image_size
+        # The size of the originals.
+        height, width = (max(1, side // enlarging) for side in description.image_size)
         ratios = image.shape[0] / height, image.shape[1] / width
         if max(ratios) > _LARGER or min(ratios) < _SMALLER:
             size = "larger" if max(ratios) > _LARGER else "smaller"

@@ -331,6 +331,17 @@ class Restorer:
         after, before = map(_pictures, arrays)
         return consistency.measure(self.description.build_degradation(), after, before)
 
+    def differences(self, image: np.ndarray) -> tuple[str, ...]:
+        """How an image is unlike those that the network was trained on.
+
+        Args:
+          image: `(H, W)` or `(H, W, C)`, uint8, uint16, or float in [0, 1].
+
+        Returns:
+          A sentence for each difference, the same for all images that differ in this way.
+        """
+        return expectations.differences(self.description, image, scale=self.network.scale)
+
     def encode(self, image: Any) -> Any:
         """The codes `(N, h, w, K)` float32 of images, which are given as for calling.
 
@@ -448,7 +459,7 @@ class Restorer:
     def _notice(self, array: np.ndarray) -> None:
         """Warns where an image, or the first of several, is unlike those of the training."""
         first = array[0] if array.ndim == 4 else array
-        for note in expectations.differences(self.description, first):
+        for note in self.differences(first):
             self._say(note)
 
     def _say(self, note: str) -> None:

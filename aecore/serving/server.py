@@ -34,7 +34,6 @@ from starlette.staticfiles import StaticFiles
 from aecore.errors import AecoreError, ConfigError
 from aecore.media import images
 from aecore.media.images import Picture
-from aecore.restoring import expectations
 from aecore.restoring.restorer import Restorer
 from aecore.serving import PAGE
 from aecore.serving.device import AbandonedError, Device, Visit
@@ -159,7 +158,7 @@ class _Service:
             with self._device.room_for(self._pixels(source, restorer.network.scale), visit):
                 picture = images.read_picture(source)
                 arrays = [frame.values for frame in picture.frames]
-                notes = [*picture.notes, *expectations.differences(restorer.description, arrays[0])]
+                notes = [*picture.notes, *restorer.differences(arrays[0])]
                 restored = self._device.restore(restorer, arrays, visit)
                 frames = tuple(
                     frame.restored(blending.blended(frame.values, values))

@@ -124,6 +124,28 @@ def test_what_was_removed_should_look_like_noise(noise):
     assert "lost or invented" in right.meaning
 
 
+@pytest.mark.parametrize(
+    ("degradation", "strengths"),
+    [
+        (JPEG((20, 60)), [JPEG(25), JPEG(55)]),
+        (GaussianNoise((0.02, 0.4)), [GaussianNoise(0.03), GaussianNoise(0.35)]),
+    ],
+)
+def test_several_images_are_measured_as_each_alone(degradation, strengths):
+    model = restorer(degradation)
+    originals = np.stack([smooth() for _ in strengths])
+    pairs = zip(strengths, originals, strict=True)
+    inputs = np.stack([degraded(one, original) for one, original in pairs])
+    together = model.consistency(originals, inputs)
+    alone = [model.consistency(*pair) for pair in zip(originals, inputs, strict=True)]
+    assert together.difference.shape == inputs.shape
+    for index, each in enumerate(alone):
+        np.testing.assert_allclose(together.difference[index], each.difference[0], atol=1e-6)
+    if isinstance(degradation, JPEG):
+        assert together.distance < 0.6 / 255
+        assert all(str(one) in together.meaning for one in strengths)
+
+
 def test_what_is_not_known_is_refused():
     image = smooth()
     for degradation in (Sometimes(0.5, JPEG(50)), Blur((0.1, 2.0)), Pixelate((0.3, 0.5))):

@@ -81,11 +81,11 @@ def measure(degradation: Degradation, restored: np.ndarray, image: np.ndarray) -
         case GaussianNoise() | CameraNoise() | ShotNoise():
             return _noise(degradation, restored, image)
         case JPEG() if degradation.is_random:
-            found = min(
-                _choices(degradation),
-                key=lambda one: _rms(_corner(image) - np.asarray(one(_corner(restored)))),
-            )
-            return _exact(np.asarray(found(restored)), image, f"the result after {found}")
+            pairs = list(zip(restored[:, None], image[:, None], strict=True))
+            found = [_likeliest(degradation, *pair) for pair in pairs]
+            expected = [one(after) for one, (after, _) in zip(found, pairs, strict=True)]
+            names = " or ".join(dict.fromkeys(map(str, found)))
+            return _exact(np.concatenate(expected), image, f"the result after {names}")
     if degradation.is_random:
         raise ConfigError(
             f"{degradation} is random, so that it isn't known what it did to an image; consistency "
@@ -104,6 +104,12 @@ def _exact(expected: np.ndarray, image: np.ndarray, what: str) -> Consistency:
     return Consistency(_rms(difference), difference, meaning)
 
 
+def _likeliest(jpeg: JPEG, restored: np.ndarray, image: np.ndarray) -> JPEG:
+    """With which of its qualities one result, `(1, H, W, C)`, comes closest to the image."""
+    after, before = (array[:, :_LOOKED_AT, :_LOOKED_AT] for array in (restored, image))
+    return min(_choices(jpeg), key=lambda one: _rms(before - np.asarray(one(after))))
+
+
 def _choices(jpeg: JPEG) -> Iterator[JPEG]:
     """Every JPEG that an image may have got."""
     low, high = jpeg.quality if isinstance(jpeg.quality, tuple) else (jpeg.quality, jpeg.quality)
@@ -112,24 +118,15 @@ def _choices(jpeg: JPEG) -> Iterator[JPEG]:
         yield JPEG(quality, kind)
 
 
-def _corner(images: np.ndarray) -> np.ndarray:
-    return images[:1, :_LOOKED_AT, :_LOOKED_AT]
-
-
 def _noise(degradation: Degradation, restored: np.ndarray, image: np.ndarray) -> Consistency:
     """What was removed should be noise, which averages out over blocks; what remains is structure.
 
     Of white noise with a standard deviation of s, means over n values have s / sqrt(n).
     """
-    if isinstance(degradation, GaussianNoise):
-        # As strong as what was removed, and clipped as files are.
-        sigma = degradation.sigma
-        if isinstance(sigma, tuple):
-            sigma = float(np.clip(_rms(image - restored), *sigma))
-        degradation = dataclasses.replace(degradation, sigma=sigma, clip=True)
-    keys = jax.random.split(jax.random.key(0), _DRAWS)
-    expected = sum(np.asarray(degradation(restored, key)) for key in keys) / _DRAWS
-    residual = image - expected
+    pairs = zip(restored[:, None], image[:, None], strict=True)
+    residual = np.concatenate(
+        [before - _expected(degradation, after, before) for after, before in pairs]
+    )
     sides = [min(_BLOCK, side) for side in image.shape[1:3]]
     rows, columns = (side // block for side, block in zip(image.shape[1:3], sides, strict=True))
     inside = residual[:, : rows * sides[0], : columns * sides[1]]
@@ -147,3 +144,15 @@ def _noise(degradation: Degradation, restored: np.ndarray, image: np.ndarray) ->
         f"what was removed, averaged over blocks of {sides[0]}x{sides[1]} pixels, beyond what "
         "noise leaves there: detail that was lost or invented",
     )
+
+
+def _expected(degradation: Degradation, restored: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """The mean of what noise makes of one result, `(1, H, W, C)`."""
+    if isinstance(degradation, GaussianNoise):
+        # As strong as what was removed, and clipped as files are.
+        sigma = degradation.sigma
+        if isinstance(sigma, tuple):
+            sigma = float(np.clip(_rms(image - restored), *sigma))
+        degradation = dataclasses.replace(degradation, sigma=sigma, clip=True)
+    keys = jax.random.split(jax.random.key(0), _DRAWS)
+    return np.mean([degradation(restored, key) for key in keys], axis=0)

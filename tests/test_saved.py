@@ -22,11 +22,10 @@ from PIL import Image
 
 import aecore
 from aecore.degradations import JPEG, Downscale, Pixelate
-from aecore.errors import CheckpointError
+from aecore.errors import CheckpointError, ConfigError
 from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer, UNet
 from aecore.networks import network
 from aecore.saved import exported, weights
-from aecore.saved.trained import TrainedNetwork
 
 RANDOM = np.random.default_rng(0)
 
@@ -113,12 +112,29 @@ def test_functions_of_a_file_compute_as_they_were_exported(tmp_path):
 
 def test_parameters_may_have_16_bits(tmp_path):
     restorer = random_restorer(NoiseReducer())
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), restorer.params)
-    path = epath.Path(tmp_path / "half.aecore")
-    exported.save(path, TrainedNetwork(restorer.network, params), with_functions=True)
+    path = save(restorer, tmp_path / "half.aecore", parameters="bfloat16")
     image = RANDOM.random((16, 20), np.float32)
     restored = aecore.Restorer.load(path)(image)
     np.testing.assert_allclose(restored, restorer(image), atol=0.02)
+
+
+@pytest.mark.parametrize(("has", "asked"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_functions_of_a_file_keep_the_number_format_of_their_parameters(tmp_path, has, asked):
+    restorer = random_restorer(NoiseReducer())
+    first = aecore.Restorer.load(save(restorer, tmp_path / "a.aecore", parameters=has))
+    with pytest.raises(ConfigError, match=f"take {has} parameters, not {asked}; .* the run"):
+        save(first, tmp_path / "b.aecore", parameters=asked)
+    assert not (tmp_path / "b.aecore").exists()
+    again = aecore.Restorer.load(save(first, tmp_path / "c.aecore", parameters=has))
+    image = RANDOM.random((16, 20), np.float32)
+    np.testing.assert_array_equal(again(image), first(image))
+    # Without the functions, nothing depends on it.
+    path = save(first, tmp_path / "d.aecore", parameters=asked, with_functions=False)
+    with zipfile.ZipFile(path) as archive:
+        head = json.loads(archive.read("description.json"))
+    assert {leaf["dtype"] for leaf in head["params"].values()} == {asked}
+    alone = aecore.Restorer.load(path, model=NoiseReducer())
+    np.testing.assert_allclose(alone(image), restorer(image), atol=0.02)
 
 
 def rewritten(path, change):

@@ -65,11 +65,18 @@ def save(
       with_functions: whether to write the functions too. Without them, the file is small and lasts
         longer than JAX promises to read StableHLO, but only aecore can read it.
       parameters: their number format in the file. bfloat16 makes it half as large.
+
+    Raises:
+      ConfigError: the network's functions are those of a file, and take another number format.
     """
     network = trained.network
-    params = trained.params
-    if parameters == "bfloat16":
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
+    has = {str(leaf.dtype) for leaf in jax.tree.leaves(trained.params)} - {parameters}
+    if with_functions and has and isinstance(network, ExportedNetwork):
+        raise ConfigError(
+            f"the compiled functions of {network.name} take {has.pop()} parameters, not "
+            f"{parameters}; ask for those, or export the run that it was made from"
+        )
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, parameters), trained.params)
     arrays = {name: np.asarray(jax.device_get(leaf)) for name, leaf in flatten(params).items()}
     members = {f"params/{name}": array.tobytes() for name, array in arrays.items()}
     field = network.receptive_field(params)

@@ -429,6 +429,71 @@ def test_strength_and_network_can_be_chosen(page, restorers, tmp_path):
         np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
 
 
+HOLD = """() => {
+  window.decode ??= HTMLImageElement.prototype.decode;
+  window.held = [];
+  HTMLImageElement.prototype.decode = function () {
+    return new Promise((resolve) => held.push(resolve)).then(() => decode.call(this));
+  };
+}"""
+"""From now on, images are decoded only when what is held is resolved."""
+
+DECODE = "() => { HTMLImageElement.prototype.decode = decode; }"
+RELEASE = "() => held.forEach((resolve) => resolve())"
+
+
+def test_a_picture_that_opens_late_is_not_shown(page, tmp_path):
+    late = one_picture(tmp_path / "late", size=(24, 31))
+    page.evaluate(HOLD)
+    page.set_input_files("#file", late)
+    page.wait_for_function("held.length === 1")
+    page.click("#another")
+    page.evaluate(DECODE)
+    page.evaluate(RELEASE)
+    page.wait_for_timeout(300)
+    assert page.is_visible("#drop")
+    assert page.is_hidden("#pictures")
+    assert page.text_content("#message") == ""
+    page.evaluate(HOLD)
+    page.set_input_files("#file", late)
+    page.wait_for_function("held.length === 1")
+    page.evaluate(DECODE)
+    page.set_input_files("#file", one_picture(tmp_path / "next", size=(24, 30)))
+    restored(page)
+    page.evaluate(RELEASE)
+    page.wait_for_timeout(300)
+    assert page.eval_on_selector("#before", "image => image.naturalWidth") == 30
+    assert page.is_hidden("#drop")
+
+
+def test_addresses_of_pictures_are_given_up(page, tmp_path):
+    page.evaluate(
+        """() => {
+          window.kept = new Set();
+          const { createObjectURL, revokeObjectURL } = URL;
+          URL.createObjectURL = (object) => {
+            const address = createObjectURL.call(URL, object);
+            kept.add(address);
+            return address;
+          };
+          URL.revokeObjectURL = (address) => {
+            kept.delete(address);
+            revokeObjectURL.call(URL, address);
+          };
+        }"""
+    )
+    page.set_input_files("#file", one_picture(tmp_path))
+    for strength in ("0.25", "0.5", "0.75"):
+        restored(page)
+        page.wait_for_function("kept.size === 3")  # Before, after, and the download.
+        page.fill("#strength", strength)
+        page.dispatch_event("#strength", "change")
+    restored(page)
+    page.wait_for_function("kept.size === 3")
+    page.click("#another")
+    assert page.evaluate("kept.size") == 0
+
+
 def test_pictures_that_browsers_do_not_know_are_shown_too(page, tmp_path):
     page.set_input_files("#file", save_16_bits(tmp_path))
     restored(page)

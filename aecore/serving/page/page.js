@@ -3,7 +3,8 @@
 // Who restores it is the matter of restore.js: a server, or the browser itself. It exports
 //   about              what stands at the foot of the page
 //   networks()         [{name, purpose, limits, scale, strength}]; whether a strength can be chosen
-//   shown(file)        the address of an image that the browser can show
+//   shown(file, signal)
+//                      the address of an image that the browser can show
 //   restore(file, {network, strength, signal, progress})
 //                      {file, ending, notes}; progress is called with a share and some words
 // What they throw has a message for visitors.
@@ -14,8 +15,8 @@ import { Viewer } from "./viewer.js";
 const find = (id) => document.getElementById(id);
 const viewer = new Viewer(find("viewer"));
 const known = new Map();
-let picture = null; // What was dropped: {file, address}.
-let leaving = new AbortController(); // Of what is being restored.
+let picture = null; // What was dropped, and what became of it: {file, address, restored}.
+let leaving = new AbortController(); // Of what is being opened or restored.
 
 function say(text, wrong = false) {
   find("message").textContent = text;
@@ -43,24 +44,29 @@ function enable(enabled) {
 
 async function take(file) {
   another();
+  const { signal } = (leaving = new AbortController());
   find("drop").hidden = true;
   find("another").disabled = false;
   say("Opening the picture …");
+  let address = "";
   try {
-    picture = { file, address: await shown(file) };
-    await viewer.show(picture.address, picture.address);
+    address = await shown(file, signal);
+    await viewer.show(address, address, signal);
   } catch (error) {
+    URL.revokeObjectURL(address);
+    if (signal.aborted) return;
     another();
     say(error.message, true);
     return;
   }
+  picture = { file, address, restored: "" };
   enable(true);
   await work();
 }
 
 async function work() {
-  leaving.abort();
   if (picture === null) return;
+  leaving.abort();
   const { signal } = (leaving = new AbortController());
   offer(null);
   find("progress").hidden = false;
@@ -74,7 +80,11 @@ async function work() {
     });
     if (signal.aborted) return;
     offer(result);
-    await viewer.show(picture.address, await shown(result.file));
+    const address = await shown(result.file, signal);
+    if (signal.aborted) return URL.revokeObjectURL(address);
+    URL.revokeObjectURL(picture.restored);
+    picture.restored = address;
+    await viewer.show(picture.address, address, signal);
     say(result.notes.length ? `Note: ${result.notes.join("; ")}.` : "");
   } catch (error) {
     if (!signal.aborted) say(error.message, true);
@@ -85,7 +95,10 @@ async function work() {
 
 function another() {
   leaving.abort();
-  if (picture !== null) URL.revokeObjectURL(picture.address);
+  if (picture !== null) {
+    URL.revokeObjectURL(picture.address);
+    URL.revokeObjectURL(picture.restored);
+  }
   picture = null;
   find("file").value = "";
   find("drop").hidden = false;

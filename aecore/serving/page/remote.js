@@ -35,11 +35,11 @@ async function sent(address, file, signal) {
   return answer;
 }
 
-export async function shown(file) {
+export async function shown(file, signal) {
   const address = await decoded(file);
   if (address !== null) return address;
   // Browsers don't show TIFF and other formats that the server knows.
-  const answer = await sent("preview", file);
+  const answer = await sent("preview", file, signal);
   return URL.createObjectURL(await answer.blob());
 }
 

@@ -27,12 +27,14 @@ export class Viewer {
   }
 
   // Both are addresses of images; `after` may be the larger one. If they are the same, there is
-  // nothing to compare yet.
-  async show(before, after) {
+  // nothing to compare yet. Throws, and shows nothing, once the signal is aborted.
+  async show(before, after, signal) {
+    signal.throwIfAborted();
     const sameSize = this.after.naturalWidth;
     this.before.src = before;
     this.after.src = after;
     await Promise.all([this.before.decode(), this.after.decode()]);
+    signal.throwIfAborted();
     this.pictures.hidden = false;
     this.pictures.classList.toggle("single", before === after);
     for (const image of [this.before, this.after]) {

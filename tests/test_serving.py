@@ -309,6 +309,10 @@ def test_a_failure_of_ours_is_logged_and_gets_a_sentence(networks, tmp_path, cap
         ([], "no network; name one, as by -m photo-denoise"),
         (["-m", "fashion-mnist-denoise", "--port", "99999"], "choose another --host or --port"),
         (["-m", "fashion-mnist-denoise", "--limits.seconds", "0"], "limits.seconds 0.0 is out of"),
+        (
+            ["-m", "fashion-mnist-denoise", "--limits.megabytes", "inf"],
+            "inf is not possible; use a",
+        ),
     ],
 )
 def test_wrong_usage_gets_one_line_and_status_2(words, message, capsys):

@@ -2,27 +2,25 @@
 
 import dataclasses
 
-from aecore.errors import ConfigError
+from aecore.config import settings
+from aecore.config.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """What visitors may ask of a server. Whoever asks for more gets a sentence that says so."""
 
-    megabytes: float = 64.0
+    megabytes: float = setting(64.0, above=0)
     """Most bytes of a picture's file, in millions."""
-    megapixels: float = 64.0
+    megapixels: float = setting(64.0, above=0)
     """Most pixels of a restored picture, in millions: of all frames, after enlarging."""
-    seconds: float = 300.0
+    seconds: float = setting(300.0, above=0)
     """How long a picture may take, with its upload and the time it waits."""
-    pictures: int = 100
+    pictures: int = setting(100, above=0)
     """Most pictures of all visitors that are waiting or being restored."""
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not value > 0:
-                raise ConfigError(f"limits.{field.name} {value} is out of bounds; use more than 0")
+        settings.check(self, "limits.")
 
     @property
     def bytes(self) -> int:

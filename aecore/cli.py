@@ -377,8 +377,8 @@ class Export:
     folder that any web server can serve, in which the browser computes everything, with ONNX
     Runtime. auto: onnx if the file's name ends in .onnx, else stablehlo."""
     parameters: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the parameters, except in ONNX and safetensors; bfloat16 makes the file half
-    as large."""
+    """Number format of the parameters; bfloat16, for stablehlo and weights alone, makes the file
+    half as large."""
     runtime: str | None = None
     """For web, the file that `npm pack onnxruntime-web@1.30.0` writes; None: it is downloaded."""
 
@@ -386,24 +386,33 @@ class Export:
         from aecore.saved import exported, hub, weights
         from aecore.storage import to_path
 
-        trained = weights.load(self.model)
         path = to_path(self.output)
-        if self.format == "safetensors":
+        form = self.format
+        if form == "auto":
+            form = "onnx" if path.suffix.lower() == ".onnx" else "stablehlo"
+        if self.runtime is not None and form != "web":
+            raise ConfigError("--runtime is for --format web alone; leave it out")
+        if self.parameters != "float32" and form not in ("stablehlo", "weights"):
+            raise ConfigError(
+                f"--parameters {self.parameters} can't be had with --format {form}; leave it out"
+            )
+        trained = weights.load(self.model)
+        if form == "safetensors":
             hub.save(path, trained)
             print(f"{path}: {hub.WEIGHTS}, {hub.CONFIG}, {hub.CARD}")
             return 0
-        if self.format == "web":
+        if form == "web":
             return self._write_page(path, trained)
         if path.is_dir():
             raise ConfigError(f"{path} is a folder; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if self.format == "onnx" or (self.format == "auto" and path.suffix.lower() == ".onnx"):
+        if form == "onnx":
             exported.export_onnx(path, trained)
         else:
             exported.save(
                 path,
                 trained,
-                with_functions=self.format != "weights",
+                with_functions=form != "weights",
                 parameters=self.parameters,
             )
         print(f"{path}: {path.stat().length:,} bytes")

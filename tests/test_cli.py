@@ -99,7 +99,29 @@ def test_evaluate_prints_the_scores(trained, capsys):
             ["restore", "{pictures}", "-o", "{tmp}/o", "-m", "{trained}", "--device", "tpu"],
             "there is no device 'tpu' here; use cpu, or leave it out",
         ),
+        *(
+            (
+                ["restore", "{pictures}/0.png", "-o", "{tmp}/b.png", "-m", "{trained}", *words],
+                "b.png is the whole name of the one output; leave out --suffix and --ext",
+            )
+            for words in (["--suffix", "_x"], ["--ext", "jpg"])
+        ),
         (["export", "{trained}", "-o", "{tmp}"], "is a folder; name a file"),
+        (
+            ["export", "{trained}", "-o", "{tmp}/a.aecore", "--runtime", "{tmp}/a.tgz"],
+            "--runtime is for --format web alone; leave it out",
+        ),
+        *(
+            (
+                ["export", "{trained}", "-o", "{tmp}/a.onnx", "--parameters", "bfloat16", *words],
+                f"--parameters bfloat16 can't be had with --format {format}; leave it out",
+            )
+            for format, words in (
+                ("onnx", []),
+                ("safetensors", ["--format", "safetensors"]),
+                ("web", ["--format", "web"]),
+            )
+        ),
         (["summary", "{tmp}"], "has no checkpoints"),
         (["evaluate", "{tmp}"], "has no checkpoints"),
         (["evaluate", "{trained}", "--batch-size", "0"], "batch_size 0 is less than 1"),

@@ -101,15 +101,16 @@ def find(
       output: a file, if the inputs name one file; else a folder, in which folders keep their
         structure, and in which no inputs are looked for.
       recursive: whether folders within folders are searched.
-      suffix: appended to the stems of files in the output folder.
-      extension: the ending of pictures in it, without the dot; or `auto` for the input's own.
+      suffix: appended to the stems of files in the output folder; empty if the output is a file.
+      extension: the ending of pictures in it, without the dot; or `auto` for the input's own, and
+        if the output is a file.
 
     Returns:
       Jobs, and the inputs that can't be restored.
 
     Raises:
       ConfigError: nothing was named, the output can't be written, or it is one file where the
-        inputs may be several.
+        inputs may be several, or where its name is to be changed.
     """
     if not inputs:
         raise ConfigError("no input; name pictures or folders of pictures")
@@ -134,6 +135,11 @@ def find(
             raise ConfigError(
                 f"{folder}: {'videos' if job.is_video else 'pictures'} can't be written with the "
                 f"ending {folder.suffix!r}; use {'.mp4 or .mkv' if job.is_video else '.png'}"
+            )
+        if suffix or extension != "auto":
+            raise ConfigError(
+                f"{folder} is the whole name of the one output; leave out --suffix and --ext, or "
+                "name a folder"
             )
         return [job], failures
     jobs = {}

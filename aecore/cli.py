@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
-import json
 import logging
 import os
 import signal
@@ -532,6 +531,7 @@ class Plan:
         import jax
 
         from aecore.measuring import planning
+        from aecore.storage import to_path, write_json
 
         if self.topology not in ("cpu", "gpu"):
             # Compiling for a slice needs no device of this machine, for which libtpu might wait.
@@ -547,7 +547,7 @@ class Plan:
             progress=lambda text: print(f"{text} ...", file=sys.stderr, flush=True),
         )
         if self.json is not None:
-            _write_json(dataclasses.asdict(plan), self.json)
+            write_json(to_path(self.json), dataclasses.asdict(plan))
         return 0
 
 
@@ -659,16 +659,12 @@ def _experiment(source: str, flags: Sequence[str]) -> Experiment:
 def _show(
     report: Mapping[str, Any], table: Callable[[Mapping[str, Any]], str], file: str | None
 ) -> int:
+    from aecore.storage import to_path, write_json
+
     print(table(report))
     if file is not None:
-        _write_json(report, file)
+        write_json(to_path(file), report)
     return 0
-
-
-def _write_json(report: Mapping[str, Any], file: str) -> None:
-    from aecore.storage import to_path
-
-    to_path(file).write_text(json.dumps(report, indent=2) + "\n")
 
 
 _COMMANDS = {

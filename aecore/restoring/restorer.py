@@ -351,9 +351,7 @@ class Restorer:
         """
         frame = self._frame(image)
         array = _checked(image if frame is None else frame.values)
-        batch = _to_float(array)
-        batch = batch[..., None] if batch.ndim == 2 else batch
-        batch = batch[None] if batch.ndim == 3 else batch
+        batch = _pictures(array)
         if batch.shape[3] != self.network.channels:
             raise self._channels_error(array, batch.shape[3])
         sides = [(0, -size % self.network.stride) for size in batch.shape[1:3]]

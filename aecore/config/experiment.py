@@ -201,7 +201,7 @@ class Training:
 class Experiment:
     """One experiment: a model, the degradation it learns to undo, the data, and how to train."""
 
-    name: str = setting(dataclasses.MISSING, on_resume=OnResume.FREE)
+    name: str = dataclasses.field(metadata=setting(None, on_resume=OnResume.FREE).metadata)
     """Name of the run, and of its directory if run_dir is None."""
     model: Any
     """A Flax Linen module from `aecore.models`, or your own."""

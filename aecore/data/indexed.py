@@ -186,8 +186,8 @@ def _telling_what_lasts(file: Any) -> Iterator[None]:
             cause = error.__cause__
             while cause is not None:
                 # Pillow's own have no number.
-                numbered = isinstance(cause, OSError) and cause.errno is not None
-                if isinstance(cause, MemoryError) or (numbered and cause.errno not in _LASTING):
+                number = cause.errno if isinstance(cause, OSError) else None
+                if isinstance(cause, MemoryError) or number not in (None, *_LASTING):
                     raise cause from error
                 cause = cause.__cause__
             raise

@@ -398,7 +398,7 @@ class Restorer:
         sharding = jax.typeof(images).sharding
         if explicit := sharding.mesh.explicit_axes:
             # Such as of `jax.make_mesh`. How a layer's results are divided is up to the compiler.
-            apply = jax.sharding.auto_axes(apply, axes=explicit, out_sharding=sharding)
+            apply = jax.sharding.auto_axes(axes=explicit, out_sharding=sharding)(apply)
         return apply(params, images)
 
     @property

@@ -7,6 +7,7 @@ them. With many channels, Winograd's method (`winograd`) is faster.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def conv_strided(images: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def conv_transpose(images: jax.Array, kernel: jax.Array) -> jax.Array:
     """`(B, H, W, C)` to `(B, 2 H, 2 W, K)`."""
-    phases = _convolve(images, kernels.as_square(kernels.transposed(kernel)), (1, 1))
+    phases: Any = _convolve(images, kernels.as_square(kernels.transposed(kernel)), (1, 1))
     return moved_together(phases)
 
 

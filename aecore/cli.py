@@ -291,9 +291,9 @@ class Restore:
         there = sizes(itertools.chain.from_iterable(outputs))
         if there and self.if_exists == "fail":
             first = next(path for paths in outputs for path in paths if path in there)
-            others = f", and {len(there) - 1} others do" if len(there) > 1 else ""
+            more = f", and {len(there) - 1} more" if len(there) > 1 else ""
             raise ConfigError(
-                f"{first} exists{others}; use --if-exists skip or --if-exists overwrite"
+                f"{first} exists{more}; use --if-exists skip or --if-exists overwrite"
             )
         if self.if_exists == "overwrite":
             return jobs, []

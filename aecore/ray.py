@@ -15,7 +15,7 @@ from aecore.errors import AecoreError, ConfigError
 from aecore.media import images
 from aecore.restoring import bulk, files
 from aecore.restoring.files import Failure, Job
-from aecore.storage import exists, reason, to_path
+from aecore.storage import REQUESTS, exists, reason, to_path
 
 if TYPE_CHECKING:
     import pyarrow
@@ -27,9 +27,6 @@ _DEVICES: dict[str, dict[str, Any]] = {
     "tpu": {"resources": {"TPU": 1}},
 }
 """What Ray sets aside for a worker."""
-
-_REQUESTS = 32
-"""Outputs that are looked for at the same time."""
 
 
 def restore(
@@ -262,7 +259,7 @@ class _Worker:
             else:
                 results[outcome.job] = _Result("restored", notes="; ".join(outcome.notes))
 
-        with ThreadPoolExecutor(_REQUESTS) as pool:
+        with ThreadPoolExecutor(REQUESTS) as pool:
             for job, settled in zip(jobs, pool.map(self._settled, jobs), strict=True):
                 if settled is not None:
                     results[job] = settled

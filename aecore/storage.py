@@ -16,7 +16,7 @@ from etils import epath
 
 from aecore.errors import AecoreError, ConfigError
 
-_REQUESTS = 32
+REQUESTS = 32
 """Requests to a remote file system at the same time, as each takes long to be answered."""
 
 
@@ -185,8 +185,8 @@ def sizes(paths: Iterable[epath.Path]) -> dict[epath.Path, int]:
     """
     paths = list(paths)
     wanted = set(paths)
-    with ThreadPoolExecutor(_REQUESTS) as pool:
-        if len(paths) <= _REQUESTS or not is_remote(paths[0]):
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        if len(paths) <= REQUESTS or not is_remote(paths[0]):
             found = zip(paths, pool.map(_size, paths), strict=True)
             return {path: size for path, size in found if size is not None}
         listed = pool.map(_listed_sizes, {path.parent for path in paths})
@@ -256,5 +256,11 @@ def write_whole(path: epath.PathLike, data: bytes) -> None:
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes JSON for people and machines, as `write_whole` does."""
-    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    """Writes JSON for people and machines, as `write_whole` does; also to `/dev/stdout`."""
+    path = epath.Path(path)
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    if path.parent == epath.Path("/dev"):
+        # It may stand for a file, in whose place none must be put.
+        path.write_text(text)
+    else:
+        write_whole(path, text.encode())

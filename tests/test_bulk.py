@@ -515,7 +515,7 @@ def test_a_missing_comparison_is_made_though_its_picture_exists(unchanged, tmp_p
     assert run(capfd, *args)[0] == 0
     (out / "1_compare.png").write_text("kept")
     _, _, errors = run(capfd, *args, "--compare")
-    assert f"{out / '0.png'} exists, and 2 others do" in errors
+    assert f"{out / '0.png'} exists, and 2 more" in errors
     (out / "0.png").unlink()
     (out / "1.png").unlink()
     _, _, errors = run(capfd, *args, "--compare")

@@ -1,3 +1,4 @@
+import json
 import runpy
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from aecore import cli
-from aecore.storage import explained
+from aecore.storage import explained, write_json
 
 
 def run(capsys, function, *args):
@@ -220,6 +221,11 @@ def test_experiments_are_importable_and_valid():
     folder = Path(__file__).parent.parent / "experiments"
     for path in folder.glob("*.py"):
         runpy.run_path(str(path), run_name=path.stem)
+
+
+def test_a_report_may_go_to_a_device(capfd):
+    write_json("/dev/stderr", {"a": 1})
+    assert json.loads(capfd.readouterr().err) == {"a": 1}
 
 
 @pytest.mark.parametrize(("module", "is_remote"), [("gcsfs.core", True), ("requests", False)])

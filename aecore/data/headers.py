@@ -8,13 +8,11 @@ from typing import TypeVar
 from aecore.data.ahead import results_ahead
 from aecore.data.indexed import Shape
 from aecore.errors import ImageError
+from aecore.storage import REQUESTS
 
 _log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-
-_AT_A_TIME = 32
-"""Headers read at the same time, as a bucket takes long to answer each request."""
 
 
 def readable_shapes(
@@ -36,8 +34,8 @@ def readable_shapes(
         except ImageError as error:
             return error
 
-    with ThreadPoolExecutor(_AT_A_TIME) as pool:
-        found = results_ahead(lambda item: pool.submit(attempt, item), items, most=2 * _AT_A_TIME)
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        found = results_ahead(lambda item: pool.submit(attempt, item), items, most=2 * REQUESTS)
         for item, shape in zip(items, found, strict=True):
             if isinstance(shape, ImageError):
                 _log.warning("skipped: %s", shape)

@@ -315,7 +315,11 @@ class Devices:
 
 
 class PmapDevices(Devices):
-    """`jax.pmap` over the same devices. The state has no device axis, as with `jit`."""
+    """`jax.pmap` over the same devices. The state has no device axis, as with `jit`.
+
+    `pmap` takes no compiler options, so CPUs compute convolutions as XLA does by default, and GPUs
+    launch each kernel of a step by itself.
+    """
 
     def batch_shape(self, batch_size):
         return (self.device_count, batch_size // self.device_count)

@@ -164,8 +164,7 @@ class Restore:
     alpha: Literal["keep", "drop"] = "keep"
     """Whether outputs keep the input's alpha channel, which is never restored."""
     if_exists: Literal["fail", "skip", "overwrite"] = "fail"
-    """What to do if output files exist; fail: stop before restoring anything; skip: leave a picture
-    out if all that would be written exists."""
+    """What to do if output files exist; fail: stop before restoring anything."""
     shard: str | None = None
     """Restore one part of the inputs, such as 1/4, 2/4, 3/4 or 4/4, so that several machines can
     divide them. A file's name alone decides to which part it belongs. In Slurm, with --array=1-4:
@@ -284,7 +283,7 @@ class Restore:
                     raise KeyboardInterrupt
 
     def _without_existing(self, jobs: list[Any]) -> tuple[list[Any], list[Any]]:
-        """Jobs to do, and those to skip because all that they would write exists."""
+        """Jobs to do, and those to skip because their picture exists."""
         from aecore.storage import sizes
 
         outputs = [job.outputs(self.compare) for job in jobs]
@@ -298,8 +297,9 @@ class Restore:
         if self.if_exists == "overwrite":
             return jobs, []
         remaining, skipped = [], []
-        for job, paths in zip(jobs, outputs, strict=True):
-            (skipped if all(path in there for path in paths) else remaining).append(job)
+        for job in jobs:
+            # A comparison alone can be from a run that ended between the two.
+            (skipped if job.target in there else remaining).append(job)
         return remaining, skipped
 
 
@@ -375,9 +375,9 @@ class Export:
     be given when they are loaded. safetensors: a folder with a model card, as hubs take it. web: a
     folder that any web server can serve, in which the browser computes everything, with ONNX
     Runtime. auto: onnx if the file's name ends in .onnx, else stablehlo."""
-    parameters: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the parameters; bfloat16, for stablehlo and weights alone, makes the file
-    half as large."""
+    parameters: Literal["float32", "bfloat16"] | None = None
+    """Number format of the parameters, for stablehlo and weights alone; bfloat16 makes the file
+    half as large. None: as they are."""
     runtime: str | None = None
     """For web, the file that `npm pack onnxruntime-web@1.30.0` writes; None: it is downloaded."""
 
@@ -391,7 +391,7 @@ class Export:
             form = "onnx" if path.suffix.lower() == ".onnx" else "stablehlo"
         if self.runtime is not None and form != "web":
             raise ConfigError("--runtime is for --format web alone; leave it out")
-        if self.parameters != "float32" and form not in ("stablehlo", "weights"):
+        if self.parameters is not None and form not in ("stablehlo", "weights"):
             raise ConfigError(
                 f"--parameters {self.parameters} can't be had with --format {form}; leave it out"
             )
@@ -661,7 +661,7 @@ def _show(
 ) -> int:
     from aecore.storage import to_path, write_json
 
-    print(table(report))
+    print(table(report), flush=True)
     if file is not None:
         write_json(to_path(file), report)
     return 0
@@ -735,12 +735,12 @@ def _exit_status() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         _end(error.exit_status, at_once=isinstance(error, SavingError))
     except Exception as error:
-        from aecore.storage import explained
+        from aecore.storage import explained, reason
 
         line = explained(error)
         if line is None and isinstance(error, OSError):
             where = f"{error.filename}: " if error.filename else ""
-            line = f"{where}{error.strerror or error}"
+            line = f"{where}{reason(error)}"
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)

@@ -68,7 +68,7 @@ def _end() -> NoReturn:
 
 
 def install() -> None:
-    """Sees to it, for a process that is a command; to be called before imports that take long."""
+    """Has Ctrl-C and SIGTERM end this process so; a command calls it before its long imports."""
     if threading.current_thread() is not threading.main_thread():
         return
     for number, usual in (

@@ -108,7 +108,7 @@ def restore(
     options = _Options(
         run=os.fspath(run),
         settings=settings,
-        output=None if output is None else os.fspath(output),
+        output=None if output is None else os.fspath(to_path(output)),
         naming=naming,
         overwrite=if_exists == "overwrite",
         written={"alpha": alpha, "quality": quality},

@@ -80,16 +80,17 @@ def is_free(path: epath.PathLike) -> bool:
 
 
 def check_writable(path: epath.Path) -> None:
-    """Refuses a path where no file can be written, before the work whose results it is for.
+    """Refuses a path where `write_report` can't write, before the work whose results it is for.
 
     Raises:
-      ConfigError: it is a folder or a device, or its folder is missing.
+      ConfigError: it is a folder, or its folder is missing.
     """
+    if _is_stream(path):
+        return
     # Buckets have no folders that must exist.
     if not is_free(path) or not (is_remote(path) or path.parent.is_dir()):
         raise ConfigError(
-            f"{path} can't be written: it is no regular file, or its folder is missing; "
-            "name another"
+            f"{path} can't be written: it is a folder, or its folder is missing; name a file"
         )
 
 
@@ -101,7 +102,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 def reason(error: BaseException) -> str:
     """Why something failed, in the words of the exception but without the path in it."""
-    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -145,7 +146,7 @@ def explained(error: Exception) -> str | None:
     return f"gs:// {_remote_reason(error)}" if is_remote_error else None
 
 
-_REMOTE_LIBRARIES = ("aiohttp", "gcsfs", "google.api_core", "google.auth", "google.cloud")
+_REMOTE_LIBRARIES = ("aiohttp", "fsspec", "gcsfs", "google.api_core", "google.auth", "google.cloud")
 """Modules whose exceptions these are, or whose code raised them."""
 
 
@@ -256,11 +257,26 @@ def write_whole(path: epath.PathLike, data: bytes) -> None:
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes JSON for people and machines, as `write_whole` does; also to `/dev/stdout`."""
+    """Writes JSON for people and machines, as `write_report` does; NaN and infinity become null."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    write_report(path, json.dumps(finite, indent=2) + "\n")
+
+
+def write_report(path: epath.PathLike, text: str) -> None:
+    """Writes a file as `write_whole` does, or into the device or pipe of that name."""
     path = epath.Path(path)
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    if path.parent == epath.Path("/dev"):
-        # It may stand for a file, in whose place none must be put.
-        path.write_text(text)
-    else:
+    if not _is_stream(path):
         write_whole(path, text.encode())
+        return
+    with naming(path), path.open("a") as stream:
+        stream.write(text)
+
+
+def _is_stream(path: epath.Path) -> bool:
+    """Whether what is written here goes elsewhere, and no file may be put in its place.
+
+    `/dev/stdout` may lead to a file.
+    """
+    if is_remote(path):
+        return False
+    return path.is_relative_to("/dev") or (path.exists() and not (path.is_file() or path.is_dir()))

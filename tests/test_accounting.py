@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import queue
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from etils import epath
 from test_training import change
 
 import aecore
+from aecore import storage
 from aecore.errors import ConfigError
 from aecore.scoring import evaluation
 from aecore.training import claim
@@ -92,11 +94,44 @@ def test_a_claim_of_another_container_counts_while_it_shows_signs_of_life(folder
 
 def test_of_two_claims_at_one_moment_the_earlier_gives_way(folder, monkeypatch):
     monkeypatch.setattr(claim, "_BEAT", 0.05)
-    stopped = threading.Event()
-    with claim.claimed(folder, stop=stopped.set):
+    told = queue.SimpleQueue()
+    with claim.claimed(folder, stop=told.put):
         left(folder)
-        assert stopped.wait(10)
+        assert "is training in" in told.get(timeout=10)
     assert claim.read(folder)["token"] == "other"
+
+
+def test_signs_of_life_go_on_after_an_error_of_a_bucket(folder, monkeypatch):
+    class HttpError(Exception):
+        pass
+
+    def fail(path):
+        raise HttpError("503")
+
+    monkeypatch.setattr(claim, "_BEAT", 0.05)
+    told = queue.SimpleQueue()
+    with claim.claimed(folder, stop=told.put):
+        with monkeypatch.context() as patch:
+            patch.setattr(claim, "is_remote", lambda path: True)
+            patch.setattr(storage, "is_remote", lambda path: True)
+            patch.setattr(claim, "read", fail)
+            time.sleep(0.3)
+        left(folder)
+        assert "is training in" in told.get(timeout=10)
+
+
+def test_a_run_that_another_process_has_taken_saves_nothing_more(tiny, monkeypatch):
+    monkeypatch.setattr(claim, "_BEAT", 0.05)
+    run = epath.Path(tiny.run_dir)
+
+    def take(step, scores):
+        if step == 4 and "loss" in scores:
+            left(run)
+            time.sleep(0.5)
+
+    with pytest.raises(ConfigError, match="is training in"):
+        aecore.train(change(tiny, steps=6), progress=False, callback=take)
+    assert not [path for path in (run / "checkpoints").iterdir() if path.name == "6"]
 
 
 def test_a_start_that_fails_forgets_nothing_of_the_time_of_one_that_was_killed(folder):

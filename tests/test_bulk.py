@@ -508,7 +508,7 @@ def test_skipping_takes_linear_time(tmp_path, monkeypatch):
     assert len(hashed) < 5 * len(jobs)
 
 
-def test_a_missing_comparison_is_made_though_its_picture_exists(unchanged, tmp_path, capfd):
+def test_a_picture_that_exists_is_skipped_but_not_a_comparison_alone(unchanged, tmp_path, capfd):
     save_pictures(tmp_path / "in", 2)
     out = tmp_path / "out"
     args = [tmp_path / "in", "-o", out, "-m", unchanged]
@@ -527,8 +527,11 @@ def test_a_missing_comparison_is_made_though_its_picture_exists(unchanged, tmp_p
     assert (out / "1.png").read_text() == "kept"
     (out / "0_compare.png").unlink()
     _, output, _ = run(capfd, *args, "--compare", "--if-exists", "skip")
+    assert "0 restored, 0 failed, 2 skipped" in output
+    (out / "1.png").unlink()
+    _, output, _ = run(capfd, *args, "--compare", "--if-exists", "skip")
     assert "1 restored, 0 failed, 1 skipped" in output
-    assert names(out) == ["0.png", "0_compare.png", "1.png", "1_compare.png"]
+    assert names(out) == ["0.png", "1.png", "1_compare.png"]
 
 
 def test_a_video_has_no_comparison(tmp_path):

@@ -299,6 +299,8 @@ def test_only_what_will_fail_again_is_left_out(tmp_path, monkeypatch, number, ki
     if kind is OSError:
         with pytest.raises(OSError, match=os.strerror(number)):
             take(dataset.examples(), 1, batch_size=2)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            sources.load(Data(dataset="folder", data_dir=str(tmp_path), image_size=(16, 16)))
 
 
 def test_a_fingerprint_tells_folders_apart_by_names_and_sizes(tmp_path):

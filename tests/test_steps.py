@@ -279,9 +279,12 @@ def test_processes_have_equally_many_devices():
 
     assert chosen(2, 0, 0, 0) == [0, 0]
     assert chosen(4, 0, 0, 0, 1, 1, 1) == [0, 0, 1, 1]
-    for count, message in [(3, "use 2 or 4"), (1, "use 2"), (7, "more than the 6"), (8, "7|8")]:
+    for count, message in [(3, "use 2 or 4$"), (1, "use 2$"), (5, "use 4 or 6$"), (7, "the 6")]:
         with pytest.raises(ConfigError, match=message):
             chosen(count, 0, 0, 0, 1, 1, 1)
+    for count in (5, 6):
+        with pytest.raises(ConfigError, match="use 4$"):
+            chosen(count, 0, 0, 1, 1, 1, 1)
 
 
 def test_a_batch_is_divided_as_suits_the_cache():

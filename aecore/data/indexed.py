@@ -169,7 +169,7 @@ _LASTING = (
 
 
 @contextlib.contextmanager
-def _telling_what_lasts(file: Any) -> Iterator[None]:
+def telling_what_lasts(file: Any) -> Iterator[None]:
     """Makes an ImageError of an error that will come again, and lets any other one pass.
 
     A picture with an ImageError is left out for good. One that can't be read for a moment mustn't
@@ -184,13 +184,20 @@ def _telling_what_lasts(file: Any) -> Iterator[None]:
             raise ImageError(f"{file} can't be read: {error.strerror}") from error
         except ImageError as error:
             cause = error.__cause__
-            while cause is not None:
+            while isinstance(cause, Exception):
                 # Pillow's own have no number.
                 number = cause.errno if isinstance(cause, OSError) else None
-                if isinstance(cause, MemoryError) or number not in (None, *_LASTING):
+                passing = isinstance(cause, MemoryError) or number not in (None, *_LASTING)
+                if passing or storage.explained(cause) is not None:
                     raise cause from error
                 cause = cause.__cause__
             raise
+
+
+def read_shape(file: Any) -> Shape:
+    """The shape of a picture in a file, with the errors of `Source.shape`."""
+    with telling_what_lasts(file):
+        return images.read_shape(file)
 
 
 class FileSource:
@@ -231,7 +238,7 @@ class FileSource:
         if (image := jpeg.decode(content, self._channels)) is not None:
             return image
         file = self._files[index]
-        with _telling_what_lasts(file):
+        with telling_what_lasts(file):
             try:
                 read: Any = Encoded(str(file), lambda: content)
                 picture = images.read(read)
@@ -244,13 +251,12 @@ class FileSource:
 
     def _content(self, index: int) -> bytes:
         file = self._files[index]
-        with _telling_what_lasts(file), storage.naming(file), file.open("rb") as opened:
+        with telling_what_lasts(file), storage.naming(file), file.open("rb") as opened:
             return opened.read()
 
     def shape(self, index: int) -> Shape:
         if index not in self._shapes:
-            with _telling_what_lasts(self._files[index]):
-                height, width, _ = images.read_shape(self._files[index])
+            height, width, _ = read_shape(self._files[index])
             self._shapes[index] = height, width, self._channels
         return self._shapes[index]
 

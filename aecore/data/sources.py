@@ -14,7 +14,7 @@ from aecore.config import Data
 from aecore.data import tfds, whole
 from aecore.data.crops import Crop, Crops, central
 from aecore.data.headers import readable_shapes
-from aecore.data.indexed import ArraySource, Cache, FileSource, Pairs, Shape, Source
+from aecore.data.indexed import ArraySource, Cache, FileSource, Pairs, Shape, Source, read_shape
 from aecore.errors import DataError, ImageError
 from aecore.media import images
 from aecore.storage import to_path
@@ -203,7 +203,7 @@ def _pictures(data: Data) -> whole.Pictures:
 def _folder_pictures(data: Data) -> whole.Pictures:
     folder = _folder(data)
     files = images.walk(folder)
-    found = readable_shapes(images.read_shape, files)
+    found = readable_shapes(read_shape, files)
     shapes = dict(tqdm(found, "looking at pictures", len(files), unit="", delay=2, leave=False))
     if not shapes:
         raise _no_pictures(folder)
@@ -330,7 +330,7 @@ def _scale(files: _Files) -> int:
     """How many times larger the originals are, as the first pair that can be read tells."""
     for degraded, original in zip(files.degraded or (), files.original, strict=False):
         try:
-            small, large = (images.read_shape(file)[:2] for file in (degraded, original))
+            small, large = (read_shape(file)[:2] for file in (degraded, original))
         except ImageError:
             continue  # A warning names it when it is used.
         scale = large[0] // small[0]

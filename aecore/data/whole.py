@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from aecore.config import Data
-from aecore.data.indexed import Shape
+from aecore.data.indexed import Shape, telling_what_lasts
 from aecore.errors import DataError, ImageError
 from aecore.media import images
 from aecore.steps import memory
@@ -57,7 +57,8 @@ def decode(pictures: Pictures, data: Data, progress: bool = True) -> tuple[np.nd
             if isinstance(content, np.ndarray):
                 picture = images.from_array(content)
             else:
-                picture = images.read(content)
+                with telling_what_lasts(content):
+                    picture = images.read(content)
             array[index] = images.at_working_size(picture, shape[:2], shape[2], data.resize)
             good[index] = True
         except ImageError as error:

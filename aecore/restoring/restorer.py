@@ -1,6 +1,7 @@
 """A trained network as a function on images."""
 
 import collections
+import functools
 import logging
 import os
 import threading
@@ -137,10 +138,10 @@ class Restorer:
         """The network as pure functions of its parameters."""
         return self.trained.network
 
-    @property
+    @functools.cached_property
     def params(self) -> Any:
-        """The network's parameters, on the host: `jax.device_put` them to call `apply` often."""
-        return self.trained.params
+        """The network's parameters, for `apply`; JAX moves them to where the images are."""
+        return jax.device_put(self.trained.params)
 
     @property
     def devices(self) -> tuple[jax.Device, ...]:  # pyright: ignore[reportInvalidTypeForm]
@@ -381,7 +382,7 @@ class Restorer:
     def _code_features(self) -> int:
         side = 8 * self.network.stride
         image = jax.ShapeDtypeStruct((1, side, side, self.network.channels), np.float32)
-        return jax.eval_shape(self.network.encode, self.params, image).shape[3]
+        return jax.eval_shape(self.network.encode, self.trained.params, image).shape[3]
 
     def apply(self, params: Any, images: jax.Array) -> jax.Array:
         """The network as a pure function, for your own `jit`, `vmap` and `grad`.
@@ -411,7 +412,7 @@ class Restorer:
         from aecore.networks import summary
 
         return summary.summarize(
-            self.network, self.params, self.description.to_json(), self.trained.about
+            self.network, self.trained.params, self.description.to_json(), self.trained.about
         )
 
     def _frame(self, image: Any) -> images.Frame | None:

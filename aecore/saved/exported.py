@@ -55,7 +55,7 @@ def save(
     trained: TrainedNetwork,
     *,
     with_functions: bool = True,
-    parameters: Literal["float32", "bfloat16"] = "float32",
+    parameters: Literal["float32", "bfloat16"] | None = None,
 ) -> None:
     """Writes a network to a file, which appears whole or not at all. Equal networks, equal files.
 
@@ -64,19 +64,22 @@ def save(
       trained: what to write.
       with_functions: whether to write the functions too. Without them, the file is small and lasts
         longer than JAX promises to read StableHLO, but only aecore can read it.
-      parameters: their number format in the file. bfloat16 makes it half as large.
+      parameters: their number format in the file; bfloat16 makes it half as large. None: as they
+        are.
 
     Raises:
       ConfigError: the network's functions are those of a file, and take another number format.
     """
     network = trained.network
-    has = {str(leaf.dtype) for leaf in jax.tree.leaves(trained.params)} - {parameters}
-    if with_functions and has and isinstance(network, ExportedNetwork):
-        raise ConfigError(
-            f"the compiled functions of {network.name} take {has.pop()} parameters, not "
-            f"{parameters}; ask for those, or export the run that it was made from"
-        )
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, parameters), trained.params)
+    params = trained.params
+    if parameters is not None:
+        other = {str(leaf.dtype) for leaf in jax.tree.leaves(params)} - {parameters}
+        if with_functions and other and isinstance(network, ExportedNetwork):
+            raise ConfigError(
+                f"the compiled functions of {network.name} take parameters of {other.pop()}, not "
+                f"of {parameters}; leave out --parameters, or export the run that it was made from"
+            )
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, parameters), params)
     arrays = {name: np.asarray(jax.device_get(leaf)) for name, leaf in flatten(params).items()}
     members = {f"params/{name}": array.tobytes() for name, array in arrays.items()}
     field = network.receptive_field(params)

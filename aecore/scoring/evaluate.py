@@ -151,7 +151,7 @@ def _evaluate_own(
     evaluator = evaluation.Evaluator(
         restorer.network.apply, degradation, devices, batch_size, multiple
     )
-    values = evaluator.per_image(devices.replicate(restorer.params), validation)
+    values = evaluator.per_image(devices.replicate(restorer.trained.params), validation)
     scores = {
         "evaluation": {"step": restorer.description.step, **evaluation.summarize(values)},
         "baseline": evaluation.baseline(degradation, devices, validation, batch_size),

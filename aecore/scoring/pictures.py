@@ -31,7 +31,7 @@ from aecore.errors import ConfigError, DataError, ImageError
 from aecore.media.images import enlarged
 from aecore.restoring.restorer import Restorer
 from aecore.scoring import classical, evaluation, reports
-from aecore.storage import check_writable, to_path, write_whole
+from aecore.storage import check_writable, to_path, write_report
 
 _log = logging.getLogger(__name__)
 
@@ -306,7 +306,7 @@ def write_csv(found: Sequence[PictureScores], file: epath.PathLike) -> None:
         for row, values in picture.values.items():
             numbers = [f"{values[name]:.6g}" for name in names]
             writer.writerow([picture.name, picture.height, picture.width, row, *numbers])
-    write_whole(to_path(file), text.getvalue().encode())
+    write_report(to_path(file), text.getvalue())
 
 
 def save_ranked(

@@ -78,16 +78,17 @@ def equally_many(
     of_process = [
         [device for device in devices if device.process_index == process] for process in processes
     ]
-    if count > len(devices) or max(each, 1) > min(map(len, of_process)):
+    if count > len(devices):
         raise ConfigError(
             f"training.devices {count} is more than the {len(devices)} there are; "
             "use fewer, or None for all"
         )
-    if rest:
-        choice = " or ".join(str(n * len(processes)) for n in (each, each + 1) if n)
+    most = min(map(len, of_process))
+    if rest or each > most:
+        possible = sorted({min(max(n, 1), most) * len(processes) for n in (each, each + 1)})
         raise ConfigError(
-            f"training.devices {count} can't be divided among {len(processes)} processes; "
-            f"use {choice}"
+            f"training.devices {count} can't be {len(processes)} processes' in equal parts; "
+            f"use {' or '.join(map(str, possible))}"
         )
     return [device for own in of_process for device in own[:each]]
 

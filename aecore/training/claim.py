@@ -23,7 +23,7 @@ FILE = "running.json"
 
 _BEAT = 2.0
 _REMOTE_BEAT = 20.0
-"""Seconds between signs of life; each is a request where the file is remote."""
+"""Seconds between signs of life; each is two requests where the file is remote."""
 
 
 def read(directory: epath.Path) -> dict[str, Any] | None:
@@ -39,7 +39,7 @@ def read(directory: epath.Path) -> dict[str, Any] | None:
 def claimed(
     directory: epath.Path,
     seconds: Callable[[], float] = lambda: 0.0,
-    stop: Callable[[], None] = lambda: None,
+    stop: Callable[[str], None] = lambda why: None,
 ) -> Iterator[float]:
     """Trains in a run directory alone.
 
@@ -49,8 +49,8 @@ def claimed(
     Args:
       directory: the run directory, which exists.
       seconds: gives the time that the run has taken so far, to note with each sign of life.
-      stop: called from another thread if another process has claimed the directory at the same
-        moment after all, as where files are seen late; that one goes on.
+      stop: called from another thread, with why, if another process has claimed the directory after
+        all, as where files are seen late or this process was suspended; that one goes on.
 
     Yields:
       The time that the run had taken when an earlier process of it was killed or failed, or 0.
@@ -90,12 +90,12 @@ def claimed(
 
     def live() -> None:
         while not ended.wait(beat):
-            if others() is not None:
-                _log.error("another process trains in %s too; this one stops", directory)
-                stop()
-                return
-            said["beats"] += 1
-            with contextlib.suppress(OSError):  # A sign of life may fail, such as on a full disk.
+            # A sign of life may fail, such as on a full disk or without a network.
+            with contextlib.suppress(OSError), naming(directory):
+                if (other := others()) is not None:
+                    stop(_refusal(directory, other))
+                    return
+                said["beats"] += 1
                 write()
 
     thread = threading.Thread(target=live, daemon=True)

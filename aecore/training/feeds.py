@@ -391,8 +391,9 @@ def cut(
 def _check_memory(needed: float, devices: Devices) -> None:
     """Refuses images that, with this many bytes per device, leave too little room for the steps."""
     limit, whose = memory.limit(devices.mesh.local_devices[0]), "the device's"
-    if limit is None:
+    if limit is None:  # As on CPUs, which share the machine's.
         limit, whose = memory.physical(), "the machine's"
+        needed *= len(devices.mesh.local_devices)
     if needed > 0.8 * limit:
         raise ConfigError(
             f"the images need {needed / 2**30:.1f} GiB of {whose} {limit / 2**30:.1f}; "

@@ -13,6 +13,8 @@ class Interruption:
 
     def __init__(self):
         self.requested = False
+        self.why: str | None = None
+        """What went wrong, if a stop is asked for because of that."""
         self._first = 0.0
         self._previous = {}
 
@@ -27,8 +29,9 @@ class Interruption:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def request(self) -> None:
-        """Asks for a stop, as a signal does."""
+    def request(self, why: str) -> None:
+        """Asks for a stop because something went wrong."""
+        self.why = why
         self.requested = True
 
     def _handle(self, number, frame) -> None:
@@ -39,4 +42,4 @@ class Interruption:
             raise KeyboardInterrupt
         if not self.requested:
             self._first = now
-        self.request()
+        self.requested = True

@@ -371,7 +371,7 @@ class _Run:
         restorer = Restorer.load(self.directory, model=self.experiment.model)
         scores = restorer.description.metrics
         if scores is None:  # Every evaluated checkpoint has since been damaged.
-            params = self.devices.replicate(restorer.params)
+            params = self.devices.replicate(restorer.trained.params)
             values = self.evaluator.per_image(params, self.validation)
             scores = {"step": restorer.description.step, **evaluation.summarize(values)}
         if self.is_first:
@@ -533,6 +533,8 @@ class _Run:
         self.saved_step = self.step
 
     def _stop(self) -> NoReturn:
+        if self.interruption.why is not None:  # The run directory is another process's now.
+            raise ConfigError(self.interruption.why)
         if self.step > self.saved_step:
             self._save()
         self.checkpoints.wait()

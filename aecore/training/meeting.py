@@ -248,6 +248,7 @@ def start_coordinator(place: Place, training: Training) -> subprocess.Popen:
         )
         assert process.stdout is not None
         if process.stdout.readline().strip() != b"ready":
+            process.kill()
             process.wait()
             said.seek(0)
             why = (said.read().strip().splitlines() or ["it says nothing"])[-1]
@@ -260,5 +261,5 @@ def start_coordinator(place: Place, training: Training) -> subprocess.Popen:
 
 
 def heartbeat(training: Training) -> int:
-    """Seconds after which JAX itself gives a process up: later than this module does."""
+    """Seconds after which JAX itself gives a process up: later than `group` does."""
     return int(2 * training.loss_timeout + 60)

@@ -32,8 +32,8 @@ def join(training: Training) -> None:
     """Connects this process with the others of a training; must be called before JAX is used.
 
     Raises:
-      ConfigError: no cluster is found; versions or counts differ.
-      ProcessError: not all processes came in time.
+      ConfigError: no cluster is found, or a port can't be used.
+      ProcessError: not all processes came in time, or their versions or counts differ.
     """
     global _group
     if training.distributed is None or jax.distributed.is_initialized():

@@ -28,7 +28,7 @@ def with_its_network(experiment: Experiment, default: Any) -> Experiment:
     source, model = experiment.training.start_from, experiment.model
     if source is None:
         return experiment
-    processes.join(experiment.training)  # Before parameters are put on a device.
+    processes.join(experiment.training)  # Before reading a checkpoint uses JAX.
     try:
         run = experiment.directory
         before = weights.load(run if exists(run) else source).description.build_model()

@@ -162,12 +162,12 @@ def _steps(
             )
             works[name] = one_batch(assembled)
             first, second = (_seconds(works[name]) for _ in range(2))
-            costs = planning.cost(assembled)
+            needed = planning.plan_form(assembled, limits[precision], slices=1)
             reports[name] = {
                 "compile_seconds": first - second,
-                "flops_per_image": costs.flops,
-                "bytes_per_image": costs.bytes,
-                "peak_memory": planning.memory_of(planning.compile_step(assembled)).total,
+                "flops_per_image": needed.flops_per_image,
+                "bytes_per_image": needed.bytes_per_image,
+                "peak_memory": needed.memory.total,
             }
     rates = take_turns(works, seconds, repeats)
     for name, report in reports.items():

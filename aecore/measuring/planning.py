@@ -154,13 +154,6 @@ def compile_step(assembled: Assembly) -> Any:
     return step.lower(assembled.abstract_state, assembled.abstract_batch()).compile()
 
 
-def cost(assembled: Assembly) -> StepCost:
-    """Operations and memory traffic of a training step, as XLA counts them once it is compiled."""
-    # XLA counts a loop's body once, so the batch must not be divided into parts.
-    compiled = compile_step(dataclasses.replace(assembled, parts=1))
-    return _cost(compiled, assembled.batch_size // assembled.devices.device_count)
-
-
 def _cost(compiled: Any, share: int) -> StepCost:
     analysis = compiled.cost_analysis()
     return StepCost(analysis["flops"] / share, analysis["bytes accessed"] / share)
@@ -237,6 +230,7 @@ def _image_shape(experiment: Experiment) -> tuple[int, int, int]:
 
 
 def plan_form(assembled: Assembly, limits: Limits, slices: int) -> FormPlan:
+    """What one compiled form of a training step needs, as XLA counts it once it is compiled."""
     count = assembled.devices.device_count
     share = assembled.batch_size // count
     compiled = whole = compile_step(assembled)

@@ -175,23 +175,24 @@ def telling_what_lasts(file: Any) -> Iterator[None]:
     A picture with an ImageError is left out for good. One that can't be read for a moment mustn't
     be: a run would go on with other batches than if nothing had happened.
     """
-    with storage.naming(file):
-        try:
+    try:
+        with storage.naming(file):
             yield
-        except OSError as error:
-            if error.errno not in _LASTING:
-                raise
-            raise ImageError(f"{file} can't be read: {error.strerror}") from error
-        except ImageError as error:
-            cause = error.__cause__
-            while isinstance(cause, Exception):
-                # Pillow's own have no number.
-                number = cause.errno if isinstance(cause, OSError) else None
-                passing = isinstance(cause, MemoryError) or number not in (None, *_LASTING)
-                if passing or storage.explained(cause) is not None:
-                    raise cause from error
-                cause = cause.__cause__
+    except OSError as error:
+        if error.errno not in _LASTING:
             raise
+        raise ImageError(f"{file} can't be read: {error.strerror}") from error
+    except ImageError as error:
+        cause = error.__cause__
+        while isinstance(cause, Exception):
+            # Pillow's own have no number.
+            number = cause.errno if isinstance(cause, OSError) else None
+            passing = isinstance(cause, MemoryError) or number not in (None, *_LASTING)
+            if passing or storage.explained(cause) is not None:
+                with storage.naming(file):
+                    raise cause from error
+            cause = cause.__cause__
+        raise
 
 
 def read_shape(file: Any) -> Shape:
@@ -251,7 +252,7 @@ class FileSource:
 
     def _content(self, index: int) -> bytes:
         file = self._files[index]
-        with telling_what_lasts(file), storage.naming(file), file.open("rb") as opened:
+        with telling_what_lasts(file), file.open("rb") as opened:
             return opened.read()
 
     def shape(self, index: int) -> Shape:

@@ -70,12 +70,7 @@ def ssim(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     IEEE Transactions on Image Processing 13 (2004), with K1 = 0.01, K2 = 0.03 and data range 1,
     averaged over the pixels whose window lies inside the image, and over channels.
     """
-    import dm_pix
-
-    _check_window(outputs, targets)
-    # dm_pix declares the filter on chex's arrays, a union that includes JAX's.
-    filter_fn: Any = _gaussian_filter
-    return jnp.asarray(dm_pix.ssim(outputs, targets, filter_fn=filter_fn))
+    return _ssim(outputs, targets)
 
 
 def mse_within(outputs: jax.Array, targets: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -94,12 +89,19 @@ def psnr_within(outputs: jax.Array, targets: jax.Array, sizes: jax.Array) -> jax
 
 def ssim_within(outputs: jax.Array, targets: jax.Array, sizes: jax.Array) -> jax.Array:
     """`ssim` of each image's first `sizes[i]` rows and columns."""
+    values = _ssim(outputs, targets, return_map=True)
+    return _mean_within(values, sizes - (SSIM_WINDOW - 1))
+
+
+def _ssim(outputs: jax.Array, targets: jax.Array, return_map: bool = False) -> jax.Array:
+    """`(B,)`; with `return_map`, `(B, H - 10, W - 10, C)`: a value for each place of the window."""
     import dm_pix
 
     _check_window(outputs, targets)
+    # dm_pix declares the filter on chex's arrays, a union that includes JAX's.
     filter_fn: Any = _gaussian_filter
-    values = jnp.asarray(dm_pix.ssim(outputs, targets, filter_fn=filter_fn, return_map=True))
-    return _mean_within(values, sizes - (SSIM_WINDOW - 1))
+    found = dm_pix.ssim(outputs, targets, filter_fn=filter_fn, return_map=return_map)
+    return jnp.asarray(found)
 
 
 def _mean_within(values: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ from aecore.serving import site
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-convert = pytest.importorskip("aecore.saved.onnx").convert
+convert = pytest.importorskip("aecore.saved.onnx.conversion").convert
 
 
 def function_of(model, seed=0):
@@ -371,8 +371,8 @@ def test_compiled_functions_are_refused(tmp_path):
 
 def test_without_onnx(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    monkeypatch.delitem(sys.modules, "aecore.saved.onnx")
-    monkeypatch.delattr(aecore.saved, "onnx")
+    monkeypatch.delitem(sys.modules, "aecore.saved.onnx.conversion")
+    monkeypatch.delattr(aecore.saved.onnx, "conversion")
     restorer = aecore.Restorer.of(NoiseReducer(), {})
     with pytest.raises(ConfigError, match=r'pip install "aecore\[onnx\]"'):
         exported.export_onnx(epath.Path(tmp_path / "net.onnx"), restorer.trained)

@@ -162,7 +162,7 @@ def as_onnx(trained: TrainedNetwork, *, clipped: bool = True) -> bytes:
       ConfigError: onnx is not installed, or the network can't be written.
     """
     try:
-        from aecore.saved import onnx
+        from aecore.saved.onnx.conversion import convert
     except ImportError as error:
         raise ConfigError(
             'writing ONNX needs the package onnx: pip install "aecore[onnx]"'
@@ -178,7 +178,7 @@ def as_onnx(trained: TrainedNetwork, *, clipped: bool = True) -> bytes:
         restored = network.apply(params, images)
         return jnp.clip(restored, 0.0, 1.0) if clipped else restored
 
-    graph = onnx.convert(
+    graph = convert(
         restore,
         channels=network.channels,
         stride=network.stride,

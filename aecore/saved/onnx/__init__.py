@@ -1,0 +1,1 @@
+"""Writes a function on images as an ONNX graph; `conversion` says how."""

@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 from conftest import save_pictures
+from etils import epath
 from PIL import Image
 
 from aecore import Data
@@ -20,6 +21,7 @@ from aecore.data.indexed import ArraySource, Cache, FileSource, Pairs
 from aecore.data.shapes import shared_shapes, smallest_containing
 from aecore.degradations import Compose, GaussianNoise
 from aecore.errors import ConfigError, DataError, ImageError
+from aecore.media import images
 
 NOISE = GaussianNoise(0.1)
 
@@ -229,7 +231,7 @@ def folder(path, **options):
 
 def test_a_folder_is_listed_without_opening_a_file(tmp_path, monkeypatch):
     save_noise(tmp_path, SIZES[:12])
-    monkeypatch.setattr(type(sources.epath.Path(tmp_path)), "open", None)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "open", None)
     dataset = folder(tmp_path, crop=(16, 12), crops_per_image=2)
     assert dataset.image_shape == (16, 12, 3)
     assert (len(dataset.train), len(dataset.validation)) == (10, 2)
@@ -292,7 +294,7 @@ def test_only_what_will_fail_again_is_left_out(tmp_path, monkeypatch, number, ki
     def fail(*args):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(type(sources.epath.Path(tmp_path)), "open", fail)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "open", fail)
     for read in (dataset.train.__getitem__, dataset.train.shape):
         with pytest.raises(kind, match=f"{tmp_path}/.*png"):
             read(0)
@@ -348,7 +350,7 @@ def test_pictures_are_decoded_once_if_they_fit(tmp_path, monkeypatch):
             Data(dataset="folder", data_dir=str(tmp_path), memory_limit=limit)
         )
         count = 0
-        read = sources.images.read
+        read = images.read
 
         def counting(file, read=read):
             nonlocal count
@@ -356,7 +358,7 @@ def test_pictures_are_decoded_once_if_they_fit(tmp_path, monkeypatch):
             return read(file)
 
         with monkeypatch.context() as patch:
-            patch.setattr(sources.images, "read", counting)
+            patch.setattr(images, "read", counting)
             for _ in range(2):
                 for index in range(12):
                     source[index]

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -21,7 +22,13 @@ from etils import epath
 import aecore
 from aecore.data.batches import training_batches
 from aecore.degradations import GaussianNoise
-from aecore.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError
+from aecore.errors import (
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    NonFiniteLossError,
+    SavingError,
+)
 from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer
 from aecore.networks.network import LinenNetwork
 from aecore.saved import checkpoints
@@ -413,31 +420,72 @@ def test_checkpoints_that_are_all_damaged_are_left_as_they_are(tiny):
     assert all(folder.is_dir() for folder in folders)
 
 
-def test_a_checkpoint_stays_until_its_replacement_is_whole(tmp_path):
-    folder = tmp_path / "run" / "checkpoints"
+def test_of_a_checkpoint_of_the_same_step_only_the_description_is_written(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    arrays = run / "checkpoints" / "5" / "params"
 
-    def save(saved, value):
+    def save(saved, value, **said):
         saved.save(
             state.TrainState(jax.numpy.int32(5), {"a": np.full(3, value, np.float32)}, {}),
-            Description(step=5, image_size=(8, 8), channels=1),
+            Description(step=5, image_size=(8, 8), channels=1, **said),
         )
 
-    def restore(saved):
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        step = jax.ShapeDtypeStruct((), np.int32, sharding=device)
-        abstract = {"a": jax.ShapeDtypeStruct((3,), np.float32, sharding=device)}
-        return saved.restore(state.TrainState(step, abstract, {}))[0].params["a"][0]
+    def files():
+        return {path: path.stat().st_mtime_ns for path in arrays.rglob("*") if path.is_file()}
 
-    with checkpoints.Checkpoints(folder, keep=1) as saved:
+    def description():
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = {"a": jax.ShapeDtypeStruct((3,), np.float32, sharding=device)}
+        return checkpoints.load(run, lambda _: abstract)[1]
+
+    with checkpoints.Checkpoints(run / "checkpoints", keep=1) as saved:
         save(saved, 1)
-        save(saved, 2)
-    assert [path.name for path in folder.glob("5*")] == ["5"]
-    with checkpoints.Checkpoints(folder, keep=1) as saved:
-        assert restore(saved) == 2
-    # What is left of one that was killed before its replacement was whole.
-    (folder / "5").rename(folder / "5.replaced")
-    with checkpoints.Checkpoints(folder, keep=1) as saved:
-        assert restore(saved) == 2
+    before = files()
+    assert before
+    with checkpoints.Checkpoints(run / "checkpoints", keep=1) as saved:
+        save(saved, 1, seconds=7.0)
+        assert description().seconds == 7
+        # Killed while it writes.
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", None)
+            patch.setattr(type(epath.Path(tmp_path)), "replace", None)
+            with pytest.raises(SavingError):
+                save(saved, 1, seconds=8.0)
+        with pytest.raises(SavingError, match="other arrays"):
+            save(saved, 2, seconds=9.0)
+    assert description().seconds == 7
+    assert files() == before
+    assert steps_kept(run) == [5]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ESTALE, os.strerror(errno.ESTALE)),
+        ValueError("Error opening file [source locations='os_error_code='24'']"),
+        ValueError("UNAVAILABLE: the bucket doesn't answer"),
+        MemoryError(),
+    ],
+)
+def test_a_checkpoint_that_cant_be_read_for_the_moment_is_not_set_aside(tiny, monkeypatch, error):
+    aecore.train(change(tiny, steps=6), progress=False)
+    folder = Path(tiny.run_dir, "checkpoints")
+    before = sorted(path.name for path in folder.iterdir())
+    read = checkpoints.ocp.CheckpointManager.restore
+
+    def restore(manager, step, *args, **kwargs):
+        if step == 6:
+            raise RuntimeError("orbax's own words") from error
+        return read(manager, step, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.ocp.CheckpointManager, "restore", restore)
+        for use in (aecore.Restorer.load, lambda _: aecore.train(tiny, progress=False)):
+            with pytest.raises(CheckpointError, match="checkpoints/6 can't be read .*again"):
+                use(tiny.run_dir)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    aecore.train(tiny, progress=False)
+    assert newest(tiny.run_dir)[1].step == 8
 
 
 def test_a_run_goes_on_past_a_smaller_limit(tiny, monkeypatch):

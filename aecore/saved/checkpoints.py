@@ -8,6 +8,8 @@ which the array format doesn't.
 
 import contextlib
 import dataclasses
+import errno
+import json
 import logging
 import os
 import re
@@ -21,14 +23,16 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from aecore import storage
 from aecore.errors import CheckpointError, SavingError
 from aecore.saved.descriptions import Description
 from aecore.steps.state import TrainState
-from aecore.storage import absolute, to_path
+from aecore.storage import absolute, to_path, write_whole
 
 _log = logging.getLogger(__name__)
 
-_REPLACED = ".replaced"
+_JSON_FILE = "metadata"
+"""Where orbax keeps an item that is JSON."""
 
 
 def best_step(steps: Iterable[int], description: Description) -> int | None:
@@ -55,28 +59,12 @@ class Checkpoints:
     def __init__(self, directory: epath.PathLike, keep: int):
         self._policy = _NewestAndBest(keep)
         self._directory = absolute(directory)
-        self._manager = self._open()
-
-    def _open(self) -> ocp.CheckpointManager:
-        self._settle_replacements()
-        return ocp.CheckpointManager(
+        self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 cleanup_tmp_directories=True, preservation_policy=self._policy
             ),
         )
-
-    def _settle_replacements(self) -> None:
-        """Removes checkpoints that were replaced; puts back those whose replacement failed."""
-        _on_first_process(self._settle)
-
-    def _settle(self) -> None:
-        for old in self._directory.glob(f"*{_REPLACED}"):
-            new = old.with_name(old.name.removesuffix(_REPLACED))
-            if new.exists():
-                old.rmtree()
-            else:
-                old.rename(new)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -86,7 +74,6 @@ class Checkpoints:
             return  # Closing would fail for the same reason.
         with self._saving():
             self._manager.close()  # Waits for a save in progress.
-        self._settle_replacements()
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
@@ -94,17 +81,16 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            number = re.search(r"os_error_code='(\d+)'", str(error))
-            reason = os.strerror(int(number[1])) if number else " ".join(str(error).split())
             raise SavingError(
-                f"{self._directory}: a checkpoint can't be saved ({reason:.200}); "
+                f"{self._directory}: a checkpoint can't be saved ({_reason(error)}); "
                 "earlier ones are kept; fix that and run the same command again"
             ) from error
 
     def save(self, state: TrainState, description: Description) -> None:
         """Copies the state and saves it in the background.
 
-        A checkpoint of the same step, saved before that step was evaluated, is replaced.
+        Of a checkpoint of the same step, saved before that step was evaluated, the description is
+        written anew; its arrays are the same.
 
         Args:
           state: what to save, under `state.step`.
@@ -118,21 +104,24 @@ class Checkpoints:
 
     def _save(self, state: TrainState, description: Description) -> None:
         step = int(state.step)
-        if step in self._manager.all_steps():
-            self._manager.wait_until_finished()
-            folder = self._directory / str(step)
-            _on_first_process(lambda: folder.rename(folder.with_name(f"{step}{_REPLACED}")))
-            self._manager.reload()
         items = _items(state)
         checksums = {name: _checksum(tree) for name, tree in items.items()}
+        description = dataclasses.replace(description, checksums=checksums)
         self._policy.description = description
+        if step in self._manager.all_steps():
+            self._manager.wait_until_finished()
+            if _checksums(_read_description(self._manager, step)) != checksums:
+                raise ValueError(f"there is one of step {step} with other arrays")
+            # As one file, so that a process that is killed leaves the old one or the new one.
+            file = self._directory / str(step) / "description" / _JSON_FILE
+            content = json.dumps(description.to_json()).encode()
+            _on_first_process(lambda: write_whole(file, content))
+            return
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-                description=ocp.args.JsonSave(
-                    dataclasses.replace(description, checksums=checksums).to_json()
-                ),
+                description=ocp.args.JsonSave(description.to_json()),
             ),
             force=True,
         )
@@ -145,7 +134,8 @@ class Checkpoints:
     def restore(self, abstract_state: TrainState) -> tuple[TrainState, Description] | None:
         """The newest checkpoint that is whole.
 
-        Damaged ones that are newer are named in a warning and set aside as `STEP.damaged`.
+        Damaged ones that are newer are named in a warning and set aside as `STEP.damaged`. One that
+        only can't be read for the moment, as without a network, is not taken for damaged.
 
         Args:
           abstract_state: shapes, dtypes and shardings to restore to.
@@ -154,28 +144,44 @@ class Checkpoints:
           State and description, or None if there is no checkpoint.
 
         Raises:
-          CheckpointError: there are checkpoints, and none of them can be restored.
+          CheckpointError: there are checkpoints, and none of them can be restored, or the newest
+            can't be read for the moment, or not by all processes.
         """
+        restored, damaged = self._newest(abstract_state)
+        step = restored[1].step if restored else None
+        if any(other != step for other in _of_all_processes(step)):
+            raise CheckpointError(
+                f"not all processes read the same checkpoint in {self._directory}; see that they "
+                "all use the same folder, and run the same command again"
+            )
+        if restored:
+            _on_first_process(lambda: self._set_aside(damaged))
+            self._manager.reload()
+            self._policy.description = restored[1]
+        elif damaged:
+            raise CheckpointError(
+                f"none of the checkpoints in {self._directory} can be restored; they are damaged, "
+                f"or of another model or optimizer ({damaged[0][1]}); "
+                "move them away to start anew"
+            )
+        return restored
+
+    def _newest(
+        self, abstract_state: TrainState
+    ) -> tuple[tuple[TrainState, Description] | None, list[tuple[int, Exception]]]:
+        """What `restore` returns, and the newer ones that are damaged."""
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 description = _read_description(self._manager, step)
                 items = _restore(self._manager, step, description, _items(abstract_state))
             except Exception as error:  # Each kind of damage fails differently within orbax.
+                _check_is_damage(self._directory / str(step), error)
                 damaged.append((step, error))
                 continue
-            _on_first_process(lambda: self._set_aside(damaged))
-            self._manager.reload()
-            self._policy.description = description
             state = TrainState(params=items["params"], ema=items.get("ema"), **items["optimizer"])
-            return state, description
-        if damaged:
-            raise CheckpointError(
-                f"none of the checkpoints in {self._directory} can be restored; they are damaged, "
-                f"or of another model or optimizer ({damaged[0][1]}); "
-                "move them away to start anew"
-            )
-        return None
+            return (state, description), damaged
+        return None, damaged
 
     def _set_aside(self, damaged: Iterable[tuple[int, Exception]]) -> None:
         for step, error in damaged:
@@ -196,6 +202,13 @@ def _on_first_process(change: Callable[[], object]) -> None:
         multihost_utils.sync_global_devices("aecore checkpoint files")
 
 
+def _of_all_processes(step: int | None) -> list[int | None]:
+    if jax.process_count() == 1:
+        return [step]
+    steps = multihost_utils.process_allgather(np.int32(-1 if step is None else step))
+    return [None if each < 0 else int(each) for each in steps]
+
+
 def load(
     run: epath.PathLike, abstract_params: Callable[[Description], Any]
 ) -> tuple[Any, Description]:
@@ -211,7 +224,8 @@ def load(
       Parameters, averaged ones if the run kept an average, and description.
 
     Raises:
-      CheckpointError: the run has no checkpoint, or none that is whole.
+      CheckpointError: the run has no checkpoint, or none that is whole, or one can't be read for
+        the moment.
     """
     directory = absolute(run) / "checkpoints"
     if not directory.is_dir():
@@ -226,6 +240,7 @@ def load(
             try:
                 descriptions[step] = _read_description(manager, step)
             except Exception as error:  # Each kind of damage fails differently within orbax.
+                _check_is_damage(directory / str(step), error)
                 _log.warning("%s; not used", _damage(directory / str(step), error))
         candidates = list(descriptions)
         if candidates:
@@ -241,6 +256,7 @@ def load(
             except CheckpointError:
                 raise
             except Exception as error:  # As above.
+                _check_is_damage(directory / str(step), error)
                 _log.warning("%s; not used", _damage(directory / str(step), error))
                 continue
             return params, description
@@ -306,9 +322,59 @@ def _key_name(key: Any) -> str:
     return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
 
 
+_OF_DAMAGE = (
+    errno.EINVAL,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EOVERFLOW,
+)
+"""Numbers of the errors of files that are missing, or named by bytes that are wrong."""
+
+_PASSING = re.compile("ABORTED|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE")
+"""What TensorStore's messages say of a bucket that doesn't answer."""
+
+
+def _check_is_damage(folder: epath.Path, error: Exception) -> None:
+    """Refuses to go on to another checkpoint if this one may be whole.
+
+    Raises:
+      CheckpointError: memory, a device, the network or the file system failed, not what was read.
+    """
+    cause: BaseException | None = error
+    while isinstance(cause, Exception) and not isinstance(cause, FileNotFoundError):
+        number = cause.errno if isinstance(cause, OSError) else _number(cause)
+        if (
+            isinstance(cause, (MemoryError, jax.errors.JaxRuntimeError))
+            or number not in (None, *_OF_DAMAGE)
+            or (number is None and _PASSING.search(str(cause)))
+            or storage.explained(cause) is not None
+        ):
+            raise CheckpointError(
+                f"checkpoint {folder} can't be read ({_reason(cause)}); it may be whole, so "
+                "nothing was changed: run the same command again, or move it away to use an "
+                "earlier one"
+            ) from error
+        cause = cause.__cause__ or cause.__context__
+
+
+def _number(error: BaseException) -> int | None:
+    """Of the system's error, as TensorStore writes it into its messages."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else None
+
+
+def _reason(error: BaseException) -> str:
+    number = _number(error)
+    if number is not None:
+        return os.strerror(number)
+    return f"{' '.join(storage.reason(error).split()):.200}"
+
+
 def _damage(folder: epath.Path, error: Exception) -> str:
-    reason = " ".join(str(error).split())
-    return f"checkpoint {folder} is damaged ({reason:.200})"
+    return f"checkpoint {folder} is damaged ({_reason(error)})"
 
 
 def _checksum(tree: Any) -> str:

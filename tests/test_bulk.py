@@ -327,7 +327,7 @@ def test_pictures_of_many_sizes_compile_few_shapes(trained, tmp_path):
     assert len(jobs) == 80
     restorer = aecore.Restorer.load(trained)
     assert all(isinstance(done, bulk.Done) for done in bulk.restore(jobs, restorer))
-    assert len(restorer._engine.programs) <= 4
+    assert len(restorer._engine.programs.compiled) <= 4
 
 
 def test_collisions_are_found_before_anything_is_done(tmp_path):

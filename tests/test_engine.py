@@ -10,7 +10,7 @@ from conftest import random_params
 from aecore.models import UNet
 from aecore.networks.network import LinenNetwork
 from aecore.networks.receptive_field import ReceptiveField
-from aecore.restoring import engine, tiling
+from aecore.restoring import passes, programs, tiling
 from aecore.restoring.engine import Engine
 
 
@@ -73,15 +73,16 @@ def test_memory_stays_bounded(monkeypatch):
     params = random_params(model)
     network = LinenNetwork(model)
     image = np.random.default_rng(0).random((1, 900, 700, 1), np.float32)
-    (whole,) = engine_of(network, params, tile=0).run([image])
+    (whole,) = passes.restore(engine_of(network, params, tile=0), [image])
     compiled = []
     for limit in (2**30, 2**22):
-        monkeypatch.setattr(engine, "_CPU_MEMORY", limit)
+        monkeypatch.setattr(programs, "_CPU_MEMORY", limit)
         tiled = engine_of(network, params)
-        (restored,) = tiled.run([image])
+        (restored,) = passes.restore(tiled, [image])
         np.testing.assert_allclose(restored, whole, atol=1e-5)
         needed = [
-            program.memory_analysis().temp_size_in_bytes for program in tiled.programs.values()
+            program.memory_analysis().temp_size_in_bytes
+            for program in tiled.programs.compiled.values()
         ]
         assert max(needed) <= limit
         compiled.append(max(needed))
@@ -92,7 +93,7 @@ def test_where_memory_is_short_tiles_shrink_no_more_than_they_must(monkeypatch):
     field = ReceptiveField(72, 72)
     chosen = engine_of(Seeing(field, 8))
     first = chosen.windows((3000, 4000))[0].size
-    kind = engine.BatchKind(first, np.dtype(np.uint8), 1)
-    chosen.shrink(chosen.tile, engine.OutOfMemoryError(kind, share=0.8))
+    kind = programs.BatchKind(first, np.dtype(np.uint8), 1)
+    chosen.shrink(chosen.tile, programs.OutOfMemoryError(kind, share=0.8))
     smaller = chosen.windows((3000, 4000))[0].size
     assert 0.5 <= math.prod(smaller) / math.prod(first) <= 0.9

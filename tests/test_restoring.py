@@ -62,7 +62,7 @@ class Doubling(Identity):
 
 
 def compiled_shapes(restorer):
-    return {program.kind.shape for program in restorer._engine.programs}
+    return {program.kind.shape for program in restorer._engine.programs.compiled}
 
 
 def sizes_of(images):
@@ -271,7 +271,7 @@ def test_wrong_settings_are_refused(trained, settings, message):
 
 def exhausting(restorer, too_large):
     """Has a restorer's compiled functions run out of memory for larger shapes."""
-    compile_ = restorer._engine._compile
+    compile_ = restorer._engine.programs._compile
 
     def compiled(program):
         function = compile_(program)
@@ -283,7 +283,7 @@ def exhausting(restorer, too_large):
 
         return execute
 
-    restorer._engine._compile = compiled
+    restorer._engine.programs._compile = compiled
 
 
 def test_tiles_are_halved_where_memory_does_not_suffice(trained, caplog):
@@ -575,14 +575,14 @@ def test_devices_may_be_named(trained):
 def spread(restorer, monkeypatch):
     """Makes a restorer note on which devices each of its results lie."""
     used = []
-    start = restorer._engine.start
+    start = restorer._engine.programs.start
 
     def noting(*args):
         restored = start(*args)
         used.append({device for array in restored for device in array.devices()})
         return restored
 
-    monkeypatch.setattr(restorer._engine, "start", noting)
+    monkeypatch.setattr(restorer._engine.programs, "start", noting)
     return used
 
 

@@ -15,7 +15,7 @@ from aecore.errors import ConfigError, ImageError
 from aecore.media import images
 from aecore.networks.network import Network
 from aecore.networks.receptive_field import ReceptiveField
-from aecore.restoring import consistency, engine, expectations, projection
+from aecore.restoring import consistency, engine, expectations, passes, projection
 from aecore.restoring.consistency import Consistency
 from aecore.restoring.engine import Engine
 from aecore.restoring.tensors import like, to_numpy
@@ -274,7 +274,7 @@ class Restorer:
             if progress is not None:  # Where memory ran out, parts are done again.
                 progress(min(done / begun, 1.0))
 
-        restored = self._engine.run(adapted(), shapes, report)
+        restored = passes.restore(self._engine, adapted(), shapes, report)
         for first in restored:
             array, count = under_way.popleft()
             parts = [first, *(next(restored) for _ in range(count - 1))]

@@ -107,6 +107,7 @@ def test_a_new_file_keeps_all_but_the_docstring(tmp_path):
         (["bench", "nonsense"], "nor one of bsrgan, dejpeg, denoise"),
         (["train", "{tmp}/empty.py"], "doesn't define `experiment`; `aecore init FILE` writes"),
         (["train", "quickstart", "--training.epochs", "0"], "training.epochs 0 is out of bounds"),
+        (["train", "quickstart", "--data", "{tmp}"], "is not read by dataset sample; use"),
         (["init", "{tmp}/empty.py"], "exists; name another file"),
         (["init", "{tmp}/mine"], "doesn't end in .py"),
         (["init", "{tmp}/mine.py", "--experiment", "no"], "no is neither an experiment file"),

@@ -120,6 +120,7 @@ def test_a_model_of_ones_own_is_rebuilt_by_the_class_at_hand():
             "8x80 is too small for SSIM; use --data.image-size with at least 12 12",
         ),
         (lambda: Data(channels=2), "data.channels 2"),
+        (lambda: Data(data_dir="photos"), "data_dir photos .*; use --data.dataset folder"),
         (lambda: Data(validation_fraction=1.0), "data.validation_fraction"),
         (lambda: Experiment("", NoiseReducer(), GaussianNoise()), "name is empty"),
         (lambda: Experiment("a", NoiseReducer(), 0.4), "not a Degradation"),

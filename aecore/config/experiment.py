@@ -70,6 +70,11 @@ class Data:
         _as_text(self, "data_dir")
         settings.check(self, "data.")
         _require(
+            self.data_dir is None or self.dataset != "sample",
+            f"data.data_dir {self.data_dir} is not read by dataset sample; use --data.dataset "
+            "folder for a folder of images",
+        )
+        _require(
             self.crop is None or self.image_size is None,
             f"data.crop {self.crop} is for full resolution, data.image_size {self.image_size} for "
             "whole images; use one of them",

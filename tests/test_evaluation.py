@@ -7,7 +7,7 @@ import pytest
 from conftest import save_pictures
 
 import aecore
-from aecore.degradations import GaussianNoise, Pixelate, PlacedJaxOps
+from aecore.degradations import Downscale, GaussianNoise, Pixelate, PlacedJaxOps
 from aecore.errors import CheckpointError, ConfigError, ImageError
 from aecore.scoring import evaluation
 from aecore.steps.devices import Devices
@@ -160,6 +160,8 @@ def test_evaluate_refuses_what_does_not_fit(trained, tmp_path):
     save_pictures(tmp_path, 4, mode="RGB")
     with pytest.raises(ConfigError, match="3 channels"):
         aecore.evaluate(str(trained), data_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="2 times smaller .* makes them 1 times larger"):
+        aecore.evaluate(str(trained), degradation=Downscale(2))
 
 
 def test_images_without_any_error_leave_the_mean_finite():

@@ -65,8 +65,9 @@ def evaluate(
 
     Raises:
       CheckpointError: there is no usable checkpoint.
-      ConfigError: `batch_size` is less than 1; the images don't fit the run; a classical method is
-        unknown or not installed; or the scores to save are not those of the run's own images.
+      ConfigError: `batch_size` is less than 1; the images or the degradation don't fit the run; a
+        classical method is unknown or not installed; or the scores to save are not those of the
+        run's own images.
       DataError: the data can't be loaded.
     """
     if batch_size is not None and batch_size < 1:
@@ -121,6 +122,7 @@ def _evaluate_own(
         raise ConfigError(f"{run} doesn't say where its pictures are; name some with data (--data)")
     own = degradation in (None, experiment.degradation)
     degradation = degradation or experiment.degradation
+    experiment = dataclasses.replace(experiment, degradation=degradation)
     chosen = {}
     if methods and experiment.data.crop is not None:
         _log.warning(

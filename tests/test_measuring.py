@@ -1,5 +1,6 @@
 """`aecore bench`, `aecore plan`, and what they would show: overhead and repeated compiling."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -79,6 +80,12 @@ def test_bench_goes_on_where_the_devices_cannot_hold_the_images(tiny, monkeypatc
     loops = benchmarking._loops(tiny, (16, 16, 1), examples, seconds=0.02, repeats=1)
     assert loops["stream"]["images_per_second"]["median"] > 0
     assert "use --training.feed stream" in loops["resident"]["not_possible"]
+
+
+def test_bench_refuses_a_batch_that_the_images_cannot_fill(tiny):
+    training = dataclasses.replace(tiny.training, batch_size=64)
+    with pytest.raises(ConfigError, match="batch_size 64 is more than the 34 training images"):
+        benchmarking.bench(dataclasses.replace(tiny, training=training))
 
 
 def test_plan_for_this_machine(tmp_path, capsys):

@@ -91,8 +91,7 @@ def bench(experiment: Experiment, *, seconds: float = 2.0, repeats: int = 5) -> 
         raise ConfigError(f"seconds {seconds} is not possible; use a number above 0")
     devices = assembly.devices(experiment.training)
     dataset = sources.load(experiment.data)
-    experiment.check_images(*dataset.image_shape, dataset.scale)
-    examples = dataset.examples(experiment.degradation.grid)
+    examples = assembly.examples(experiment, dataset)
     pictures, _ = dataset.samples(_PICTURES)
     device = devices.mesh.devices.flat[0]
     limits: dict[Precision, hardware.Limits] = {

@@ -11,6 +11,8 @@ import optax
 from aecore import losses
 from aecore.config import Data, Experiment, Optimizer, Training
 from aecore.data.batches import Batch
+from aecore.data.crops import Crops
+from aecore.data.sources import Dataset
 from aecore.errors import ConfigError
 from aecore.networks.base import abstract_params
 from aecore.networks.network import LinenNetwork, Precision
@@ -131,6 +133,23 @@ def devices(training: Training, parallel: str | None = None) -> Devices:
     if chosen.platform == "cpu":
         cpu.keep_memory()
     return chosen
+
+
+def examples(experiment: Experiment, dataset: Dataset) -> np.ndarray | Crops:
+    """What training takes batches from; see `Dataset.examples`.
+
+    Raises:
+      ConfigError: the model can't learn from the images, or there are fewer than in a batch.
+      DataError: the crop's size is no multiple of the scale of pairs.
+    """
+    experiment.check_images(*dataset.image_shape, dataset.scale)
+    found = dataset.examples(experiment.degradation.grid)
+    if experiment.training.batch_size > len(found):
+        raise ConfigError(
+            f"batch_size {experiment.training.batch_size} is more than the {len(found)} "
+            "training images; use a smaller one"
+        )
+    return found
 
 
 def assemble(

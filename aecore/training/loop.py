@@ -120,13 +120,7 @@ def _train(
     dataset = sources.load(experiment.data, progress=progress)
     fingerprint = dataset.fingerprint()
     processes.check_data(fingerprint)
-    experiment.check_images(*dataset.image_shape, dataset.scale)
-    examples = dataset.examples(experiment.degradation.grid)
-    if experiment.training.batch_size > len(examples):
-        raise ConfigError(
-            f"batch_size {experiment.training.batch_size} is more than the {len(examples)} "
-            "training images; use a smaller one"
-        )
+    examples = assembly.examples(experiment, dataset)
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:

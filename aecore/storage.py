@@ -251,6 +251,8 @@ def write_whole(path: epath.PathLike, data: bytes) -> None:
             with temporary.open("wb") as file:
                 file.write(data)
             temporary.replace(path)
+        except OSError as error:  # It names the other file.
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         finally:
             with contextlib.suppress(Exception):
                 temporary.unlink(missing_ok=True)

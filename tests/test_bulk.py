@@ -646,6 +646,14 @@ def test_a_full_disk_names_the_path(tmp_path, monkeypatch):
     assert caught.value.filename == str(path)
 
 
+def test_a_file_that_cannot_be_written_is_named_as_it_was_asked_for(tmp_path):
+    path = tmp_path / "missing" / "a.json"
+    with pytest.raises(FileNotFoundError) as caught:
+        storage.write_json(path, {"a": 1})
+    assert caught.value.filename == str(path)
+    assert "tmp" not in str(caught.value).replace(str(path), "")
+
+
 # ---- Networks that enlarge
 
 

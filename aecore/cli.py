@@ -481,6 +481,7 @@ class Evaluate:
         from aecore.scoring import evaluation
         from aecore.scoring.evaluate import evaluate
 
+        file = _writable(self.json)
         scores = evaluate(
             self.model,
             data=self.data,
@@ -506,7 +507,7 @@ class Evaluate:
             scores = {name: scores[name] for name in scores if name != "protocol"}
             return "\n".join([*lines, "", evaluation.table(**scores)])
 
-        return _show(scores, table, self.json)
+        return _show(scores, table, file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -531,8 +532,9 @@ class Plan:
         import jax
 
         from aecore.measuring import planning
-        from aecore.storage import to_path, write_json
+        from aecore.storage import write_json
 
+        file = _writable(self.json)
         if self.topology not in ("cpu", "gpu"):
             # Compiling for a slice needs no device of this machine, for which libtpu might wait.
             jax.config.update("jax_platforms", "cpu")
@@ -546,8 +548,8 @@ class Plan:
             show=lambda text: print(text, flush=True),
             progress=lambda text: print(f"{text} ...", file=sys.stderr, flush=True),
         )
-        if self.json is not None:
-            write_json(to_path(self.json), dataclasses.asdict(plan))
+        if file is not None:
+            write_json(file, dataclasses.asdict(plan))
         return 0
 
 
@@ -571,9 +573,10 @@ class Bench:
     def run(self, flags: Sequence[str]) -> int:
         from aecore.measuring import benchmarking
 
+        file = _writable(self.json)
         experiment = _experiment(self.experiment, flags)
         report = benchmarking.bench(experiment, seconds=self.seconds, repeats=self.repeats)
-        return _show(report, benchmarking.table, self.json)
+        return _show(report, benchmarking.table, file)
 
 
 def _write_report(path: str, outcomes: Sequence[Any], skipped: Sequence[Any]) -> None:
@@ -656,14 +659,23 @@ def _experiment(source: str, flags: Sequence[str]) -> Experiment:
     return tyro.cli(Experiment, default=catalogue.load(source).experiment, args=flags)
 
 
-def _show(
-    report: Mapping[str, Any], table: Callable[[Mapping[str, Any]], str], file: str | None
-) -> int:
-    from aecore.storage import to_path, write_json
+def _writable(file: str | None) -> Any:
+    """The path of a file that results are to be written to, refused before the work."""
+    from aecore.storage import check_writable, to_path
+
+    if file is None:
+        return None
+    path = to_path(file)
+    check_writable(path)
+    return path
+
+
+def _show(report: Mapping[str, Any], table: Callable[[Mapping[str, Any]], str], file: Any) -> int:
+    from aecore.storage import write_json
 
     print(table(report), flush=True)
     if file is not None:
-        write_json(to_path(file), report)
+        write_json(file, report)
     return 0
 
 

@@ -125,6 +125,14 @@ def test_evaluate_prints_the_scores(trained, capsys):
         ),
         (["summary", "{tmp}"], "has no checkpoints"),
         (["evaluate", "{tmp}"], "has no checkpoints"),
+        *(
+            ([*words, "--json", "{tmp}/none/scores.json"], "scores.json can't be written: it is")
+            for words in (
+                ["evaluate", "{trained}"],
+                ["bench", "quickstart"],
+                ["plan", "quickstart", "--topology", "cpu"],
+            )
+        ),
         (["evaluate", "{trained}", "--batch-size", "0"], "batch_size 0 is less than 1"),
     ],
 )

@@ -505,6 +505,20 @@ def test_the_card_of_shipped_weights_is_in_their_summary():
         assert said in text
 
 
+def test_a_folder_hides_shipped_weights_only_if_it_holds_a_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "fashion-mnist-denoise"
+    version = weights.version(name)
+    Path(name).mkdir()
+    (Path(name) / "restored.png").touch()
+    assert weights.load(name).about["sha256"] == weights.CARDS[name].sha256
+    assert weights.version(name) == version
+    (Path(name) / "checkpoints").mkdir()
+    assert weights.version(name) != version
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        weights.load(name)
+
+
 def test_shipped_weights_that_were_changed_are_refused(monkeypatch):
     name = next(iter(weights.CARDS))
     card = dataclasses.replace(weights.CARDS[name], sha256="0" * 64)

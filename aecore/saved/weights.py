@@ -102,7 +102,8 @@ def load(source: str | os.PathLike, *, model: Any = None) -> TrainedNetwork:
     """Loads a trained network; the parameters of a run are put on the default device.
 
     Args:
-      source: a run directory, local or `gs://`; an exported file or folder; or one of `CARDS`.
+      source: a run directory, local or `gs://`; an exported file or folder; or one of `CARDS`,
+        unless a file, or a folder that holds a network, has its name.
       model: needed if the model is not in `aecore.models.REGISTRY`, except for exported files that
         hold the network's functions.
 
@@ -110,7 +111,7 @@ def load(source: str | os.PathLike, *, model: Any = None) -> TrainedNetwork:
       CheckpointError: there is nothing usable, or its model is not registered.
     """
     path = _path(source)
-    if not path.exists() and str(source) in CARDS:
+    if str(source) in CARDS and not _holds_network(path):
         shipped, card = _FOLDER / f"{source}{exported.SUFFIX}", CARDS[str(source)]
         trained = exported.load(shipped, sha256=card.sha256)
         return dataclasses.replace(trained, about=dataclasses.asdict(card))
@@ -132,6 +133,11 @@ def _path(source: str | os.PathLike) -> epath.Path:
     return absolute(source)
 
 
+def _holds_network(path: epath.Path) -> bool:
+    """Whether there is a file, or a folder in which a network is expected by its files' names."""
+    return path.is_file() or (path / "checkpoints").is_dir() or hub.holds(path)
+
+
 class Version(NamedTuple):
     """Tells whether what `load` gave for a path may have changed since."""
 
@@ -143,7 +149,7 @@ class Version(NamedTuple):
 def version(source: str | os.PathLike) -> Version:
     """The version of a network, without loading it; that of shipped weights never changes."""
     path = _path(source)
-    if not path.exists():
+    if not _holds_network(path):
         return Version(str(source), ())
     files = [path] if path.is_file() else [*(path / "checkpoints").glob("*")]
     if hub.holds(path):

@@ -26,6 +26,7 @@ from aecore.errors import CheckpointError, ConfigError
 from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer, UNet
 from aecore.networks import network
 from aecore.saved import exported, weights
+from aecore.saved.descriptions import Description
 
 RANDOM = np.random.default_rng(0)
 
@@ -210,6 +211,10 @@ def noise_of_words(head, members):
     head["description"] = {"inputs": {"noise": ["a", "b"]}}
 
 
+def blocks_of_one_number(head, members):
+    head["description"] = {"inputs": {"noise": [0, 1], "blockiness": 5}}
+
+
 def name_with_escapes(head, members):
     head["network"]["name"] = "\x1b[31m"
 
@@ -243,6 +248,7 @@ def no_functions_other_shape(head, members):
         description_of_strings,
         scores_of_lists,
         noise_of_words,
+        blocks_of_one_number,
         name_with_escapes,
         nonsense_function,
         no_functions_unknown_model,
@@ -257,6 +263,11 @@ def test_hostile_files_are_refused_in_one_line(change, tmp_path):
         aecore.Restorer.load(hostile)
     assert str(raised.value).startswith(str(hostile))
     assert "\n" not in str(raised.value)
+
+
+def test_a_description_may_lack_what_inputs_are_like_or_say_more():
+    inputs = {"blockiness": [1, 1.2], "hue": "green"}
+    assert Description.from_json({"inputs": inputs}).inputs == inputs
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])

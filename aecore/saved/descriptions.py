@@ -313,9 +313,14 @@ def _has(value: Any, **checks: Any) -> bool:
     )
 
 
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+
+
 def _is_inputs(value: Any) -> bool:
-    noise = value.get("noise") if isinstance(value, Mapping) else None
-    return isinstance(noise, list) and len(noise) == 2 and all(map(_is_number, noise))
+    return isinstance(value, Mapping) and all(
+        _is_range(value[measure]) for measure in ("noise", "blockiness") if measure in value
+    )
 
 
 def _is_size(value: Any) -> bool:

@@ -530,6 +530,21 @@ def test_a_folder_hides_shipped_weights_only_if_it_holds_a_network(tmp_path, mon
         weights.load(name)
 
 
+def test_the_version_of_a_run_leaves_out_checkpoints_that_vanish_meanwhile(tmp_path, monkeypatch):
+    checkpoints = tmp_path / "checkpoints"
+    for step in ("1", "2"):
+        (checkpoints / step).mkdir(parents=True)
+    glob = type(epath.Path(checkpoints)).glob
+
+    def listed(self, pattern):
+        found = [*glob(self, pattern)]
+        (checkpoints / "1").rmdir()
+        return found
+
+    monkeypatch.setattr(type(epath.Path(checkpoints)), "glob", listed)
+    assert [name for name, *_ in weights.version(tmp_path).files] == ["2"]
+
+
 def test_shipped_weights_that_were_changed_are_refused(monkeypatch):
     name = next(iter(weights.CARDS))
     card = dataclasses.replace(weights.CARDS[name], sha256="0" * 64)

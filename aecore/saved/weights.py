@@ -14,7 +14,7 @@ from aecore.errors import CheckpointError, ConfigError
 from aecore.networks.network import LinenNetwork
 from aecore.saved import exported, hub
 from aecore.saved.trained import TrainedNetwork
-from aecore.storage import absolute
+from aecore.storage import absolute, is_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,16 +154,22 @@ def version(source: str | os.PathLike) -> Version:
     files = [path] if path.is_file() else [*(path / "checkpoints").glob("*")]
     if hub.holds(path):
         files = [path / hub.CONFIG, path / hub.WEIGHTS]
-    return Version(str(path), tuple(sorted(map(_stamp, files))))
+    # A run that is being trained replaces and removes checkpoints.
+    stamps = filter(None, map(_stamp, files))
+    return Version(str(path), tuple(sorted(stamps)))
 
 
-def _stamp(path: epath.Path) -> tuple[str, int, int]:
-    if "://" in os.fspath(path):
-        remote = path.stat()
-        return path.name, remote.mtime, remote.length
-    # Finer than the seconds that epath knows.
-    local = pathlib.Path(path).stat()
-    return path.name, local.st_mtime_ns, local.st_size
+def _stamp(path: epath.Path) -> tuple[str, int, int] | None:
+    """Name, time of change and size; None: it is gone."""
+    try:
+        if is_remote(path):
+            remote = path.stat()
+            return path.name, remote.mtime, remote.length
+        # Finer than the seconds that epath knows.
+        local = pathlib.Path(path).stat()
+        return path.name, local.st_mtime_ns, local.st_size
+    except FileNotFoundError:
+        return None
 
 
 def _of_run(run: epath.Path, model: Any) -> TrainedNetwork:

@@ -8,7 +8,6 @@ defaults.
 import contextlib
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from aecore import degradations
 from aecore.config import Data, Experiment, Optimizer, Training
 from aecore.degradations import Degradation
 from aecore.errors import ConfigError
+from aecore.saved.checks import CHECKS, OF_RUN
 from aecore.storage import absolute
 
 Json = dict[str, Any]
@@ -74,7 +74,7 @@ class Description:
     images_per_second: float = 0.0
 
     def __post_init__(self):
-        for name, is_right in _CHECKS.items():
+        for name, is_right in CHECKS.items():
             value = getattr(self, name)
             if value is not None and not is_right(value):
                 raise ValueError(f"the description's {name} can't be {value!r:.80}")
@@ -92,7 +92,7 @@ class Description:
         """
         if not isinstance(value, Mapping):
             raise ValueError(f"the description can't be {value!r:.80}")
-        missing = sorted(_OF_RUN - value.keys()) if of_run else []
+        missing = sorted(OF_RUN - value.keys()) if of_run else []
         if missing:
             raise ValueError(f"the description lacks {', '.join(missing)}")
         known = {field.name for field in dataclasses.fields(cls)}
@@ -294,70 +294,3 @@ def _build(fields: Mapping[str, Any], registry: Mapping[str, type], kind: str, h
     cls = registry[name]
     said = _decode({key: v for key, v in fields.items() if key != "type"})
     return cls(**{**getattr(cls, "unsaid", {}), **said})
-
-
-# ---- What a description may hold
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-
-
-def _has(value: Any, **checks: Any) -> bool:
-    return isinstance(value, Mapping) and all(
-        key in value and is_right(value[key]) for key, is_right in checks.items()
-    )
-
-
-def _is_range(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
-
-
-def _is_inputs(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(
-        _is_range(value[measure]) for measure in ("noise", "blockiness") if measure in value
-    )
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(_is_count(v) and v for v in value)
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, Mapping)
-
-
-def _is_scores(value: Any) -> bool:
-    return _has(value, mse=_is_number, psnr=_is_number, ssim=_is_number, images=_is_count)
-
-
-_CHECKS = {
-    "step": _is_count,
-    "random_streams": _is_count,
-    "channels": lambda value: _is_count(value) and value > 0,
-    "image_size": _is_size,
-    "inputs": _is_inputs,
-    "metrics": _is_scores,
-    "history": lambda value: (
-        isinstance(value, tuple) and all(_has(v, step=_is_count, mse=_is_number) for v in value)
-    ),
-    "checksums": _is_mapping,
-    "model": _is_mapping,
-    "degradation": _is_mapping,
-    "data": _is_mapping,
-    "optimizer": _is_mapping,
-    "training": _is_mapping,
-    "started_from": _is_mapping,
-    "unlogged": lambda value: isinstance(value, tuple) and all(map(_is_number, value)),
-    "seconds": _is_number,
-    "time": lambda value: (
-        isinstance(value, Mapping) and all(_is_number(item) for item in value.values())
-    ),
-    "images_per_second": _is_number,
-}
-
-_OF_RUN = frozenset({"step", "history", "metrics", "checksums", "image_size", "channels"})

@@ -355,6 +355,23 @@ def test_an_output_folder_within_the_input_is_no_input(unchanged, tmp_path, capf
         assert "2 restored" in output
 
 
+def test_patterns_find_no_outputs(tmp_path):
+    source, out = tmp_path / "in", tmp_path / "in" / "out"
+    for folder in (source, source / "a", out, out / "a"):
+        save_pictures(folder, 1)
+    (source / "a" / "link.png").symlink_to(out / "0.png")
+
+    def found(pattern, output, **options):
+        return [str(job.source.relative_to(source)) for job in find(pattern, output, **options)]
+
+    assert found(source / "**" / "*.png", out) == ["0.png", "a/0.png", "a/link.png"]
+    assert found(source / "*" / "0.png", source / "a" / ".." / "out") == ["a/0.png"]
+    # Who names the output folder itself means the files in it.
+    assert found(out / "**" / "*.png", out, suffix="_new") == ["out/0.png", "out/a/0.png"]
+    assert found(out / "a" / "*.png", out) == ["out/a/0.png"]
+    assert found(out / "0.png", out, suffix="_new") == ["out/0.png"]
+
+
 def test_an_input_named_twice_is_restored_once(unchanged, tmp_path, capfd):
     save_pictures(tmp_path / "in", 2)
     source = tmp_path / "in" / "0.png"

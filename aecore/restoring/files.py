@@ -99,7 +99,7 @@ def find(
     Args:
       inputs: files; folders; patterns such as `pictures/*.png`.
       output: a file, if the inputs name one file; else a folder, in which folders keep their
-        structure, and in which no inputs are looked for.
+        structure, and in which no inputs are looked for unless they are named there.
       recursive: whether folders within folders are searched.
       suffix: appended to the stems of files in the output folder; empty if the output is a file.
       extension: the ending of pictures in it, without the dot; or `auto` for the input's own, and
@@ -218,9 +218,13 @@ def _expand(
             matches = sorted(map(os.fspath, fixed.glob(os.fspath(path.relative_to(fixed)))))
         else:
             matches = sorted(glob.glob(os.fspath(path), recursive=True))  # noqa: PTH207
-        if not matches:
+        found = [epath.Path(match) for match in matches]
+        # A pattern that begins in the output folder is for the files there.
+        if not _lies_in(fixed, excluded):
+            found = [match for match in found if not _lies_in(match.parent, excluded)]
+        if not found:
             yield Failure(path, "matches no file")
-        for match in map(epath.Path, matches):
+        for match in found:
             within = os.fspath(match.relative_to(fixed))
             if not match.is_dir():
                 yield match, within
@@ -255,6 +259,10 @@ def _in_folder(
     if not holds_pictures and (_looks_like_picture(folder) or not within):
         hint = "" if recursive else "; with --recursive, folders within it are searched too"
         yield Failure(folder, f"is a folder that holds no pictures{hint}")
+
+
+def _lies_in(folder: epath.Path, excluded: str) -> bool:
+    return epath.Path(resolved(folder)).is_relative_to(excluded)
 
 
 def _looks_like_picture(path: epath.Path) -> bool:

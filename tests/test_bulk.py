@@ -551,6 +551,26 @@ def test_a_picture_that_exists_is_skipped_but_not_a_comparison_alone(unchanged, 
     assert names(out) == ["0.png", "1.png", "1_compare.png"]
 
 
+def test_a_picture_is_written_after_its_comparison(unchanged, tmp_path, capfd, monkeypatch):
+    save_pictures(tmp_path / "in", 1)
+    args = [tmp_path / "in", "-o", tmp_path / "out", "-m", unchanged, "--compare"]
+    write = images.write_picture
+    written = []
+
+    def ended_after_one(picture, path, **options):
+        if written:
+            raise OSError(28, os.strerror(28), str(path))
+        written.append(path)
+        return write(picture, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "write_picture", ended_after_one)
+        assert run(capfd, *args)[0] == 1
+    assert names(tmp_path / "out") == ["0_compare.png"]
+    assert run(capfd, *args, "--if-exists", "skip")[0] == 0
+    assert names(tmp_path / "out") == ["0.png", "0_compare.png"]
+
+
 def test_a_video_has_no_comparison(tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("v.mp4", "v_compare.png"):

@@ -212,15 +212,16 @@ def _write(
             frame.restored(values) for frame, values in zip(picture.frames, restored, strict=True)
         )
         job.target.parent.mkdir(parents=True, exist_ok=True)
-        whole = dataclasses.replace(picture, frames=frames)
-        notes = images.write_picture(whole, job.target, quality=quality)
         if compare:
+            # First, as a picture that exists is taken to have its comparison, too.
             before, after = picture.frames[0], frames[0]
             scale = after.values.shape[0] // before.values.shape[0]
             plain = before.values if scale == 1 else images.enlarged(before.values, scale)
             both = np.concatenate([plain, after.values], axis=1)
             comparison = Picture((after.replace(both, None),), "PNG")
             images.write_picture(comparison, job.comparison)
+        whole = dataclasses.replace(picture, frames=frames)
+        notes = images.write_picture(whole, job.target, quality=quality)
     except (ImageError, OSError) as error:
         if is_disk_full(error):
             raise

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageCms
 import aecore
 from aecore import cli, storage
 from aecore.errors import ConfigError, ImageError
-from aecore.media import images
+from aecore.media import images, videos
 from aecore.models import Autoencoder, Upscaler, register
 from aecore.restoring import bulk, files
 from aecore.saved import exported
@@ -822,6 +822,45 @@ def test_videos_come_back_larger(enlarging, tmp_path, capfd):
     assert len(restored) == 20
     assert restored[0].shape == (24 * scale, 32 * scale, 3)
     assert np.abs(restored[10].mean() - 120) < 3
+
+
+def test_what_waits_to_be_written_counts_as_large_as_it_became(enlarging, tmp_path, monkeypatch):
+    model, scale = enlarging
+    save_pictures(tmp_path / "in", 6, (9, 14))
+    restorer = aecore.Restorer.load(model)
+    write, many = images.write_picture, restorer.many
+    restored, written, waiting = [], [], []
+
+    def slow(picture, path, **options):
+        time.sleep(0.05)
+        notes = write(picture, path, **options)
+        written.append(path)
+        return notes
+
+    def counted(*args, **options):
+        for item in many(*args, **options):
+            restored.append(item)
+            waiting.append(len(restored) - len(written))
+            yield item
+
+    monkeypatch.setattr(images, "write_picture", slow)
+    monkeypatch.setattr(restorer, "many", counted)
+    monkeypatch.setattr(bulk, "_MOST_PIXELS", scale**2 * 9 * 14)
+    assert len(list(bulk.restore(find(tmp_path / "in", tmp_path / "out"), restorer))) == 6
+    assert max(waiting) <= 2
+
+
+def test_frames_that_become_larger_are_fewer_at_a_time(unchanged, enlarging, tmp_path, monkeypatch):
+    model, scale = enlarging
+    (tmp_path / "a.mp4").touch()
+    taken = []
+    monkeypatch.setattr(
+        videos, "restore", lambda *_, batch_size, scale: taken.append(batch_size) or ()
+    )
+    for network in (unchanged, model):
+        jobs = find(tmp_path / "a.mp4", tmp_path / "out")
+        list(bulk.restore(jobs, aecore.Restorer.load(network)))
+    assert taken == [16, {2: 4, 3: 1}[scale]]
 
 
 def test_a_reader_that_leaves_does_not_stop_the_work(unchanged, tmp_path):

@@ -26,7 +26,8 @@ _LEAST_PIXELS = 2**18
 """As which smaller pictures count, so that not too many files are read ahead."""
 
 _VIDEO_FRAMES = 16
-"""Frames of a video that are restored at a time."""
+"""Frames of a video that are restored at a time; fewer, but one at least, if a network enlarges
+them, so that the results have no more pixels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ def restore(
 
 
 _Writing = collections.deque[tuple[concurrent.futures.Future[Done | Failure], int]]
-"""Files that are being written, the oldest first, each with its pixels."""
+"""Files that are being written, the oldest first, each with the pixels of its result."""
 
 
 def _restore_pictures(
@@ -166,7 +167,7 @@ def _restore_pictures(
         if len(restored) == len(content.frames):
             under_way.popleft()
             future = writers.submit(_write, job, content, restored, compare, quality)
-            writing.append((future, pixels[job]))
+            writing.append((future, restorer.network.scale**2 * pixels[job]))
         yield from finished(_MOST_PIXELS)
     yield from finished(0)
 
@@ -233,9 +234,8 @@ def _restore_video(job: Job, restorer: Restorer) -> Done | Failure:
     try:
         job.target.parent.mkdir(parents=True, exist_ok=True)
         scale = restorer.network.scale
-        notes = videos.restore(
-            job.source, job.target, restorer, batch_size=_VIDEO_FRAMES, scale=scale
-        )
+        frames = max(1, _VIDEO_FRAMES // scale**2)
+        notes = videos.restore(job.source, job.target, restorer, batch_size=frames, scale=scale)
         return Done(job, notes)
     except (ImageError, OSError) as error:
         if is_disk_full(error):

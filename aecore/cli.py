@@ -182,8 +182,7 @@ class Restore:
         from aecore.media import images
         from aecore.restoring import bulk, files
 
-        if self.quality is not None and not 1 <= self.quality <= 100:
-            raise ConfigError(f"--quality {self.quality} is out of range; use 1 to 100")
+        options = bulk.WriteOptions(alpha=self.alpha, compare=self.compare, quality=self.quality)
         shard = files.Shard.parse("1/1" if self.shard is None else self.shard)
         jobs, failures = files.find(
             self.inputs,
@@ -225,14 +224,7 @@ class Restore:
                 if isinstance(outcome, files.Failure):
                     tqdm.write(str(outcome), file=sys.stderr)
 
-            results = bulk.restore(
-                jobs,
-                restorer,
-                alpha=self.alpha,
-                compare=self.compare,
-                quality=self.quality,
-                late=finished_late,
-            )
+            results = bulk.restore(jobs, restorer, options, late=finished_late)
             total = len(failures) + len(jobs)
             try:
                 with contextlib.closing(results):

@@ -87,8 +87,10 @@ def restore(
     except ImportError as error:
         raise ConfigError("aecore.ray needs Ray: pip install 'aecore[ray]'") from error
     naming = {"suffix": suffix, "extension": extension}
+    written = bulk.WriteOptions(alpha=alpha, quality=quality)
     failed = None
     if isinstance(data, ray.data.Dataset):
+        files.check_naming(**naming)
         _check_columns(data, ["bytes"] if output is None else ["bytes", "path"])
         found = data
     elif output is None:
@@ -111,7 +113,7 @@ def restore(
         output=None if output is None else os.fspath(to_path(output)),
         naming=naming,
         overwrite=if_exists == "overwrite",
-        written={"alpha": alpha, "quality": quality},
+        written=written,
     )
     rows = found.map_batches(
         _Worker,
@@ -192,8 +194,7 @@ class _Options:
     naming: dict[str, str]
     """How outputs are called, as for `files.output_path`."""
     overwrite: bool
-    written: dict[str, Any]
-    """How outputs are written, as for `bulk.restore`."""
+    written: bulk.WriteOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +268,7 @@ class _Worker:
         try:
             remaining = [job for job in jobs if job not in results]
             for outcome in bulk.restore(
-                remaining, self._restorer, more_follow=True, late=collect, **self._options.written
+                remaining, self._restorer, self._options.written, more_follow=True, late=collect
             ):
                 collect(outcome)
         except Exception as error:  # Such as a full disk. Whatever it is, other pictures follow.

@@ -626,7 +626,17 @@ def test_quality(unchanged, tmp_path, capfd):
     assert sizes == sorted(set(sizes))
     status, _, errors = run(capfd, *args, "--quality", "101")
     assert status == 2
-    assert errors == "error: --quality 101 is out of range; use 1 to 100\n"
+    assert errors == "error: quality 101 is out of range; use 1 to 100\n"
+    with pytest.raises(ConfigError, match="quality 0 is out of range"):
+        bulk.WriteOptions(quality=0)
+
+
+@pytest.mark.parametrize("extension", [".jpg", "jpgg", "mp4", "psd", ""])
+def test_an_ending_that_no_picture_can_have_is_refused(tmp_path, extension):
+    with pytest.raises(ConfigError, match=f"extension {extension!r}; use 'auto', or"):
+        find(tmp_path, tmp_path / "out", extension=extension)
+    for possible in ("auto", "png", "JPG", "tif", "avif"):
+        assert find(tmp_path, tmp_path / "out", extension=possible) == []
 
 
 @pytest.mark.parametrize("kind", ["path", "picture"])

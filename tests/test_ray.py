@@ -18,6 +18,7 @@ import aecore
 from aecore.errors import CheckpointError, ConfigError
 from aecore.media import images
 from aecore.ray import _Options, _Worker
+from aecore.restoring.bulk import WriteOptions
 
 ray = pytest.importorskip("ray")
 pyarrow = pytest.importorskip("pyarrow")
@@ -66,8 +67,7 @@ def workers():
 def worker(model, output):
     """What a worker does, in this process."""
     naming = {"suffix": "", "extension": "auto"}
-    written = {"alpha": "keep", "quality": None}
-    return _Worker(_Options(model, {"device": "cpu"}, str(output), naming, False, written))
+    return _Worker(_Options(model, {"device": "cpu"}, str(output), naming, False, WriteOptions()))
 
 
 def summary(dataset):
@@ -217,6 +217,11 @@ def test_what_cannot_work_is_said_at_once(cluster, tmp_path, trained, monkeypatc
         aecore.ray.restore(tmp_path / "in", trained)
     with pytest.raises(ConfigError, match="the dataset has no column bytes, but id"):
         aecore.ray.restore(ray.data.range(3), trained)
+    pictures = ray.data.from_items([{"bytes": b"", "path": "a.png"}])
+    for data in (tmp_path / "in", pictures):
+        for wrong in ({"extension": ".jpg"}, {"suffix": "/x"}, {"quality": 0}):
+            with pytest.raises(ConfigError, match=next(iter(wrong))):
+                aecore.ray.restore(data, trained, tmp_path / "out", **wrong)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'aecore\[ray\]'"):
         aecore.ray.restore(tmp_path / "in", trained, tmp_path / "out")

@@ -31,6 +31,27 @@ them, so that the results have no more pixels."""
 
 
 @dataclasses.dataclass(frozen=True)
+class WriteOptions:
+    """How restored pictures are written.
+
+    Raises:
+      ConfigError: the quality is out of range.
+    """
+
+    alpha: Literal["keep", "drop"] = "keep"
+    """Whether alpha channels are kept as they are, or dropped."""
+    compare: bool = False
+    """Whether to write each input beside its output, in one picture, too; enlarged by interpolation
+    if the output is larger."""
+    quality: int | None = None
+    """Of JPEG, WebP and AVIF files, 1 to 100; None for the input's, as far as it is known."""
+
+    def __post_init__(self):
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise ConfigError(f"quality {self.quality} is out of range; use 1 to 100")
+
+
+@dataclasses.dataclass(frozen=True)
 class Done:
     """A file that was restored."""
 
@@ -60,10 +81,8 @@ def check_channels(channels: int, name: str) -> None:
 def restore(
     jobs: Sequence[Job],
     restorer: Restorer,
+    options: WriteOptions = WriteOptions(),
     *,
-    alpha: Literal["keep", "drop"] = "keep",
-    compare: bool = False,
-    quality: int | None = None,
     more_follow: bool = False,
     late: Callable[[Done | Failure], None] = lambda _: None,
 ) -> Generator[Done | Failure]:
@@ -72,10 +91,7 @@ def restore(
     Args:
       jobs: what to restore; the order may change so that pictures of one size are batched.
       restorer: the network.
-      alpha: whether alpha channels are kept as they are, or dropped.
-      compare: whether to write each input beside its output, in one picture, too; enlarged by
-        interpolation if the output is larger.
-      quality: of JPEG, WebP and AVIF files, 1 to 100; None for the input's, as far as it is known.
+      options: how pictures are written.
       more_follow: whether the restorer is given other jobs afterwards; as for `Restorer.many`.
       late: if the iterator is closed early, files that are being written are finished; this is
         called with what became of each.
@@ -95,7 +111,7 @@ def restore(
     ):
         try:
             yield from _restore_pictures(
-                pictures, restorer, readers, writers, alpha, compare, quality, more_follow, writing
+                pictures, restorer, options, readers, writers, more_follow, writing
             )
             for job in jobs:
                 if job.is_video:
@@ -116,11 +132,9 @@ _Writing = collections.deque[tuple[concurrent.futures.Future[Done | Failure], in
 def _restore_pictures(
     jobs: Sequence[Job],
     restorer: Restorer,
+    options: WriteOptions,
     readers: concurrent.futures.Executor,
     writers: concurrent.futures.Executor,
-    alpha: str,
-    compare: bool,
-    quality: int | None,
     more_follow: bool,
     writing: _Writing,
 ) -> Iterator[Done | Failure]:
@@ -132,7 +146,7 @@ def _restore_pictures(
             sizes[job], pixels[job] = extent
 
     def submit(job):
-        return readers.submit(_read, job, alpha, restorer)
+        return readers.submit(_read, job, options.alpha, restorer)
 
     under_way = collections.deque()
     unreadable = collections.deque()
@@ -166,7 +180,7 @@ def _restore_pictures(
         restored.append(values)
         if len(restored) == len(content.frames):
             under_way.popleft()
-            future = writers.submit(_write, job, content, restored, compare, quality)
+            future = writers.submit(_write, job, content, restored, options)
             writing.append((future, restorer.network.scale**2 * pixels[job]))
         yield from finished(_MOST_PIXELS)
     yield from finished(0)
@@ -202,18 +216,14 @@ def _read(job: Job, alpha: str, restorer: Restorer) -> tuple[Job, Picture] | Fai
 
 
 def _write(
-    job: Job,
-    picture: Picture,
-    restored: Sequence[np.ndarray],
-    compare: bool,
-    quality: int | None,
+    job: Job, picture: Picture, restored: Sequence[np.ndarray], options: WriteOptions
 ) -> Done | Failure:
     try:
         frames = tuple(
             frame.restored(values) for frame, values in zip(picture.frames, restored, strict=True)
         )
         job.target.parent.mkdir(parents=True, exist_ok=True)
-        if compare:
+        if options.compare:
             # First, as a picture that exists is taken to have its comparison, too.
             before, after = picture.frames[0], frames[0]
             scale = after.values.shape[0] // before.values.shape[0]
@@ -222,7 +232,7 @@ def _write(
             comparison = Picture((after.replace(both, None),), "PNG")
             images.write_picture(comparison, job.comparison)
         whole = dataclasses.replace(picture, frames=frames)
-        notes = images.write_picture(whole, job.target, quality=quality)
+        notes = images.write_picture(whole, job.target, quality=options.quality)
     except (ImageError, OSError) as error:
         if is_disk_full(error):
             raise

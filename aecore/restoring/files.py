@@ -110,14 +110,13 @@ def find(
 
     Raises:
       ConfigError: nothing was named, the output can't be written, or it is one file where the
-        inputs may be several, or where its name is to be changed.
+        inputs may be several, or where its name is to be changed; or as for `check_naming`.
     """
     if not inputs:
         raise ConfigError("no input; name pictures or folders of pictures")
     if not output:
         raise ConfigError("no output; name a file or a folder")
-    if {"/", os.sep} & set(suffix):
-        raise ConfigError(f"suffix {suffix!r} contains a slash; use --output for folders")
+    check_naming(suffix=suffix, extension=extension)
     folder = to_path(output)
     found, failures = [], []
     for name in inputs:
@@ -149,6 +148,17 @@ def find(
     # Outputs of an earlier run that lie beside their inputs aren't restored again.
     outputs = {resolved(job.target) for job in jobs.values()} if suffix else set()
     return [job for job in jobs.values() if resolved(job.source) not in outputs], failures
+
+
+def check_naming(*, suffix: str, extension: str) -> None:
+    """Raises ConfigError if no output can be called so, with `find`'s options."""
+    if {"/", os.sep} & set(suffix):
+        raise ConfigError(f"suffix {suffix!r} contains a slash; use --output for folders")
+    if extension != "auto" and not images.can_write(f".{extension}"):
+        raise ConfigError(
+            f"pictures can't be written with the extension {extension!r}; use 'auto', or an ending "
+            "without its dot, such as 'png', 'jpg', 'webp' or 'tiff'"
+        )
 
 
 def output_path(path: epath.Path, *, suffix: str = "", extension: str = "auto") -> epath.Path:

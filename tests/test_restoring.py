@@ -493,6 +493,32 @@ def test_jax_arrays_come_back_as_such_where_they_were(trained, shape):
     np.testing.assert_array_equal(restorer(image), restorer(np.asarray(image)))
 
 
+@pytest.mark.parametrize(
+    ("shape", "axes", "code_axes"),
+    [
+        ((8, 12), ("images",), ()),
+        ((8, 12), (None, "images"), ()),
+        ((8, 12, 1), ("images",), ()),
+        ((2, 8, 12, 1), ("images",), ("images",)),
+        ((3, 4, 12, 1), (None, "images"), ()),  # Whose codes have one row.
+    ],
+)
+def test_codes_lie_on_the_devices_of_a_divided_image(trained, shape, axes, code_axes):
+    mesh = jax.make_mesh((2,), ("images",))
+
+    def divided(axes):
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+    restorer = aecore.Restorer.load(trained)
+    image = RANDOM.random(shape, np.float32)
+    placed = jax.device_put(image, divided(axes))
+    codes = restorer.encode(placed)
+    np.testing.assert_array_equal(codes, restorer.encode(image))
+    assert codes.sharding.is_equivalent_to(divided(code_axes), 4)
+    assert restorer.decode(codes).sharding.is_equivalent_to(divided(code_axes), 4)
+    assert restorer(placed).sharding.is_equivalent_to(divided(axes), len(shape))
+
+
 def test_within_jit_the_error_names_what_to_use(trained):
     with pytest.raises(ImageError, match=r"use restorer\.apply there"):
         jax.jit(aecore.Restorer.load(trained))(jnp.zeros((8, 8)))

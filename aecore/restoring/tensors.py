@@ -57,9 +57,13 @@ def to_numpy(value: Any) -> np.ndarray:
 
 
 def like(value: Any, array: np.ndarray) -> Any:
-    """A NumPy array as the kind that `value` is, on the same device."""
+    """A NumPy array as the kind that `value` is, on the same device.
+
+    If `value` is divided among devices, the array is divided like it; or lies whole on each of
+    them, where its axes are others or can't be divided evenly.
+    """
     if isinstance(value, jax.Array):
-        return jax.device_put(array, value.sharding)
+        return jax.device_put(array, _sharding_like(value, array.shape))
     if _is_torch(value):
         return sys.modules["torch"].from_numpy(array).to(value.device)
     if _is_tensorflow(value):
@@ -67,3 +71,18 @@ def like(value: Any, array: np.ndarray) -> Any:
         with tensorflow.device(value.device):
             return tensorflow.convert_to_tensor(array)
     return array
+
+
+def _sharding_like(value: jax.Array, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    sharding = value.sharding
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    if value.ndim == len(shape):
+        try:
+            sharding.shard_shape(shape)
+            return sharding
+        except ValueError:  # An axis can't be divided.
+            pass
+    return jax.sharding.NamedSharding(
+        sharding.mesh, jax.sharding.PartitionSpec(), memory_kind=sharding.memory_kind
+    )

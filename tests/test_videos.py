@@ -13,6 +13,7 @@ import pytest
 
 from aecore.errors import ImageError
 from aecore.media import videos
+from aecore.storage import is_disk_full
 
 av = pytest.importorskip("av")
 
@@ -199,6 +200,7 @@ def test_the_codec_that_has_a_voice_of_its_own_is_silent(tmp_path):
 import os, pathlib, sys
 import test_videos
 from aecore.media import videos
+from aecore.storage import is_disk_full
 folder = pathlib.Path(sys.argv[1])
 test_videos.make(folder / "source.mkv", "libx264", sound=None)
 videos._ENCODERS["h264"] = "libsvtav1"
@@ -512,6 +514,20 @@ def test_a_full_disk_is_told_as_such(tmp_path, capfd, suffix):
         videos.restore(source, target, same, batch_size=8)
     assert caught.value.errno == errno.ENOSPC
     assert capfd.readouterr() == ("", "")
+    assert leftovers(tmp_path) == [source.name]
+
+
+def test_a_file_that_may_not_grow_is_told_as_a_full_disk(tmp_path):
+    resource = pytest.importorskip("resource")
+    source = make(tmp_path / "s.avi", "mpeg4", sound=None)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            videos.restore(source, tmp_path / "t.avi", same, batch_size=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert is_disk_full(caught.value)
     assert leftovers(tmp_path) == [source.name]
 
 

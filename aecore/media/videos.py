@@ -7,7 +7,6 @@ copied unchanged.
 import collections
 import contextlib
 import dataclasses
-import errno
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from aecore.errors import ImageError
+from aecore.storage import is_disk_full, reason
 
 _FORMATS = {
     ".avi": "avi",
@@ -104,7 +104,7 @@ def restore(
     Raises:
       ImageError: PyAV is missing, the source is damaged or not a video, or the target can't be
         written.
-      OSError: the disk is full, with `errno` ENOSPC or EDQUOT.
+      OSError: the disk, or a quota, is full; see `aecore.storage.is_disk_full`.
     """
     try:
         import av
@@ -362,16 +362,14 @@ def _check_length(source: epath.Path, actual: Fraction, announced: Fraction) -> 
         )
 
 
-def _damaged(path: epath.Path, reason: str) -> ImageError:
-    return ImageError(f"{path} is damaged: {reason}")
+def _damaged(path: epath.Path, why: str) -> ImageError:
+    return ImageError(f"{path} is damaged: {why}")
 
 
 def _unwritable(path: epath.Path, error: Exception) -> Exception:
-    code = getattr(error, "errno", None)
-    reason = getattr(error, "strerror", None) or str(error)
-    if code in (errno.ENOSPC, errno.EDQUOT):
-        return OSError(code, os.strerror(code), os.fspath(path))
-    return ImageError(f"{path} can't be written: {reason}")
+    if is_disk_full(error):
+        return OSError(error.errno, error.strerror, os.fspath(path))
+    return ImageError(f"{path} can't be written: {reason(error)}")
 
 
 class _Writer:

@@ -115,7 +115,7 @@ def restore(
             )
             for job in jobs:
                 if job.is_video:
-                    yield _restore_video(job, restorer)
+                    yield _outcome(_restore_video, job, restorer)
         finally:
             # What is being written is finished; nothing new is begun.
             readers.shutdown(wait=False, cancel_futures=True)
@@ -180,7 +180,7 @@ def _restore_pictures(
         restored.append(values)
         if len(restored) == len(content.frames):
             under_way.popleft()
-            future = writers.submit(_write, job, content, restored, options)
+            future = writers.submit(_outcome, _write, job, content, restored, options)
             writing.append((future, restorer.network.scale**2 * pixels[job]))
         yield from finished(_MOST_PIXELS)
     yield from finished(0)
@@ -215,39 +215,46 @@ def _read(job: Job, alpha: str, restorer: Restorer) -> tuple[Job, Picture] | Fai
     return job, picture
 
 
+def _outcome(write: Callable[..., tuple[str, ...]], job: Job, *args: Any) -> Done | Failure:
+    """What became of a job.
+
+    Args:
+      write: writes the job's output and returns notes.
+      job: the job.
+      *args: what `write` takes after it.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    try:
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+        return Done(job, write(job, *args))
+    except (ImageError, OSError) as error:
+        if is_disk_full(error):
+            raise
+        return _failure(job, error)
+
+
 def _write(
     job: Job, picture: Picture, restored: Sequence[np.ndarray], options: WriteOptions
-) -> Done | Failure:
-    try:
-        frames = tuple(
-            frame.restored(values) for frame, values in zip(picture.frames, restored, strict=True)
-        )
-        job.target.parent.mkdir(parents=True, exist_ok=True)
-        if options.compare:
-            # First, as a picture that exists is taken to have its comparison, too.
-            before, after = picture.frames[0], frames[0]
-            scale = after.values.shape[0] // before.values.shape[0]
-            plain = before.values if scale == 1 else images.enlarged(before.values, scale)
-            both = np.concatenate([plain, after.values], axis=1)
-            comparison = Picture((after.replace(both, None),), "PNG")
-            images.write_picture(comparison, job.comparison)
-        whole = dataclasses.replace(picture, frames=frames)
-        notes = images.write_picture(whole, job.target, quality=options.quality)
-    except (ImageError, OSError) as error:
-        if is_disk_full(error):
-            raise
-        return _failure(job, error)
-    return Done(job, (*picture.notes, *notes))
+) -> tuple[str, ...]:
+    frames = tuple(
+        frame.restored(values) for frame, values in zip(picture.frames, restored, strict=True)
+    )
+    if options.compare:
+        # First, as a picture that exists is taken to have its comparison, too.
+        before, after = picture.frames[0], frames[0]
+        scale = after.values.shape[0] // before.values.shape[0]
+        plain = before.values if scale == 1 else images.enlarged(before.values, scale)
+        both = np.concatenate([plain, after.values], axis=1)
+        comparison = Picture((after.replace(both, None),), "PNG")
+        images.write_picture(comparison, job.comparison)
+    whole = dataclasses.replace(picture, frames=frames)
+    notes = images.write_picture(whole, job.target, quality=options.quality)
+    return *picture.notes, *notes
 
 
-def _restore_video(job: Job, restorer: Restorer) -> Done | Failure:
-    try:
-        job.target.parent.mkdir(parents=True, exist_ok=True)
-        scale = restorer.network.scale
-        frames = max(1, _VIDEO_FRAMES // scale**2)
-        notes = videos.restore(job.source, job.target, restorer, batch_size=frames, scale=scale)
-        return Done(job, notes)
-    except (ImageError, OSError) as error:
-        if is_disk_full(error):
-            raise
-        return _failure(job, error)
+def _restore_video(job: Job, restorer: Restorer) -> tuple[str, ...]:
+    scale = restorer.network.scale
+    frames = max(1, _VIDEO_FRAMES // scale**2)
+    return videos.restore(job.source, job.target, restorer, batch_size=frames, scale=scale)

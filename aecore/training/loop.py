@@ -115,12 +115,9 @@ def _train(
     available = memory.limit(devices.mesh.local_devices[0]) or memory.physical()
     # Adam keeps two more arrays of each parameter's size, and its gradient is another.
     check_memory(experiment.model, available, copies=4)
-    if not exists(directory):
-        starting.load(experiment)  # If that fails, better before the images are loaded.
-    dataset = sources.load(experiment.data, progress=progress)
-    fingerprint = dataset.fingerprint()
-    processes.check_data(fingerprint)
-    examples = assembly.examples(experiment, dataset)
+    # If that fails, better before the images are loaded.
+    start = None if exists(directory) else starting.load(experiment)
+    loaded = _Loaded.load(experiment, progress)
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -133,15 +130,14 @@ def _train(
     ):
         run = _Run(
             experiment,
-            dataset,
-            fingerprint,
-            examples,
+            loaded,
             devices,
             directory,
             checkpoints,
             interruption,
             clock,
             callback,
+            start,
         )
         clock.go_on(run.before, earlier)
         if run.is_first:
@@ -166,6 +162,23 @@ def _alone(directory: epath.Path, clock: Clock, interruption: Interruption) -> I
         yield earlier
 
 
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    """What a run is trained and validated on."""
+
+    dataset: Dataset
+    examples: np.ndarray | Crops
+    fingerprint: str
+
+    @classmethod
+    def load(cls, experiment: Experiment, progress: bool) -> "_Loaded":
+        """Loads them; all processes must have the same."""
+        dataset = sources.load(experiment.data, progress=progress)
+        fingerprint = dataset.fingerprint()
+        processes.check_data(fingerprint)
+        return cls(dataset, assembly.examples(experiment, dataset), fingerprint)
+
+
 class _Run:
     """A training run under way.
 
@@ -176,17 +189,16 @@ class _Run:
     def __init__(
         self,
         experiment: Experiment,
-        dataset: Dataset,
-        fingerprint: str,
-        examples: np.ndarray | Crops,
+        loaded: _Loaded,
         devices: Devices,
         directory: epath.Path,
         checkpoints: Checkpoints,
         interruption: Interruption,
         clock: Clock,
         callback: Callback | None,
+        start: TrainedNetwork | None,
     ):
-        training = experiment.training
+        training, dataset, examples = experiment.training, loaded.dataset, loaded.examples
         self.experiment = experiment
         self.devices = devices
         self.directory = directory
@@ -207,7 +219,7 @@ class _Run:
             aecore=aecore.__version__,
             image_size=dataset.image_shape[:2],
             channels=dataset.image_shape[2],
-            fingerprint=fingerprint,
+            fingerprint=loaded.fingerprint,
             random_streams=RANDOM_STREAMS,
         )
         self.abstract_state = assembled.abstract_state
@@ -227,18 +239,12 @@ class _Run:
         degraded = evaluation.degraded(experiment.degradation, to_degrade)
         self.degraded_samples = degraded[:_SAMPLES].copy()
         self.original_samples = originals[:_SAMPLES].astype(np.float32) / 255
+        self.state, resumed = restored or self._begin(assembled, start)
         self.description = dataclasses.replace(
-            self.description, inputs=expectations.describe(degraded)
+            self.description,
+            inputs=expectations.describe(degraded),
+            started_from=resumed.started_from,
         )
-        if restored:
-            self.state, resumed = restored
-            self.description = dataclasses.replace(
-                self.description, started_from=resumed.started_from
-            )
-        else:
-            self.state, resumed = devices.compile_create(assembled.create)(), Description()
-            if (trained := starting.load(experiment)) is not None:
-                self.state = self._started(trained)
         self.step = self.saved_step = int(jax.device_get(self.state.step))
         self.first_step = self.step + 1
         self.before = self._with_time_of_end(resumed)
@@ -259,18 +265,26 @@ class _Run:
         rate, flops = hardware.operations_per_second(device, precision), assembled.flops_per_image()
         return self.devices.device_count * rate / flops if rate and flops else None
 
-    def _started(self, trained: TrainedNetwork) -> TrainState:
-        """The state at step 0 with the parameters of a trained network."""
-        source = self.experiment.training.start_from or ""
-        self.description = dataclasses.replace(
-            self.description, started_from=starting.describe(source, trained)
-        )
+    def _begin(
+        self, assembled: Assembly, start: TrainedNetwork | None
+    ) -> tuple[TrainState, Description]:
+        """The state at step 0, with the parameters of the network to start from, if there is one.
+
+        The description only tells of that network.
+        """
+        created = self.devices.compile_create(assembled.create)()
+        # Not loaded yet where there were checkpoints, none of them whole.
+        trained = start or starting.load(self.experiment)
+        if trained is None:
+            return created, Description()
         # A file may hold fewer bits.
         found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), trained.params)
         # Twice, since a step's input is donated.
         params, ema = (self.devices.replicate(found) for _ in range(2))
-        ema = None if self.state.ema is None else ema
-        return dataclasses.replace(self.state, params=params, ema=ema)
+        ema = None if created.ema is None else ema
+        source = self.experiment.training.start_from or ""
+        description = Description(started_from=starting.describe(source, trained))
+        return dataclasses.replace(created, params=params, ema=ema), description
 
     def fit(self, bar: tqdm) -> None:
         """Trains to the end, or until the validation loss no longer falls."""
@@ -297,7 +311,7 @@ class _Run:
                 self._save()
             if self._is_over():
                 break
-            if self._stop_is_requested():
+            if self._agree_to_stop():
                 self._collect_losses(bar)
                 self._stop()
             waited = self.feed.seconds_waited
@@ -342,8 +356,11 @@ class _Run:
         edges = [edge for edge in self.profile.edges() if edge > self.step]
         return min(self.last_step, *edges, *((self.step // n + 1) * n for n in every))
 
-    def _stop_is_requested(self) -> bool:
-        """Whether any process was asked to stop. All processes stop after the same step."""
+    def _agree_to_stop(self) -> bool:
+        """Whether any process was asked to stop; they also tell each other how fast they are.
+
+        All processes stop after the same step.
+        """
         requested = self.interruption.requested
         if jax.process_count() == 1:
             return requested

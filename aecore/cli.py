@@ -181,6 +181,7 @@ class Restore:
     def run(self) -> int:
         from aecore.media import images
         from aecore.restoring import bulk, files
+        from aecore.storage import to_path, write_json
 
         options = bulk.WriteOptions(alpha=self.alpha, compare=self.compare, quality=self.quality)
         shard = files.Shard.parse("1/1" if self.shard is None else self.shard)
@@ -198,7 +199,11 @@ class Restore:
             report=self.report,
         )
         failures = [failure for failure in failures if shard.holds(failure)]
-        jobs, skipped = self._without_existing([job for job in jobs if shard.holds(job)])
+        jobs, skipped = files.to_do(
+            [job for job in jobs if shard.holds(job)],
+            comparing=self.compare,
+            if_exists=self.if_exists,
+        )
         if self.dry_run:
             for job in jobs:
                 _say(f"{job.source} -> {job.target}")
@@ -238,7 +243,7 @@ class Restore:
                 ) from None
             finally:
                 if self.report is not None:
-                    _write_report(self.report, outcomes, skipped)
+                    write_json(to_path(self.report), bulk.report(outcomes, skipped))
             counts = collections.Counter(type(outcome).__name__ for outcome in outcomes)
         _say(f"{counts['Done']:,} restored, {counts['Failure']:,} failed, {len(skipped):,} skipped")
         return 1 if counts["Failure"] else 0
@@ -273,26 +278,6 @@ class Restore:
                             _say(f"note: {outcome.job.source}: {note}")
                 if is_interrupted():
                     raise KeyboardInterrupt
-
-    def _without_existing(self, jobs: list[Any]) -> tuple[list[Any], list[Any]]:
-        """Jobs to do, and those to skip because their picture exists."""
-        from aecore.storage import sizes
-
-        outputs = [job.outputs(self.compare) for job in jobs]
-        there = sizes(itertools.chain.from_iterable(outputs))
-        if there and self.if_exists == "fail":
-            first = next(path for paths in outputs for path in paths if path in there)
-            more = f", and {len(there) - 1} more" if len(there) > 1 else ""
-            raise ConfigError(
-                f"{first} exists{more}; use --if-exists skip or --if-exists overwrite"
-            )
-        if self.if_exists == "overwrite":
-            return jobs, []
-        remaining, skipped = [], []
-        for job in jobs:
-            # A comparison alone can be from a run that ended between the two.
-            (skipped if job.target in there else remaining).append(job)
-        return remaining, skipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -569,28 +554,6 @@ class Bench:
         experiment = _experiment(self.experiment, flags)
         report = benchmarking.bench(experiment, seconds=self.seconds, repeats=self.repeats)
         return _show(report, benchmarking.table, file)
-
-
-def _write_report(path: str, outcomes: Sequence[Any], skipped: Sequence[Any]) -> None:
-    from aecore.restoring.files import Failure
-    from aecore.storage import to_path, write_json
-
-    entries = [
-        {"source": str(outcome.source), "status": "failed", "reason": outcome.reason}
-        if isinstance(outcome, Failure)
-        else {
-            "source": str(outcome.job.source),
-            "target": str(outcome.job.target),
-            "status": "restored",
-            "notes": list(outcome.notes),
-        }
-        for outcome in outcomes
-    ]
-    entries += [
-        {"source": str(job.source), "target": str(job.target), "status": "skipped"}
-        for job in skipped
-    ]
-    write_json(to_path(path), {"files": entries})
 
 
 @contextlib.contextmanager

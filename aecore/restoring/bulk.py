@@ -4,7 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -123,6 +123,26 @@ def restore(
             for future, _ in writing:
                 if not future.cancelled() and future.exception() is None:
                     late(future.result())
+
+
+def report(outcomes: Iterable[Done | Failure], skipped: Iterable[Job]) -> dict[str, Any]:
+    """What became of each file, as JSON values: its `source` and `status`, and what belongs to it.
+
+    Args:
+      outcomes: what `restore` gave, and failures of `files.find`.
+      skipped: what was not restored, because its output existed.
+    """
+
+    def entry(job, status, **more):
+        return {"source": str(job.source), "target": str(job.target), "status": status, **more}
+
+    entries = [
+        {"source": str(outcome.source), "status": "failed", "reason": outcome.reason}
+        if isinstance(outcome, Failure)
+        else entry(outcome.job, "restored", notes=list(outcome.notes))
+        for outcome in outcomes
+    ]
+    return {"files": [*entries, *(entry(job, "skipped") for job in skipped)]}
 
 
 _Writing = collections.deque[tuple[concurrent.futures.Future[Done | Failure], int]]

@@ -2,11 +2,12 @@
 
 import dataclasses
 import glob
+import itertools
 import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from etils import epath
 
@@ -20,6 +21,7 @@ from aecore.storage import (
     naming,
     reason,
     resolved,
+    sizes,
     to_path,
 )
 
@@ -213,6 +215,38 @@ def check(jobs: Sequence[Job], *, comparing: bool, overwrite: bool, report: str 
         if resolved(path) in named or resolved(path) in sources:
             raise ConfigError(f"{path} is an input or an output; choose another report file")
         check_writable(path)
+
+
+def to_do(
+    jobs: Sequence[Job], *, comparing: bool, if_exists: Literal["fail", "skip", "overwrite"]
+) -> tuple[list[Job], list[Job]]:
+    """Divides jobs by whether their outputs exist.
+
+    Args:
+      jobs: what `find` gave.
+      comparing: whether comparisons are written.
+      if_exists: what to do with jobs whose outputs exist.
+
+    Returns:
+      Jobs to do, and those to skip.
+
+    Raises:
+      ConfigError: an output exists, and `if_exists` is fail.
+      OSError: a remote file system can't be reached.
+    """
+    outputs = [job.outputs(comparing) for job in jobs]
+    there = sizes(itertools.chain.from_iterable(outputs))
+    if there and if_exists == "fail":
+        first = next(path for paths in outputs for path in paths if path in there)
+        more = f", and {len(there) - 1} more" if len(there) > 1 else ""
+        raise ConfigError(f"{first} exists{more}; use --if-exists skip or --if-exists overwrite")
+    if if_exists == "overwrite":
+        return list(jobs), []
+    remaining, skipped = [], []
+    for job in jobs:
+        # A comparison alone can be from a run that ended between the two.
+        (skipped if job.target in there else remaining).append(job)
+    return remaining, skipped
 
 
 def _expand(

@@ -116,6 +116,18 @@ def test_noise_is_neither_clipped_nor_rounded(photos, denoiser):
     assert "clip=False" in scores["protocol"]
 
 
+def test_gray_pictures_have_gray_noise(photos, denoiser):
+    for path in photos.iterdir():
+        Image.open(path).convert("L").save(path)
+    restorer = Restorer.load(denoiser)
+    job = pictures.find(str(photos), GaussianNoise(0.1), restorer)
+    for index in range(len(job.source)):
+        degraded, original = pictures.degraded_pair(job, index)
+        assert degraded.shape == original.shape
+        assert 0.05 < (degraded - original).std() < 0.12
+        np.testing.assert_array_equal(degraded, degraded[..., :1].repeat(3, axis=2))
+
+
 @pytest.mark.every_room
 def test_the_command_prints_and_writes_what_was_scored(photos, denoiser, tmp_path, capsys):
     (photos / "broken.png").write_bytes(b"no picture")

@@ -442,7 +442,10 @@ class Restorer:
             self._say("colour pictures are restored channel by channel: the network is for gray")
             return [values[..., channel : channel + 1] for channel in range(channels)]
         if (channels, self.network.channels) == (1, 3):
-            self._say("gray pictures are restored as if in colour: the network is for colour")
+            self._say(
+                "gray pictures are restored as if in colour: the network is for colour, and may "
+                "remove little of the noise of gray ones"
+            )
             return [values]
         raise self._channels_error(array, channels)
 

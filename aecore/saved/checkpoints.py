@@ -161,7 +161,7 @@ class Checkpoints:
         elif damaged:
             raise CheckpointError(
                 f"none of the checkpoints in {self._directory} can be restored; they are damaged, "
-                f"or of another model or optimizer ({damaged[0][1]}); "
+                f"or of another model or optimizer ({_reason(damaged[0][1])}); "
                 "move them away to start anew"
             )
         return restored

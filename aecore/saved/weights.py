@@ -62,8 +62,8 @@ CARDS: Mapping[str, Card] = {
         sha256="4ab457d8ede30296bea8c7084ba53889805848c1b560ba3a417bdc210f741b05",
         purpose="removes Gaussian noise of any strength up to σ = 75 of 255 from photographs",
         data=_PHOTOGRAPHS,
-        limits="the blocks of JPEG, blur, and noise whose grains are larger than a pixel, as in "
-        "most compressed or resized photographs",
+        limits="gray photographs, the blocks of JPEG, blur, and noise whose grains are larger than "
+        "a pixel, as in most compressed or resized photographs",
         benchmarks="CBSD68 with σ = 15: 24.61 and 33.71 dB, σ = 25: 20.17 and 31.08 dB, σ = 50: "
         "14.15 and 27.89 dB",
     ),

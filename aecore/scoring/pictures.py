@@ -175,14 +175,21 @@ def score(
 
 
 def degraded_pair(job: ScoringJob, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """A picture degraded, and the original, `(H, W, C)` float32; noise depends on the index."""
+    """A picture degraded, and the original, `(H, W, C)` float32; noise depends on the index.
+
+    Noise of a gray picture is gray too, as it would be in a file.
+    """
     original = job.source[index]
     height, width = (side // job.scale * job.scale for side in original.shape[:2])
     original = original[:height, :width]
     given = original
     if isinstance(job.source, Pairs):
         given = job.source.degraded[index]
+    channels = given.shape[2]
+    if (given == given[..., :1]).all():
+        given = given[..., :1]
     degraded = np.asarray(_degrade(job.degradation)(jax.device_put(given), index))
+    degraded = degraded.repeat(channels // degraded.shape[2], axis=2)
     return _as_in_file(degraded), original.astype(np.float32) / 255
 
 

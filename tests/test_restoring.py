@@ -813,6 +813,20 @@ def noticed(name, images, words):
     )
 
 
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+def test_files_of_colour_of_16_bits_are_refused_before_they_are_restored(tmp_path, ending):
+    values = RANDOM.integers(0, 65536, (8, 8, 3), np.uint16)
+    path = epath.Path(tmp_path / f"a{ending}")
+    images.write_picture(images.Picture((images.Frame(values, mode="RGB;16"),), ""), path)
+    restorer = identity(3)
+    with pytest.raises(
+        ImageError, match=r"RGB;16; restore the array .* the command aecore restore"
+    ):
+        restorer(path)
+    assert not compiled_shapes(restorer)
+    assert np.array_equal(restorer(images.read_picture(path).frames[0].values), values)
+
+
 def test_restoring_says_once_what_a_picture_is_unlike(caplog):
     restorer = aecore.Restorer.load("fashion-mnist-denoise")
     for _ in range(2):

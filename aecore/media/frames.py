@@ -149,11 +149,20 @@ def to_pillow(frame: Frame) -> Image.Image:
 def to_image(frame: Frame) -> Image.Image:
     """The pixels of a frame as a Pillow image; raises as `to_pillow` does."""
     check_frame(frame)
-    if frame.mode not in ("1", "L", "LA", "RGB", "RGBA", "I;16"):
-        raise ImageError(f"Pillow has no images of mode {frame.mode}; use arrays, or 8 bits")
+    check_mode_of_pillow(frame.mode)
     if frame.mode == "1":
         return Image.fromarray(frame.values).point([0] * 128 + [255] * 128, "1")
     return Image.fromarray(interleaved(frame))
+
+
+def check_mode_of_pillow(mode: str) -> None:
+    """Refuses a mode of `PIXEL_FORMATS` that Pillow's images can't have."""
+    if mode not in ("1", "L", "LA", "RGB", "RGBA", "I;16"):
+        raise ImageError(
+            f"Pillow has no images of mode {mode}; restore the array "
+            "aecore.media.images.read_picture(PATH).frames[0].values, or the file with the command "
+            "aecore restore"
+        )
 
 
 def check_frame(frame: Frame) -> None:

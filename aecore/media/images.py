@@ -18,7 +18,7 @@ from aecore.errors import ConfigError, ImageError
 from aecore.media import decoders
 from aecore.media.decoders import from_pillow
 from aecore.media.encoders import FORMATS, encode
-from aecore.media.frames import Frame, Picture, enlarged, to_pillow
+from aecore.media.frames import Frame, Picture, check_mode_of_pillow, enlarged, to_pillow
 from aecore.storage import is_disk_full, reason, to_path, write_whole
 
 SUFFIXES = frozenset(
@@ -37,6 +37,7 @@ __all__ = [
     "Picture",
     "at_working_size",
     "can_write",
+    "check_mode_of_pillow",
     "ending",
     "enlarged",
     "from_array",

@@ -175,10 +175,13 @@ class Restorer:
 
         Raises:
           ImageError: the picture can't be read; its dtype, shape, values or number of channels
-            don't fit; or the device's memory doesn't suffice.
+            don't fit; the file has colour, or gray with alpha, of 16 bits, which Pillow's images
+            can't hold; or the device's memory doesn't suffice.
         """
         frame = self._frame(image)
         if frame is not None:
+            # Rather than after hours of work.
+            images.check_mode_of_pillow(frame.mode)
             restored = self(frame.values, progress=progress)
             return images.to_pillow(frame.restored(restored))
         array = _checked(image)
@@ -607,6 +610,8 @@ def restore(image: Any, run: str | os.PathLike, *, model: Any = None, strength: 
     Raises:
       CheckpointError: the run has no usable checkpoint.
       ConfigError: `strength` is out of bounds.
-      ImageError: the image can't be read, or doesn't fit the model.
+      ImageError: the image can't be read, or doesn't fit the model; or it is a file with colour,
+        or gray with alpha, of 16 bits, which Pillow's images can't hold. Restore the array
+        `aecore.media.images.read_picture(path).frames[0].values` then.
     """
     return _kept_restorer(run, model).with_strength(strength)(image)

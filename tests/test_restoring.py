@@ -827,6 +827,20 @@ def test_files_of_colour_of_16_bits_are_refused_before_they_are_restored(tmp_pat
     assert np.array_equal(restorer(images.read_picture(path).frames[0].values), values)
 
 
+@pytest.mark.parametrize("ending", [".gif", ".tif"])
+def test_restoring_a_path_says_that_other_frames_are_left_out(tmp_path, ending, caplog):
+    frames = [Image.fromarray(RANDOM.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(3)]
+    path = tmp_path / f"a{ending}"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    identity(3)(path)
+    said = f"{path}: only the first of 3 frames or pages is used; the command aecore restore"
+    assert said in caplog.text
+    frames[0].save(path)
+    caplog.clear()
+    identity(3)(path)
+    assert "only the first" not in caplog.text
+
+
 def test_restoring_says_once_what_a_picture_is_unlike(caplog):
     restorer = aecore.Restorer.load("fashion-mnist-denoise")
     for _ in range(2):

@@ -162,7 +162,8 @@ class Restorer:
 
         Args:
           image: an array `(H, W)`, `(H, W, C)` or `(N, H, W, C)`, uint8, uint16 or float in
-            [0, 1]; a Pillow image; or a path to a picture, of which the first frame is taken.
+            [0, 1]; a Pillow image; or a path to a picture, of which the first frame is taken;
+            where there are others, a warning says so.
           progress: called with the share that is done, up to 1, whenever another part of a large
             picture is. What it raises ends the work, and is raised here.
 
@@ -423,6 +424,11 @@ class Restorer:
         if isinstance(image, (str, os.PathLike)):
             picture = images.read_picture(image)
             frame, notes = picture.frames[0], picture.notes
+            if len(picture.frames) > 1:
+                self._say(
+                    f"{os.fspath(image)}: only the first of {len(picture.frames)} frames or pages "
+                    "is used; the command aecore restore restores all"
+                )
         elif images.is_picture(image):
             frame, notes = images.from_pillow(image)
         else:

@@ -344,7 +344,7 @@ def test_white_stays_white(degradation):
 
 def test_results_stay_in_range():
     images = RANDOM.integers(0, 2, (4, 16, 16, 1)).astype(np.float32)
-    noisy = np.asarray(GaussianNoise(2.0)(images, jax.random.key(0)))
+    noisy = np.asarray(GaussianNoise(1.0)(images, jax.random.key(0)))
     assert noisy.min() == 0
     assert noisy.max() == 1
 
@@ -352,7 +352,14 @@ def test_results_stay_in_range():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: GaussianNoise(-0.1), "sigma -0.1 is out of bounds; use 0 <= sigma$"),
+        (lambda: GaussianNoise(-0.1), "sigma -0.1 is out of bounds; use 0 <= sigma <= 1$"),
+        (
+            lambda: GaussianNoise(25.0),
+            r"sigma 25.0 is out of bounds; use 0 <= sigma <= 1, as values are in \[0, 1\]; "
+            r"did you mean 25 / 255 = 0.098\?$",
+        ),
+        (lambda: GaussianNoise((0, 51)), r"did you mean 0 / 255 = 0 to 51 / 255 = 0.2\?$"),
+        (lambda: CameraNoise(read=5), r"did you mean 5 / 255 = 0.0196\?$"),
         (lambda: GaussianNoise(float("nan")), "sigma nan is out of bounds"),
         (lambda: GaussianNoise((0.5, 0.1)), "low above high"),
         (lambda: GaussianNoise((0.1, 0.2, 0.3)), "not a number or a"),

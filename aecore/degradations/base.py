@@ -180,6 +180,8 @@ class Bounds:
     whole: bool = False
     single: bool = False
     """Whether it can't be a range."""
+    of_values: bool = False
+    """Whether it is measured on the scale of images' values, which many papers count to 255."""
 
     def check(self, owner: str, name: str, value: Any) -> None:
         is_range = isinstance(value, tuple) and not self.single
@@ -189,7 +191,10 @@ class Bounds:
             pair = "" if self.single else " or a (low, high) pair"
             raise ConfigError(f"{owner}: {name} {value!r} is not a {number}{pair}")
         if not all(map(self._has, ends)):
-            raise ConfigError(f"{owner}: {name} {value} is out of bounds; use {self._text(name)}")
+            hint = self._other_scale(ends) if self.of_values and max(ends) > self.at_most else ""
+            raise ConfigError(
+                f"{owner}: {name} {value} is out of bounds; use {self._text(name)}{hint}"
+            )
         if ends[0] > ends[1]:
             raise ConfigError(f"{owner}: {name} {value} has low above high; swap them")
 
@@ -203,6 +208,10 @@ class Bounds:
         return (
             math.isfinite(value) and self.at_least <= value <= self.at_most and value > self.above
         )
+
+    def _other_scale(self, ends: tuple[float, ...]) -> str:
+        fractions = (f"{end:g} / 255 = {end / 255:.3g}" for end in dict.fromkeys(ends))
+        return f", as values are in [0, 1]; did you mean {' to '.join(fractions)}?"
 
     def _text(self, name: str) -> str:
         low = f"{self.above:.9g} <" if self.above > -math.inf else f"{self.at_least:.9g} <="
@@ -234,6 +243,11 @@ def real(
     If the default is None, None is allowed.
     """
     return _field(default, Bounds(at_least, above, at_most))
+
+
+def on_scale_of_values(default: Range) -> Any:
+    """A dataclass field for a number in [0, 1], or a range, as images' values are measured."""
+    return _field(default, Bounds(at_least=0, at_most=1, of_values=True))
 
 
 def whole(default: WholeRange, *, at_least: int, at_most: float = math.inf) -> Any:

@@ -3,7 +3,15 @@
 import dataclasses
 from typing import ClassVar
 
-from aecore.degradations.base import Degradation, Range, clip, probability, real, register
+from aecore.degradations.base import (
+    Degradation,
+    Range,
+    clip,
+    on_scale_of_values,
+    probability,
+    real,
+    register,
+)
 
 
 @register
@@ -11,8 +19,8 @@ from aecore.degradations.base import Degradation, Range, clip, probability, real
 class GaussianNoise(Degradation):
     """Adds independent Gaussian noise to each value."""
 
-    sigma: Range = real(0.4, at_least=0)
-    """Standard deviation of the noise on the [0, 1] scale, 0 or more; two numbers: a range."""
+    sigma: Range = on_scale_of_values(0.4)
+    """Standard deviation of the noise on the [0, 1] scale, at most 1; two numbers: a range."""
     clip: bool = True
     """Whether the result is clipped to [0, 1]. Benchmarks of denoising mostly don't. Degradations
     that come after may clip it."""
@@ -41,10 +49,10 @@ class CameraNoise(Degradation):
     Poissonian-Gaussian noise modeling and fitting for single-image raw-data", 2008).
     """
 
-    shot: Range = real(0.01, at_least=0)
-    """Variance from counting photons where the image is 1, 0 or more; two numbers: a range."""
-    read: Range = real(0.01, at_least=0)
-    """Standard deviation from reading the sensor, 0 or more; two numbers: a range."""
+    shot: Range = on_scale_of_values(0.01)
+    """Variance from counting photons where the image is 1, from 0 to 1; two numbers: a range."""
+    read: Range = on_scale_of_values(0.01)
+    """Standard deviation from reading the sensor, from 0 to 1; two numbers: a range."""
 
     noisy: ClassVar[bool] = True
 

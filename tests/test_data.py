@@ -232,7 +232,10 @@ def test_pictures_are_turned_upright_and_cropped_to_the_middle(tmp_path):
         (dict(dataset="lfw/no_such_config"), "unknown dataset"),
         (dict(dataset="../x"), "unknown dataset"),
         (dict(dataset="folder"), "use --data.data-dir"),
-        (dict(dataset="folder", data_dir="/no/such/folder"), "is not a folder"),
+        (
+            dict(dataset="folder", data_dir="/no/such/folder"),
+            "/no/such/folder is not a folder; name one",
+        ),
     ],
 )
 def test_missing_sources(settings, message):

@@ -259,7 +259,12 @@ def test_what_can_not_be_scored(photos, denoiser, tmp_path):
     (tmp_path / "empty").mkdir()
     noise = GaussianNoise(0.1)
     refused("holds no pictures", DataError, data=str(tmp_path / "empty"), degradation=noise)
-    refused("is not a folder", DataError, data=str(tmp_path / "none"), degradation=noise)
+    refused(
+        "is not a folder; name one that holds",
+        DataError,
+        data=str(tmp_path / "none"),
+        degradation=noise,
+    )
     refused("leave out data", save=True)
     with pytest.raises(ConfigError, match="name their folder with data"):
         aecore.evaluate(denoiser, csv="scores.csv")

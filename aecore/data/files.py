@@ -155,7 +155,7 @@ def _folder(data: Data) -> epath.Path:
         raise DataError(f"dataset {data.dataset} needs a folder: use --data.data-dir DIR")
     folder = to_path(data.data_dir)
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; use --data.data-dir DIR")
+        raise DataError(f"{folder} is not a folder; name one that holds pictures")
     return folder
 
 

@@ -279,10 +279,35 @@ def test_a_finished_run_is_not_trained_again(tiny, caplog):
     first = aecore.train(tiny, progress=False)
     assert "nothing is trained now" not in caplog.text
     again = aecore.train(tiny, progress=False)
-    assert f"{tiny.run_dir} was trained to its end before, so nothing is trained" in caplog.text
+    assert f"{tiny.run_dir} was trained to its end before, --training.epochs 2, " in caplog.text
+    assert "use more --training.epochs to go on" in caplog.text
     assert again["evaluation"] == first["evaluation"]
     assert again["steps"] == first["steps"]
     assert again["images_per_second"] == first["images_per_second"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "end", "advice"),
+    [
+        ({"steps": 2}, "--training.steps 2", "use more --training.steps to go on"),
+        (
+            {"steps": 2, "optimizer": aecore.Optimizer(schedule="cosine")},
+            "--training.steps 2",
+            "another --run-dir, as from its network by --training.start-from {}",
+        ),
+        (
+            {"epochs": 3, "patience": 1, "min_delta": 9.0},
+            "--training.patience 1",
+            "use more --training.patience to go on",
+        ),
+    ],
+)
+def test_a_finished_run_says_what_ended_it_and_how_to_go_on(tiny, caplog, changes, end, advice):
+    experiment = change(tiny, **changes)
+    for _ in range(2):
+        aecore.train(experiment, progress=False)
+    assert f"was trained to its end before, {end}, so nothing" in caplog.text
+    assert advice.format(tiny.run_dir) in caplog.text
 
 
 def test_interruption_saves_and_loses_no_step(tiny, tmp_path, monkeypatch):

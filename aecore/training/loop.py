@@ -290,10 +290,12 @@ class _Run:
         """Trains to the end, or until the validation loss no longer falls."""
         if self._is_over():
             if self.is_first:
+                limit, advice = self._end()
                 _log.warning(
-                    "%s was trained to its end before, so nothing is trained now; use more "
-                    "--training.epochs or patience to go on, or another --run-dir to begin anew",
+                    "%s was trained to its end before, %s, so nothing is trained now; %s",
                     self.directory,
+                    f"--training.{limit} {getattr(self.experiment.training, limit)}",
+                    advice,
                 )
         else:
             # Not of the state's own arrays, which are donated to the steps meanwhile.
@@ -480,6 +482,21 @@ class _Run:
 
     def _is_over(self) -> bool:
         return self.step >= self.last_step or self._loss_no_longer_falls()
+
+    def _end(self) -> tuple[str, str]:
+        """The setting that ended the training, and how to go on in spite of it."""
+        training, optimizer = self.experiment.training, self.experiment.optimizer
+        if self.step < self.last_step:
+            limit = "patience"
+        else:
+            limit = "steps" if training.steps == self.last_step else "epochs"
+            # The end decides the rates of steps that are finished, so that it must stay.
+            if optimizer.schedule == "cosine" or optimizer.warmup_steps > self.last_step // 2:
+                return limit, (
+                    "its learning rates depend on where it ends, so begin anew in another "
+                    f"--run-dir, as from its network by --training.start-from {self.directory}"
+                )
+        return limit, (f"use more --training.{limit} to go on, or another --run-dir to begin anew")
 
     def _loss_no_longer_falls(self) -> bool:
         """Early stopping, as in Keras, over the epochs' validation losses."""

@@ -174,6 +174,10 @@ def bomb(side):
         ("restore?strength=2", b"", 400, "The strength must be a number from 0 to 1."),
         ("restore?strength=x", b"", 400, "The strength must be a number from 0 to 1."),
         ("restore?strength=nan", b"", 400, "The strength must be a number from 0 to 1."),
+        ("restore?strenght=0.5", b"", 400, "There is no parameter 'strenght'; use network or "),
+        ("preview?strength=1", b"", 400, "There is no parameter 'strength'; use visit."),
+        ("restore", None, 405, "Send a picture by POST, as the body of the request."),
+        ("preview", None, 405, "Send a picture by POST, as the body of the request."),
         ("restore", bytes(2_000_000), 413, "The file is too large; the most that this server"),
         ("restore", bomb(4_000), 413, "The picture has 16.0 million pixels; the most that this"),
         ("preview", bomb(4_000), 413, "The picture has 16.0 million pixels; the most that this"),
@@ -188,6 +192,18 @@ def test_whatever_fails_is_answered_by_a_sentence(address, path, data, status, s
     assert headers["Content-Type"].startswith("text/plain")
     assert body.decode().startswith(sentence)
     assert body.decode().endswith(".") and "\n" not in body.decode()
+
+
+def test_a_form_is_answered_by_how_to_send_the_file(address):
+    form = {"Content-Type": "multipart/form-data; boundary=a"}
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(urllib.request.Request(f"{address}/restore", b"--a--", form))
+    with raised.value as answer:
+        assert answer.code == 415
+        assert (
+            "send the file itself as its body, with curl by --data-binary @"
+            in answer.read().decode()
+        )
 
 
 def test_a_damaged_picture_gets_a_sentence_without_a_path(address, tmp_path):

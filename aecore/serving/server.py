@@ -45,7 +45,8 @@ _log = logging.getLogger(__name__)
 _LOOK_EVERY = 0.2
 """Seconds after which it is looked again whether a visitor is still there."""
 
-_BAD_REQUEST, _NOT_FOUND, _TOO_LARGE, _FAILED, _BUSY = 400, 404, 413, 500, 503
+_BAD_REQUEST, _NOT_FOUND, _NOT_BY_GET, _TOO_LARGE, _NOT_A_FILE = 400, 404, 405, 413, 415
+_FAILED, _BUSY = 500, 503
 
 
 class RefusedError(Exception):
@@ -96,6 +97,8 @@ def application(restorers: Mapping[str, Restorer], limits: Limits) -> Starlette:
             Route("/networks", service.networks),
             Route("/restore", service.restore, methods=["POST"]),
             Route("/preview", service.preview, methods=["POST"]),
+            # Otherwise they would be looked for among the page's files.
+            *(Route(path, _only_by_post) for path in ("/restore", "/preview")),
             Route("/progress", service.progress),
             Route("/restore.js", lambda _: FileResponse(PAGE / "remote.js")),
             Mount("/", StaticFiles(directory=PAGE, html=True)),
@@ -108,6 +111,12 @@ async def _refused(request: Request, refusal: Exception) -> Response:
     del request
     assert isinstance(refusal, RefusedError)
     return PlainTextResponse(str(refusal), refusal.status)
+
+
+async def _only_by_post(request: Request) -> Response:
+    del request
+    sentence = "Send a picture by POST, as the body of the request."
+    return PlainTextResponse(sentence, _NOT_BY_GET, {"Allow": "POST"})
 
 
 class _Service:
@@ -143,6 +152,7 @@ class _Service:
         return JSONResponse({"share": self._visits[key].share, "ahead": ahead})
 
     async def restore(self, request: Request) -> Response:
+        _check_parameters(request, "network", "strength", "visit")
         name = request.query_params.get("network", next(iter(self._restorers)))
         if name not in self._restorers:
             raise RefusedError(
@@ -170,6 +180,8 @@ class _Service:
         return await self._answer(request, work)
 
     async def preview(self, request: Request) -> Response:
+        _check_parameters(request, "visit")
+
         def work(source, visit):
             with self._device.room_for(self._pixels(source), visit):
                 frame = images.read_picture(source).frames[0]
@@ -254,6 +266,12 @@ class _Service:
 
     async def _receive(self, request: Request, source: Path) -> None:
         """Writes the body of a request to a file."""
+        if request.headers.get("Content-Type", "").startswith("multipart/"):
+            raise RefusedError(
+                _NOT_A_FILE,
+                "The request is a form; send the file itself as its body, with curl by "
+                "--data-binary @FILE.",
+            )
         size = 0
         with source.open("wb") as file:
             async for chunk in _body(request):
@@ -267,6 +285,15 @@ class _Service:
                 file.write(chunk)
         if not size:
             raise RefusedError(_BAD_REQUEST, "The request has no picture; send a file as its body.")
+
+
+def _check_parameters(request: Request, *known: str) -> None:
+    """Refuses what would be ignored, such as a misspelt strength."""
+    for name in request.query_params:
+        if name not in known:
+            raise RefusedError(
+                _BAD_REQUEST, f"There is no parameter {name!a}; use {' or '.join(known)}."
+            )
 
 
 async def _body(request: Request) -> AsyncIterator[bytes]:

@@ -841,6 +841,15 @@ def test_restoring_a_path_says_that_other_frames_are_left_out(tmp_path, ending, 
     assert "only the first" not in caplog.text
 
 
+@pytest.mark.parametrize("value", [np.inf, np.nan, 1e300])
+def test_values_that_are_refused_are_not_warned_of_before(value, caplog):
+    image = RANDOM.random((40, 40))
+    image[10, 10:12] = value, -value
+    with pytest.raises(ImageError, match=r"in \[0, 1\]|NaN"):
+        aecore.Restorer.load("fashion-mnist-denoise")(image)
+    assert not caplog.records
+
+
 def test_restoring_says_once_what_a_picture_is_unlike(caplog):
     restorer = aecore.Restorer.load("fashion-mnist-denoise")
     for _ in range(2):

@@ -63,7 +63,9 @@ def differences(description: Description, image: np.ndarray, *, scale: int = 1) 
     Returns:
       A sentence for each difference, the same for all images that differ in this way.
     """
-    return tuple(_differences(description, image, scale))
+    # Of floats that are refused afterwards, nothing is to be said here.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return tuple(_differences(description, image, scale))
 
 
 def _differences(description: Description, image: np.ndarray, enlarging: int) -> Iterator[str]:
@@ -78,6 +80,8 @@ def _differences(description: Description, image: np.ndarray, enlarging: int) ->
     if min(image.shape[:2]) < 3:
         return
     part = middle(image).astype(np.float32)
+    if not np.isfinite(part).all():
+        return
     if image.dtype.kind == "u":
         part /= np.iinfo(image.dtype).max
     inputs = description.inputs or {}

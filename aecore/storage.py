@@ -143,7 +143,7 @@ def explained(error: Exception) -> str | None:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         modules.append(frame.f_globals.get("__name__", ""))
     is_remote_error = any(name.startswith(_REMOTE_LIBRARIES) for name in modules)
-    return f"gs:// {_remote_reason(error)}" if is_remote_error else None
+    return f"the address {_remote_reason(error)}" if is_remote_error else None
 
 
 _REMOTE_LIBRARIES = ("aiohttp", "fsspec", "gcsfs", "google.api_core", "google.auth", "google.cloud")

@@ -244,4 +244,4 @@ def test_an_error_is_blamed_on_a_bucket_only_if_it_comes_from_there(module, is_r
         raising["ask"]()
     except OSError as error:
         found = explained(error)
-    assert (found or "").startswith("gs:// can't be reached") == is_remote
+    assert (found or "").startswith("the address can't be reached") == is_remote

@@ -490,7 +490,9 @@ def test_pairs_without_a_partner_are_named(tmp_path):
         pairs(tmp_path)
     for problem in ("original/01.png has no partner in degraded", "degraded/02.tif has no partner"):
         assert problem in str(raised.value)
-    with pytest.raises(DataError, match="has no folder degraded"):
+    with pytest.raises(
+        DataError, match="no folder degraded; pairs need two, degraded and original"
+    ):
         pairs(tmp_path / "original")
     save_pairs(tmp_path / "twice", SIZES[:2])
     Image.new("RGB", (30, 40)).save(tmp_path / "twice" / "degraded" / "01.png")

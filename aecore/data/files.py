@@ -106,7 +106,7 @@ def _pairs(folder: epath.Path) -> Files:
     problems = []
     for side in sides:
         if not (folder / side).is_dir():
-            raise DataError(f"{folder} has no folder {side}; pairs are read from {side}")
+            raise DataError(f"{folder} has no folder {side}; pairs need two, {' and '.join(sides)}")
         for path in _picture_files(folder / side):
             name = str(path.relative_to(folder / side).with_suffix(""))
             if name in found[side]:

@@ -455,10 +455,12 @@ class Evaluate:
 
     def run(self) -> int:
         from aecore import degradations
-        from aecore.scoring import evaluation
+        from aecore.scoring import evaluation, pictures
         from aecore.scoring.evaluate import evaluate
 
         file = _writable(self.json)
+        if self.data is not None:
+            pictures.check_outputs(self.data, (self.csv, self.pictures, self.json))
         scores = evaluate(
             self.model,
             data=self.data,

@@ -85,7 +85,7 @@ def check_writable(path: epath.Path) -> None:
     Raises:
       ConfigError: it is a folder, or its folder is missing.
     """
-    if _is_stream(path):
+    if is_stream(path):
         return
     # Buckets have no folders that must exist.
     if not is_free(path) or not (is_remote(path) or path.parent.is_dir()):
@@ -267,14 +267,14 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 def write_report(path: epath.PathLike, text: str) -> None:
     """Writes a file as `write_whole` does, or into the device or pipe of that name."""
     path = epath.Path(path)
-    if not _is_stream(path):
+    if not is_stream(path):
         write_whole(path, text.encode())
         return
     with naming(path), path.open("a") as stream:
         stream.write(text)
 
 
-def _is_stream(path: epath.Path) -> bool:
+def is_stream(path: epath.Path) -> bool:
     """Whether what is written here goes elsewhere, and no file may be put in its place.
 
     `/dev/stdout` may lead to a file.

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 import threading
 
 import jax
@@ -295,6 +296,42 @@ def test_files_that_can_not_be_written_are_refused_before_scoring(
                 degradation=GaussianNoise(0.1),
                 **{name: str(path)},
             )
+
+
+def test_pictures_that_are_scored_are_not_overwritten(photos, denoiser, tmp_path, monkeypatch):
+    monkeypatch.delattr(pictures, "score")
+    shutil.copytree(photos, tmp_path / "pairs/original")
+    shutil.copytree(photos, tmp_path / "pairs/degraded")
+    (tmp_path / "link.png").symlink_to(photos / "01.png")
+    for data, output in (
+        (photos, photos / "01.png"),
+        (photos, tmp_path / "link.png"),
+        (tmp_path / "pairs", tmp_path / "pairs/original/01.png"),
+        (tmp_path / "pairs", tmp_path / "pairs/degraded/01.png"),
+    ):
+        for name in ("csv", "pictures"):
+            with pytest.raises(ConfigError, match=f"{output} is an input or an output"):
+                aecore.evaluate(denoiser, data=str(data), **{name: str(output)})
+    with pytest.raises(ConfigError, match=r"new\.txt is an input or an output"):
+        new = str(tmp_path / "new.txt")
+        aecore.evaluate(denoiser, data=str(photos), csv=new, pictures=new)
+
+
+@pytest.mark.parametrize("option", ["--csv", "--pictures", "--json"])
+def test_the_command_overwrites_no_picture_that_is_scored(
+    option, photos, denoiser, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delattr(pictures, "score")
+    words = ["evaluate", denoiser, "--data", str(photos), "--degradation", "GaussianNoise(0.1)"]
+    with pytest.raises(SystemExit) as exit_:
+        cli.run([*words, option, str(photos / "01.png")])
+    assert exit_.value.code == 2
+    assert "01.png is an input or an output" in capsys.readouterr().err
+
+
+def test_scores_may_replace_scores_and_go_to_one_device(photos):
+    (photos / "scores.txt").write_text("of before")
+    pictures.check_outputs(str(photos), [photos / "scores.txt", None, "/dev/null", "/dev/null"])
 
 
 @pytest.mark.parametrize("methods", [False, ["median"]])

@@ -67,7 +67,7 @@ def find(data: Data) -> Files:
     """
     if data.dataset == "folder":
         folder = _folder(data)
-        found = _picture_files(folder)
+        found = picture_files(folder)
         if not found:
             raise _no_pictures(folder)
         return Files(found)
@@ -94,7 +94,7 @@ def whole_pictures(data: Data) -> whole.Pictures:
     return _prepared(data).pictures()
 
 
-def _picture_files(folder: epath.Path) -> list[epath.Path]:
+def picture_files(folder: epath.Path) -> list[epath.Path]:
     """Files whose ending is a picture's, in order of their names."""
     return [path for path in images.walk(folder) if path.suffix.lower() in images.SUFFIXES]
 
@@ -107,7 +107,7 @@ def _pairs(folder: epath.Path) -> Files:
     for side in sides:
         if not (folder / side).is_dir():
             raise DataError(f"{folder} has no folder {side}; pairs need two, {' and '.join(sides)}")
-        for path in _picture_files(folder / side):
+        for path in picture_files(folder / side):
             name = str(path.relative_to(folder / side).with_suffix(""))
             if name in found[side]:
                 problems.append(f"{path} has the name of {found[side][name]}")

@@ -24,6 +24,7 @@ from aecore import metrics
 from aecore.config import Data
 from aecore.data import crops, sources
 from aecore.data.ahead import results_ahead
+from aecore.data.files import picture_files
 from aecore.data.headers import readable_shapes
 from aecore.data.indexed import FileSource, Pairs, Source
 from aecore.degradations import Compose, Degradation, JaxOps
@@ -31,7 +32,7 @@ from aecore.errors import ConfigError, DataError, ImageError
 from aecore.media.images import enlarged
 from aecore.restoring.restorer import Restorer
 from aecore.scoring import classical, evaluation, reports
-from aecore.storage import check_writable, to_path, write_report
+from aecore.storage import check_writable, exists, is_stream, resolved, to_path, write_report
 
 _log = logging.getLogger(__name__)
 
@@ -335,6 +336,31 @@ def save_ranked(
     reports.save_samples(sheet, to_path(file), titles)
 
 
+def check_outputs(data: str, outputs: Iterable[epath.PathLike | None]) -> None:
+    """Refuses files to write scores to that are pictures to be scored, or each other.
+
+    Args:
+      data: the folder of pictures.
+      outputs: the files; None for those that aren't wanted.
+
+    Raises:
+      ConfigError: names the file; also if it can't be written.
+    """
+    paths = [to_path(file) for file in outputs if file is not None]
+    # Several may go to one device or pipe.
+    paths = [path for path in paths if not is_stream(path)]
+    for path in paths:
+        check_writable(path)
+    taken = set()
+    # A file that doesn't exist is no input, and to list a large folder takes time.
+    if any(map(exists, paths)):
+        taken = {resolved(picture) for picture in picture_files(to_path(data))}
+    for path in paths:
+        if resolved(path) in taken:
+            raise ConfigError(f"{path} is an input or an output; choose another file")
+        taken.add(resolved(path))
+
+
 def evaluate(
     restorer: Restorer,
     data: str,
@@ -346,9 +372,7 @@ def evaluate(
     progress: bool = False,
 ) -> dict[str, Any]:
     """Scores a network on pictures; see `aecore.evaluate`."""
-    for file in (csv_file, picture_file):
-        if file is not None:
-            check_writable(to_path(file))
+    check_outputs(data, (csv_file, picture_file))
     job = find(data, degradation, restorer)
     chosen = {}
     if methods:

@@ -20,6 +20,7 @@ from conftest import ONE_DEVICE, save_pictures
 from etils import epath
 
 import aecore
+from aecore.data import sources
 from aecore.data.batches import training_batches
 from aecore.degradations import GaussianNoise
 from aecore.errors import (
@@ -36,7 +37,7 @@ from aecore.saved.descriptions import Description, experiment_from_json
 from aecore.steps import state
 from aecore.steps.devices import Devices
 from aecore.steps.step import pairs, train_step
-from aecore.training import assembly, feeds, metrics_log
+from aecore.training import assembly, claim, feeds, metrics_log, resuming
 
 
 def change(experiment, **fields):
@@ -671,3 +672,36 @@ def test_killed_and_terminated_runs_end_bit_for_bit_as_one_that_was_not(tmp_path
     assert_identical(whole, parts)
     summaries = [json.loads((run / "summary.json").read_text()) for run in (whole, parts)]
     assert summaries[0]["evaluation"] == summaries[1]["evaluation"]
+
+
+@pytest.mark.parametrize("name", [*resuming._WRITTEN])
+def test_files_that_are_not_of_a_run_are_not_replaced(name, tiny, monkeypatch):
+    monkeypatch.delattr(sources, "load")
+    folder = Path(tiny.run_dir)
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"{folder} holds {name}, which is not of a run; use"):
+        aecore.train(tiny, progress=False)
+    assert [path.name for path in folder.iterdir()] == [name]
+    assert (folder / name).read_text() == "mine"
+
+
+def test_a_run_may_begin_beside_other_files_and_begins_again_without_its_checkpoints(tiny):
+    folder = Path(tiny.run_dir)
+    folder.mkdir()
+    (folder / "output.log").write_text("mine")
+    begun = change(tiny, steps=2)
+    aecore.train(begun, progress=False)
+    assert {path.name for path in folder.iterdir()} >= {*resuming._WRITTEN} - {claim.FILE}
+    for path in (folder / "checkpoints").iterdir():
+        shutil.rmtree(path)
+    # As a process leaves the folder that is killed before its first checkpoint.
+    resuming.check_directory(begun, epath.Path(folder))
+    (folder / "checkpoints").rmdir()
+    # As if somebody had removed the checkpoints to begin anew.
+    resuming.check_directory(begun, epath.Path(folder))
+    (folder / "experiment.json").unlink()
+    (folder / claim.FILE).write_text('{"token": "0"}')
+    # As a process leaves a bucket.
+    resuming.check_directory(begun, epath.Path(folder))
+    assert (folder / "output.log").read_text() == "mine"

@@ -13,7 +13,19 @@ from aecore.config.settings import OnResume, on_resume
 from aecore.errors import CheckpointError, ConfigError
 from aecore.saved import checkpoints
 from aecore.saved.descriptions import Description, changes, experiment_from_json
-from aecore.training import assembly
+from aecore.storage import exists
+from aecore.training import assembly, claim
+
+_WRITTEN = (
+    "experiment.json",
+    claim.FILE,
+    "metrics.jsonl",
+    "summary.json",
+    "samples.png",
+    "curves.png",
+    "example.png",
+)
+"""Files that a run writes, and replaces if they exist."""
 
 
 def check_directory(experiment: Experiment, directory: epath.Path) -> None:
@@ -21,7 +33,9 @@ def check_directory(experiment: Experiment, directory: epath.Path) -> None:
 
     Raises:
       CheckpointError: names the settings that differ and mustn't.
+      ConfigError: it is the folder of something else, of which the run would replace a file.
     """
+    _check_files(directory)
     path = directory / "experiment.json"
     if not (path.exists() and checkpoints.exists(directory)):
         return
@@ -31,6 +45,28 @@ def check_directory(experiment: Experiment, directory: epath.Path) -> None:
         raise CheckpointError(
             f"{path} does not describe an experiment ({error}); use another --run-dir"
         ) from error
+
+
+def _check_files(directory: epath.Path) -> None:
+    """Refuses a folder in which no run has begun if it holds a file that a run would replace."""
+    # A run makes this folder first, and then its claim, as buckets have no empty folders.
+    if exists(directory / "checkpoints") or claim.read(directory) is not None:
+        return
+    if _describes_experiment(directory / "experiment.json"):  # Checkpoints may have been removed.
+        return
+    for name in _WRITTEN:
+        if exists(directory / name):
+            raise ConfigError(
+                f"{directory} holds {name}, which is not of a run; use another --run-dir"
+            )
+
+
+def _describes_experiment(path: epath.Path) -> bool:
+    try:
+        described = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(described, dict) and {"model", "training"} <= described.keys()
 
 
 def check_run(

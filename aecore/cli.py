@@ -345,7 +345,8 @@ class Export:
     model: tyro.conf.Positional[str]
     """A run directory, an exported file or folder, or the name of weights that ship with aecore."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
-    """The file to write; for safetensors and web, a folder."""
+    """The file to write; for safetensors and web, a folder. A file that exists is replaced only if
+    its name ends in .aecore, or in .onnx for onnx."""
     format: Literal["auto", "stablehlo", "onnx", "weights", "safetensors", "web"] = "auto"
     """stablehlo: the network's functions, compiled by JAX on any machine. onnx: for ONNX Runtime
     and other programs. weights: parameters alone, small and lasting; a model of your own must then
@@ -360,7 +361,7 @@ class Export:
 
     def run(self) -> int:
         from aecore.saved import exported, hub, weights
-        from aecore.storage import to_path
+        from aecore.storage import exists, to_path
 
         path = to_path(self.output)
         form = self.format
@@ -372,6 +373,13 @@ class Export:
             raise ConfigError(
                 f"--parameters {self.parameters} can't be had with --format {form}; leave it out"
             )
+        if form not in ("safetensors", "web"):
+            if path.is_dir():
+                raise ConfigError(f"{path} is a folder; name a file")
+            ending = ".onnx" if form == "onnx" else ".aecore"
+            # Any other file may be something else, such as a picture.
+            if path.suffix.lower() != ending and exists(path):
+                raise ConfigError(f"{path} exists and doesn't end in {ending}; name another file")
         trained = weights.load(self.model)
         if form == "safetensors":
             hub.save(path, trained)
@@ -379,8 +387,6 @@ class Export:
             return 0
         if form == "web":
             return self._write_page(path, trained)
-        if path.is_dir():
-            raise ConfigError(f"{path} is a folder; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         if form == "onnx":
             exported.export_onnx(path, trained)

@@ -177,6 +177,34 @@ def test_an_experiment_ends_with_the_command_to_try_next(tiny, tmp_path, capsys,
     assert np.asarray(Image.open(tmp_path / "restored.png")).shape == (16, 16)
 
 
+@pytest.mark.parametrize(
+    ("name", "format", "ending"),
+    [
+        ("victim.png", "auto", ".aecore"),
+        ("victim", "weights", ".aecore"),
+        ("victim.aecore", "onnx", ".onnx"),
+        ("victim.onnx", "stablehlo", ".aecore"),
+    ],
+)
+def test_an_export_replaces_no_file_of_another_kind(
+    trained, tmp_path, capsys, name, format, ending
+):
+    path = tmp_path / name
+    path.write_text("mine")
+    words = ["export", str(trained), "-o", str(path), "--format", format]
+    status, _, errors = run(capsys, cli.run, *words)
+    assert (status, path.read_text()) == (2, "mine")
+    assert f"{path} exists and doesn't end in {ending}; name another file" in errors
+
+
+def test_an_export_replaces_its_like_and_may_have_any_new_name(trained, tmp_path, capsys):
+    (tmp_path / "old.aecore").write_text("old")
+    for name in ("old.aecore", "new.txt"):
+        words = ["export", str(trained), "-o", str(tmp_path / name), "--format", "weights"]
+        assert run(capsys, cli.run, *words)[0] == 0
+        assert (tmp_path / name).stat().st_size > 100
+
+
 def seconds(statement):
     best = np.inf
     for _ in range(4):

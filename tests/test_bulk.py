@@ -126,7 +126,11 @@ def test_an_input_is_overwritten_only_if_it_is_named(unchanged, tmp_path, capfd)
     save_pictures(tmp_path, 2)
     picture = tmp_path / "0.png"
     overwrite = ["-m", unchanged, "--if-exists", "overwrite"]
-    assert run(capfd, tmp_path, "-o", tmp_path, *overwrite)[0] == 2
+    hint = ", or use --if-exists overwrite"
+    status, _, errors = run(capfd, tmp_path, "-o", tmp_path, *overwrite)
+    assert status == 2 and "0.png would be overwritten" in errors and hint not in errors
+    status, _, errors = run(capfd, picture, "-o", picture, "-m", unchanged)
+    assert status == 2 and f"{picture} would be overwritten" in errors and hint in errors
     assert run(capfd, tmp_path / "1.png", "-o", picture, "-m", unchanged)[0] == 2
     before = picture.stat().st_mtime_ns
     assert run(capfd, picture, "-o", picture, *overwrite)[0] == 0

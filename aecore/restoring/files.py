@@ -198,9 +198,12 @@ def check(jobs: Sequence[Job], *, comparing: bool, overwrite: bool, report: str 
                     "another --suffix or --ext, or restore them into different folders"
                 )
             named[place] = job.source
-            if place in sources and not (overwrite and len(jobs) == 1 and target == job.target):
+            may_overwrite = len(jobs) == 1 and target == job.target
+            if place in sources and not (overwrite and may_overwrite):
+                hint = ", or use --if-exists overwrite" if may_overwrite else ""
                 raise ConfigError(
-                    f"{sources[place]} would be overwritten; choose another output or a --suffix"
+                    f"{sources[place]} would be overwritten; choose another output or a "
+                    f"--suffix{hint}"
                 )
             with naming(target):
                 if not is_free(target):

@@ -683,7 +683,9 @@ def run(args: Sequence[str] | None = None) -> None:
         if isinstance(command, (Bench, Plan, Train)):  # Other flags belong to the experiment.
             sys.exit(command.run([*unknown, *flags]))
         if unknown:
-            raise ConfigError(f"{unknown[0]} is not an option of this command; see --help")
+            name = unknown[0]
+            hint = f"for the file, write ./{name}" if os.path.lexists(name) else "see --help"
+            raise ConfigError(f"{name} is not an option of this command; {hint}")
         sys.exit(command.run())
 
 

@@ -1,5 +1,6 @@
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -175,6 +176,18 @@ def test_an_experiment_ends_with_the_command_to_try_next(tiny, tmp_path, capsys,
     status, _, _ = run(capsys, cli.run, *words)
     assert status == 0
     assert np.asarray(Image.open(tmp_path / "restored.png")).shape == (16, 16)
+
+
+def test_a_file_whose_name_begins_with_a_dash(trained, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["-o", "out.png", "-m", str(trained)]
+    _, _, errors = run(capsys, cli.run, "restore", "-dash.png", *words)
+    assert "-dash.png is not an option of this command; see --help" in errors
+    shutil.copy(pictures / "0.png", "-dash.png")
+    status, _, errors = run(capsys, cli.run, "restore", "-dash.png", *words)
+    assert status == 2
+    assert "-dash.png is not an option of this command; for the file, write ./-dash.png" in errors
+    assert run(capsys, cli.run, "restore", "./-dash.png", *words)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -245,8 +245,25 @@ class Restore:
                 if self.report is not None:
                     write_json(to_path(self.report), bulk.report(outcomes, skipped))
             counts = collections.Counter(type(outcome).__name__ for outcome in outcomes)
+            self._say_how_often(outcomes)
         _say(f"{counts['Done']:,} restored, {counts['Failure']:,} failed, {len(skipped):,} skipped")
         return 1 if counts["Failure"] else 0
+
+    def _say_how_often(self, outcomes: Iterable[Any]) -> None:
+        """Says of each note, which was printed for one file, how many others it is about."""
+        from aecore.restoring.bulk import Done
+
+        notes = collections.Counter(
+            note
+            for outcome in outcomes
+            if isinstance(outcome, Done)
+            for note in dict.fromkeys(outcome.notes)
+        )
+        where = "listed in the report" if self.report is not None else "--report FILE lists them"
+        for note, count in notes.items():
+            if count > 1:
+                others = f"{count - 1:,} more file{'s' if count > 2 else ''}"
+                _say(f"note: {others}: {note} ({where})")
 
     def _collect(
         self,

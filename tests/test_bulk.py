@@ -280,10 +280,31 @@ def test_what_a_picture_is_unlike_is_said_once(trained, tmp_path, capfd):
     status, output, errors = run(capfd, tmp_path / "in", "-o", tmp_path / "out", "-m", trained)
     assert (status, errors) == (0, "")
     notes = [line for line in output.splitlines() if line.startswith("note: ")]
-    assert len(notes) == 3
+    more = [line for line in notes if line.startswith("note: 4 more files: ")]
+    assert (len(notes) - len(more), len(more)) == (3, 2)
     assert "channel by channel" in output
     assert "much larger than the 16x16 pixels" in output
     assert "less noise or fine detail" in output
+
+
+def test_of_how_many_more_files_a_note_is_true_is_said_at_the_end(
+    unchanged, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr(bulk, "_write", lambda job, *_: ("the same", f"only {job.source.stem}"))
+
+    def lines(count, *more):
+        save_pictures(tmp_path / str(count), count)
+        out = tmp_path / f"out{count}"
+        status, output, errors = run(
+            capfd, tmp_path / str(count), "-o", out, "-m", unchanged, *more
+        )
+        assert (status, errors) == (0, "")
+        return [line for line in output.splitlines() if "more file" in line]
+
+    assert lines(20) == ["note: 19 more files: the same (--report FILE lists them)"]
+    report = ("--report", tmp_path / "report.json")
+    assert lines(2, *report) == ["note: 1 more file: the same (listed in the report)"]
+    assert lines(1) == []
 
 
 def test_an_interruption_leaves_what_was_finished(unchanged, tmp_path):

@@ -137,6 +137,23 @@ def test_an_input_is_overwritten_only_if_it_is_named(unchanged, tmp_path, capfd)
     assert picture.stat().st_mtime_ns != before
 
 
+@pytest.mark.parametrize("output", ["trail.png/", "out.v3/", "out//"])
+def test_a_slash_at_the_end_of_an_output_means_a_folder(output, tmp_path):
+    save_pictures(tmp_path / "in", 2)
+    for inputs in (["in"], ["in/0.png"], ["in/0.png", "in/1.png"]):
+        inputs = [str(tmp_path / name) for name in inputs]
+        jobs, _ = files.find(
+            inputs, f"{tmp_path}/{output}", recursive=False, suffix="", extension="auto"
+        )
+        assert jobs[0].target == tmp_path / output / "0.png"
+
+
+def test_an_empty_input_is_refused(tmp_path):
+    for inputs in ([""], [str(tmp_path), ""]):
+        with pytest.raises(ConfigError, match="an input is empty; name pictures or folders"):
+            files.find(inputs, str(tmp_path), recursive=False, suffix="", extension="auto")
+
+
 def test_alpha_may_be_dropped(unchanged, tmp_path, capfd):
     pixels = RANDOM.integers(0, 256, (6, 7, 4), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")

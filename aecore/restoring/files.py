@@ -100,8 +100,9 @@ def find(
 
     Args:
       inputs: files; folders; patterns such as `pictures/*.png`.
-      output: a file, if the inputs name one file; else a folder, in which folders keep their
-        structure, and in which no inputs are looked for unless they are named there.
+      output: a file, if the inputs name one file; else, or with a slash at its end, a folder, in
+        which folders keep their structure, and in which no inputs are looked for unless they are
+        named there.
       recursive: whether folders within folders are searched.
       suffix: appended to the stems of files in the output folder; empty if the output is a file.
       extension: the ending of pictures in it, without the dot; or `auto` for the input's own, and
@@ -111,11 +112,14 @@ def find(
       Jobs, and the inputs that can't be restored.
 
     Raises:
-      ConfigError: nothing was named, the output can't be written, or it is one file where the
-        inputs may be several, or where its name is to be changed; or as for `check_naming`.
+      ConfigError: nothing was named, or an empty text; the output can't be written, or it is one
+        file where the inputs may be several, or where its name is to be changed; or as for
+        `check_naming`.
     """
     if not inputs:
         raise ConfigError("no input; name pictures or folders of pictures")
+    if not all(inputs):
+        raise ConfigError("an input is empty; name pictures or folders")
     if not output:
         raise ConfigError("no output; name a file or a folder")
     check_naming(suffix=suffix, extension=extension)
@@ -125,7 +129,9 @@ def find(
         for item in _expand(name, recursive, resolved(folder)):
             (failures if isinstance(item, Failure) else found).append(item)
     several = len(inputs) > 1 or len(found) > 1 or to_path(inputs[0]).is_dir()
-    ending = "" if folder.is_dir() else folder.suffix.lower()
+    # Paths don't keep a slash at their end.
+    is_folder = output.endswith(("/", os.sep)) or folder.is_dir()
+    ending = "" if is_folder else folder.suffix.lower()
     if several and (ending in videos.SUFFIXES or images.can_write(ending)):
         raise ConfigError(
             f"{folder} would be one file, but the input may be several; name a folder instead"

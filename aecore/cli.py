@@ -181,7 +181,7 @@ class Restore:
     def run(self) -> int:
         from aecore.media import images
         from aecore.restoring import bulk, files
-        from aecore.storage import to_path, write_json
+        from aecore.storage import is_remote, to_path, write_json
 
         options = bulk.WriteOptions(alpha=self.alpha, compare=self.compare, quality=self.quality)
         shard = files.Shard.parse("1/1" if self.shard is None else self.shard)
@@ -243,7 +243,11 @@ class Restore:
                 ) from None
             finally:
                 if self.report is not None:
-                    write_json(to_path(self.report), bulk.report(outcomes, skipped))
+                    path = to_path(self.report)
+                    # If nothing could be restored, the output folder isn't there.
+                    if not is_remote(path):
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(path, bulk.report(outcomes, skipped))
             counts = collections.Counter(type(outcome).__name__ for outcome in outcomes)
             self._say_how_often(outcomes)
         _say(f"{counts['Done']:,} restored, {counts['Failure']:,} failed, {len(skipped):,} skipped")

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +153,26 @@ def test_an_empty_input_is_refused(tmp_path):
     for inputs in ([""], [str(tmp_path), ""]):
         with pytest.raises(ConfigError, match="an input is empty; name pictures or folders"):
             files.find(inputs, str(tmp_path), recursive=False, suffix="", extension="auto")
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_a_report_may_lie_in_a_folder_that_restoring_makes(
+    is_broken, unchanged, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    save_pictures(tmp_path / "in", 1)
+    if is_broken:
+        (tmp_path / "in/0.png").write_bytes(b"no picture")
+    words = ["in", "-o", "out/b", "-m", unchanged, "--report"]
+    for report in ("out/rep.json", tmp_path / "out/b/rep.json"):
+        status, _, errors = run(capfd, *words, report, "--if-exists", "overwrite")
+        assert status == is_broken, errors
+        (entry,) = json.loads((tmp_path / report).read_text())["files"]
+        assert entry["status"] == ("failed" if is_broken else "restored")
+        shutil.rmtree(tmp_path / "out")
+    status, _, errors = run(capfd, *words, "elsewhere/rep.json")
+    assert status == 2 and "its folder is missing" in errors
+    assert names(tmp_path) == ["in/0.png"]
 
 
 def test_alpha_may_be_dropped(unchanged, tmp_path, capfd):

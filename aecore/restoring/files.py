@@ -223,7 +223,10 @@ def check(jobs: Sequence[Job], *, comparing: bool, overwrite: bool, report: str 
         path = to_path(report)
         if resolved(path) in named or resolved(path) in sources:
             raise ConfigError(f"{path} is an input or an output; choose another report file")
-        check_writable(path)
+        # Folders of outputs are made if they are missing.
+        made = {resolved(folder) for job in jobs for folder in job.target.parents}
+        if resolved(path.parent) not in made or not is_free(path):
+            check_writable(path)
 
 
 def to_do(

@@ -32,7 +32,7 @@ from aecore.errors import (
 )
 from aecore.models import Autoencoder, NoiseReducer, ResolutionEnhancer
 from aecore.networks.network import LinenNetwork
-from aecore.saved import checkpoints
+from aecore.saved import checkpoints, weights
 from aecore.saved.descriptions import Description, experiment_from_json
 from aecore.steps import state
 from aecore.steps.devices import Devices
@@ -466,11 +466,13 @@ def test_of_a_checkpoint_of_the_same_step_only_the_description_is_written(tmp_pa
 
     with checkpoints.Checkpoints(run / "checkpoints", keep=1) as saved:
         save(saved, 1)
-    before = files()
+    before, version = files(), weights.version(run)
     assert before
     with checkpoints.Checkpoints(run / "checkpoints", keep=1) as saved:
         save(saved, 1, seconds=7.0)
         assert description().seconds == 7
+        # By which a restorer that is kept notices that another checkpoint may be the best now.
+        assert weights.version(run) != version
         # Killed while it writes.
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", None)

@@ -25,14 +25,11 @@ from jax.experimental import multihost_utils
 
 from aecore import storage
 from aecore.errors import CheckpointError, SavingError
-from aecore.saved.descriptions import Description
+from aecore.saved.descriptions import FILE_IN_CHECKPOINT, Description
 from aecore.steps.state import TrainState
 from aecore.storage import absolute, to_path, write_whole
 
 _log = logging.getLogger(__name__)
-
-_JSON_FILE = "metadata"
-"""Where orbax keeps an item that is JSON."""
 
 
 def best_step(steps: Iterable[int], description: Description) -> int | None:
@@ -113,7 +110,7 @@ class Checkpoints:
             if _checksums(_read_description(self._manager, step)) != checksums:
                 raise ValueError(f"there is one of step {step} with other arrays")
             # As one file, so that a process that is killed leaves the old one or the new one.
-            file = self._directory / str(step) / "description" / _JSON_FILE
+            file = self._directory / str(step) / FILE_IN_CHECKPOINT
             content = json.dumps(description.to_json()).encode()
             _on_first_process(lambda: write_whole(file, content))
             return

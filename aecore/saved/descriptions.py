@@ -21,6 +21,9 @@ from aecore.storage import absolute
 
 Json = dict[str, Any]
 
+FILE_IN_CHECKPOINT = "description/metadata"
+"""Where a checkpoint's folder holds its description, as orbax names what is JSON."""
+
 RANDOM_STREAMS = 2
 """1: by the order in which they are drawn; 2: each by a name."""
 

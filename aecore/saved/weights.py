@@ -13,6 +13,7 @@ from etils import epath
 from aecore.errors import CheckpointError, ConfigError
 from aecore.networks.network import LinenNetwork
 from aecore.saved import exported, hub
+from aecore.saved.descriptions import FILE_IN_CHECKPOINT
 from aecore.saved.trained import TrainedNetwork
 from aecore.storage import absolute, is_remote
 
@@ -151,9 +152,14 @@ def version(source: str | os.PathLike) -> Version:
     path = _path(source)
     if not _holds_network(path):
         return Version(str(source), ())
-    files = [path] if path.is_file() else [*(path / "checkpoints").glob("*")]
-    if hub.holds(path):
+    if path.is_file():
+        files = [path]
+    elif hub.holds(path):
         files = [path / hub.CONFIG, path / hub.WEIGHTS]
+    else:
+        folders = [*(path / "checkpoints").glob("*")]
+        # A checkpoint's description, which says how good it is, may be written after its folder.
+        files = [*folders, *(folder / FILE_IN_CHECKPOINT for folder in folders)]
     # A run that is being trained replaces and removes checkpoints.
     stamps = filter(None, map(_stamp, files))
     return Version(str(path), tuple(sorted(stamps)))
@@ -168,7 +174,7 @@ def _stamp(path: epath.Path) -> tuple[str, int, int] | None:
         # Finer than the seconds that epath knows.
         local = pathlib.Path(path).stat()
         return path.name, local.st_mtime_ns, local.st_size
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

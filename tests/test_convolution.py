@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax import export, lax
 
 from aecore.networks import layers
-from aecore.networks.lowering import convolution, cpu, operations, winograd, xla
+from aecore.networks.lowering import convolution, cpu, operations, xla
 from aecore.networks.lowering.phases import merge_phases, split_phases
 from aecore.networks.lowering.platforms import by_platform
 
@@ -66,7 +66,7 @@ def arrays(height, width, channels, features):
 
 
 CHANNELS = [(1, 16), (16, 8), (16, 1), (32, 40), (56, 60)]
-SIZES = [(8, 8), (7, 10), (1, 1)]
+SIZES = [(12, 8), (9, 10), (1, 1)]
 
 
 @pytest.mark.parametrize(("channels", "features"), CHANNELS)
@@ -253,20 +253,21 @@ def test_activations_and_biases_of_both_layouts(channels, features):
 
 
 @pytest.mark.parametrize(
-    ("extensions", "convolutions"),
-    [
-        ({"baseline": ["X86_V2"], "found": ["X86_V3", "X86_V4"]}, 1),
-        ({"baseline": ["SSE", "SSE2"], "found": ["AVX2", "AVX512F"]}, 1),
-        ({"baseline": ["X86_V2"], "found": ["X86_V3"], "not found": ["X86_V4"]}, 6),
-        ({"baseline": ["NEON"]}, 6),
-        ({}, 6),
-    ],
-    ids=str,
+    ("channels", "height", "convolutions"),
+    [(32, 16, 6), (24, 16, 1), (96, 16, 6), (96, 8, 1)],
 )
-def test_wide_registers_need_more_channels_for_winograd(monkeypatch, extensions, convolutions):
-    monkeypatch.setattr(np, "show_config", lambda mode: {"SIMD Extensions": extensions})
-    monkeypatch.setattr(winograd, "enough_channels", winograd.enough_channels.__wrapped__)
+def test_many_channels_and_pixels_are_convolved_by_winograds_method(channels, height, convolutions):
+    images, kernel = arrays(height, 8, channels, channels)
     # Not `cpu.conv` itself, as JAX keeps what it has traced.
     conv = jax.jit(lambda images, kernel: cpu.conv(images, kernel))
-    text = conv.lower(*arrays(8, 8, 48, 48)).as_text()
+    text = conv.lower(images, kernel).as_text()
     assert text.count("stablehlo.convolution") == convolutions
+
+
+def test_images_of_any_size_are_convolved_as_large_ones():
+    _, kernel = arrays(1, 1, 32, 32)
+    sizes = export.symbolic_shape("b, h, w, 32")
+    exported = export.export(jax.jit(cpu.conv))(
+        jax.ShapeDtypeStruct(sizes, np.float32), jax.ShapeDtypeStruct(kernel.shape, np.float32)
+    )
+    assert exported.mlir_module().count("stablehlo.convolution") == 6

@@ -142,8 +142,8 @@ def blockiness(image: np.ndarray) -> float:
     Args:
       image: `(H, W)` or `(H, W, C)` floats, of at least 32×32 pixels.
     """
-    ratios = []
-    for lines in (_gray(image), _gray(image).T):
+    ratios, gray = [], _gray(image)
+    for lines in (gray, gray.T):
         jumps = np.abs(np.diff(lines, 3)).mean(axis=0)
         by_place = [jumps[place::8].mean() for place in range(8)]
         # So small that rounding to 8 bits makes it, the median says nothing.
@@ -188,4 +188,8 @@ def _blocks(size: int, shown: int, scale: float) -> np.ndarray:
 
 
 def _gray(image: np.ndarray) -> np.ndarray:
-    return image if image.ndim == 2 else image.mean(axis=2)
+    if image.ndim == 2:
+        return image
+    # NumPy's mean of so few numbers takes 40 times as long.
+    channels = image.shape[2]
+    return image @ np.full(channels, 1 / channels, image.dtype)

@@ -3,15 +3,16 @@
 They are fast if they use all cores (`aecore.steps.cpu`) and have enough features, but the
 compiler's gradients of them are not. The image's gradient is written as another convolution, and so
 is the kernel's, with a window as large as the image. `experiments/cpu_convolutions.py` compares
-them. With many channels, Winograd's method (`winograd`) is faster.
+them. With many channels and pixels, Winograd's method (`winograd`) is faster.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 
 from aecore.networks.lowering import kernels, winograd, xla
 from aecore.networks.lowering.phases import moved_together, split_phases
@@ -79,8 +80,11 @@ def _convolve(images: jax.Array, kernel: jax.Array, before: tuple[int, int]) -> 
     """The convolution with an `(n, n, C, K)` kernel that begins `before` pixels up and left."""
     side, _, channels, features = kernel.shape
     margins = tuple((first, side - 1 - first) for first in before)
-    if side == 3 and before == (1, 1) and min(channels, features) >= winograd.enough_channels():
-        return winograd.conv(images, kernel)
+    if side == 3 and before == (1, 1) and min(channels, features) >= winograd.ENOUGH_CHANNELS:
+        pixels = math.prod(images.shape[:3])
+        # Where sizes are symbolic, images may be large.
+        if export.is_symbolic_dim(pixels) or pixels >= winograd.ENOUGH_PIXELS:
+            return winograd.conv(images, kernel)
     if features > _FEW:
         return xla.convolve(images, kernel, margins)
     # So few columns of a matrix product leave registers empty. Three times as many don't: a row

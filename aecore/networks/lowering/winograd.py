@@ -6,30 +6,22 @@ Convolutional Neural Networks", 2016).
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from aecore.networks.lowering import kernels, xla
 
+ENOUGH_CHANNELS = 32
+"""Channels and features from which on fewer products outweigh their transformations: on 2 cores
+with AVX2 they are as fast with 24, 1.1 times with 32, and 1.2 to 1.5 times with 48 or more. With
+AVX-512 whole networks are as fast with 32 and 1.1 times with 48, layers of 64 1.1 to 1.6 times."""
 
-@functools.cache
-def enough_channels() -> int:
-    """Channels and features from which on fewer products outweigh their transformations.
-
-    The wider a CPU's registers, the less its products cost. On 2 cores with AVX-512, it is 1.2 to
-    1.6 times as fast with 64, and as fast with 48; on 2 with AVX2, 1.2 to 1.5 times with 48 or
-    more, 1.1 times with 32, and as fast with 24.
-    """
-    config: Any = np.show_config(mode="dicts")
-    # Lists that would be empty are left out. What compilers call x86-64-v4 has AVX-512.
-    known = config.get("SIMD Extensions", {})
-    names = (*known.get("baseline", ()), *known.get("found", ()))
-    return 56 if any(name.startswith(("AVX512", "X86_V4")) for name in names) else 32
-
+ENOUGH_PIXELS = 256
+"""Pixels of all images together from which on that outweighs the transformation of the kernel too:
+a single image of 10×10 pixels and 96 channels takes 1.4 times as long so, and four of them the
+same."""
 
 ENOUGH_FOR_GRADIENT = 24
 """Channels and features from which on the kernel's gradient is faster so: on 2 cores 1.2 to 1.5

@@ -25,13 +25,81 @@ def conv(images: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def conv_strided(images: jax.Array, kernel: jax.Array) -> jax.Array:
     """`(B, 2 H, 2 W, C)` to `(B, H, W, K)`."""
+    if min(kernel.shape[2:]) > _FEW:
+        return _conv_strided(images, kernel)
     return _convolve(split_phases(images), kernels.as_square(kernels.strided(kernel)), (0, 0))
 
 
 def conv_transpose(images: jax.Array, kernel: jax.Array) -> jax.Array:
     """`(B, H, W, C)` to `(B, 2 H, 2 W, K)`."""
+    if min(kernel.shape[2:]) > _FEW:
+        return _conv_transpose(images, kernel)
     phases: Any = _convolve(images, kernels.as_square(kernels.transposed(kernel)), (1, 1))
     return moved_together(phases)
+
+
+@jax.custom_vjp
+def _conv_strided(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    # From phases it would be 16/9 of the products: up to twice the time.
+    return xla.conv_strided(images, kernel)
+
+
+def _conv_strided_forward(images, kernel):
+    return _conv_strided(images, kernel), (images, kernel)
+
+
+def _conv_strided_backward(saved, cotangent):
+    images, kernel = saved
+    images_cotangent = _conv_transpose(cotangent, _opposite(kernel))
+    return images_cotangent, _gradient_of_strided_kernel(images, cotangent)
+
+
+_conv_strided.defvjp(_conv_strided_forward, _conv_strided_backward)
+
+
+@jax.custom_vjp
+def _conv_transpose(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    # Each phase has a convolution of its own taps, as in `kernels.transposed`. All phases by one
+    # convolution would be 16/9 of the products: 1.1 to 1.3 times the time.
+    def phase(rows, columns):
+        taps = kernel[rows][:, columns]
+        margins = tuple((side - 1, 0) for side in taps.shape[:2])
+        return xla.convolve(images, taps, margins)
+
+    even, odd = slice(0, 3, 2), slice(1, 2)
+    phases = [phase(rows, columns) for rows in (even, odd) for columns in (even, odd)]
+    return moved_together(jnp.concatenate(phases, 3))
+
+
+def _conv_transpose_forward(images, kernel):
+    return _conv_transpose(images, kernel), (images, kernel)
+
+
+def _conv_transpose_backward(saved, cotangent):
+    images, kernel = saved
+    gradient_of_kernel = kernels.opposite(_gradient_of_strided_kernel(cotangent, images))
+    return _conv_strided(cotangent, _opposite(kernel)), gradient_of_kernel
+
+
+_conv_transpose.defvjp(_conv_transpose_forward, _conv_transpose_backward)
+
+
+def _gradient_of_strided_kernel(images: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """`(3, 3, C, K)`: for each tap, the pixels that it meets times the outputs' gradients."""
+    channels, features = images.shape[3], cotangent.shape[3]
+    outputs, zero = cotangent.reshape(-1, features), jnp.zeros((), images.dtype)
+
+    def tap(row, column):
+        moved = lax.pad(images, zero, ((0, 0, 0), (-row, row, 0), (-column, column, 0), (0, 0, 0)))
+        return moved[:, ::2, ::2].reshape(-1, channels).T @ outputs
+
+    products = [tap(row, column) for row in range(3) for column in range(3)]
+    return jnp.stack(products).reshape(3, 3, channels, features)
+
+
+def _opposite(kernel: jax.Array) -> jax.Array:
+    # Without the barrier the compiler would make it a reversed window, for which it has slow code.
+    return lax.optimization_barrier(kernels.opposite(kernel))
 
 
 @jax.custom_vjp
@@ -71,7 +139,7 @@ def _phases_of_repeated(images: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.concatenate(phases, 3)
 
 
-_FEW = 8
+_FEW = 16
 """Features that are too few for the compiler's own convolution to be fast."""
 
 
@@ -91,9 +159,13 @@ def _convolve(images: jax.Array, kernel: jax.Array, before: tuple[int, int]) -> 
     # convolution for each row of the kernel; their results are shifted and added.
     rows = kernel.transpose(1, 2, 0, 3).reshape(1, side, channels, side * features)
     parts = jnp.split(xla.convolve(images, rows, ((0, 0), margins[1])), side, axis=3)
-    padded = jnp.pad(jnp.stack(parts), ((0, 0), (0, 0), margins[0], (0, 0), (0, 0)))
-    height = images.shape[1]
-    return functools.reduce(jnp.add, (padded[n, :, n : n + height] for n in range(side)))
+    zero = jnp.zeros((), images.dtype)
+
+    def moved(part, rows):
+        return lax.pad(part, zero, ((0, 0, 0), (rows, -rows, 0), (0, 0, 0), (0, 0, 0)))
+
+    first, _ = margins[0]
+    return functools.reduce(jnp.add, (moved(part, first - n) for n, part in enumerate(parts)))
 
 
 def _convolve_forward(images, kernel, before):
@@ -103,9 +175,7 @@ def _convolve_forward(images, kernel, before):
 def _convolve_backward(before, saved, cotangent):
     images, kernel = saved
     after = tuple(len(kernel) - 1 - first for first in before)
-    # Without the barrier the compiler would make it a reversed window, for which it has slow code.
-    opposite = lax.optimization_barrier(kernels.opposite(kernel))
-    images_cotangent = _convolve(cotangent, opposite, after)
+    images_cotangent = _convolve(cotangent, _opposite(kernel), after)
     return images_cotangent, _gradient_of_kernel(images, cotangent, len(kernel), before)
 
 

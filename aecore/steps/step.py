@@ -96,8 +96,8 @@ def _mean_over_parts(function: Callable, parts: int, params: Any, *batch: Any) -
 
     first = jax.tree.map(lambda leaf: leaf[0], divided)
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, params, *first))
-    # Two parts without a loop may overlap: on 2 cores, 6 to 12 % more steps of a UNet (32, 64 and 96
-    # features, 16 crops of 64×64). More would need more memory than CPUs' C library keeps at hand.
+    # Two parts without a loop may overlap: on 2 cores, 6 to 12 % more steps of a UNet (32, 64 and
+    # 96 features, 16 crops of 64×64). More would need more memory than glibc keeps at hand.
     total, _ = lax.scan(add, zeros, divided, unroll=parts == 2)
     return jax.tree.map(lambda leaf: leaf / parts, total)
 

@@ -2,8 +2,9 @@
 
 They are fast if they use all cores (`aecore.steps.cpu`) and have enough features, but the
 compiler's gradients of them are not. The image's gradient is written as another convolution, and so
-is the kernel's, with a window as large as the image. `experiments/cpu_convolutions.py` compares
-them. With many channels and pixels, Winograd's method (`winograd`) is faster.
+is the kernel's, with a window as large as the image, or as matrix products, if there is a stride.
+`experiments/cpu_convolutions.py` compares them. With many channels and pixels, Winograd's method
+(`winograd`) is faster.
 """
 
 import functools
@@ -140,7 +141,8 @@ def _phases_of_repeated(images: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 _FEW = 16
-"""Features that are too few for the compiler's own convolution to be fast."""
+"""Features that are too few for the compiler's own convolution to be fast; with a stride, channels
+too."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -13,10 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export, lax
 
 from aecore.networks.lowering import kernels, winograd, xla
 from aecore.networks.lowering.phases import moved_together, split_phases
+from aecore.networks.lowering.products import shift
 
 
 def conv(images: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -88,14 +90,9 @@ _conv_transpose.defvjp(_conv_transpose_forward, _conv_transpose_backward)
 def _gradient_of_strided_kernel(images: jax.Array, cotangent: jax.Array) -> jax.Array:
     """`(3, 3, C, K)`: for each tap, the pixels that it meets times the outputs' gradients."""
     channels, features = images.shape[3], cotangent.shape[3]
-    outputs, zero = cotangent.reshape(-1, features), jnp.zeros((), images.dtype)
-
-    def tap(row, column):
-        moved = lax.pad(images, zero, ((0, 0, 0), (-row, row, 0), (-column, column, 0), (0, 0, 0)))
-        return moved[:, ::2, ::2].reshape(-1, channels).T @ outputs
-
-    products = [tap(row, column) for row in range(3) for column in range(3)]
-    return jnp.stack(products).reshape(3, 3, channels, features)
+    outputs = cotangent.reshape(-1, features)
+    met = (shift(images, tap)[:, ::2, ::2].reshape(-1, channels) for tap in np.ndindex(3, 3))
+    return jnp.stack([pixels.T @ outputs for pixels in met]).reshape(3, 3, channels, features)
 
 
 def _opposite(kernel: jax.Array) -> jax.Array:
@@ -161,13 +158,8 @@ def _convolve(images: jax.Array, kernel: jax.Array, before: tuple[int, int]) -> 
     # convolution for each row of the kernel; their results are shifted and added.
     rows = kernel.transpose(1, 2, 0, 3).reshape(1, side, channels, side * features)
     parts = jnp.split(xla.convolve(images, rows, ((0, 0), margins[1])), side, axis=3)
-    zero = jnp.zeros((), images.dtype)
-
-    def moved(part, rows):
-        return lax.pad(part, zero, ((0, 0, 0), (rows, -rows, 0), (0, 0, 0), (0, 0, 0)))
-
-    first, _ = margins[0]
-    return functools.reduce(jnp.add, (moved(part, first - n) for n, part in enumerate(parts)))
+    moved = (shift(part, (n - before[0], 0)) for n, part in enumerate(parts))
+    return functools.reduce(jnp.add, moved)
 
 
 def _convolve_forward(images, kernel, before):

@@ -66,7 +66,7 @@ def _product(images: jax.Array, kernel: jax.Array, taps: kernels.Taps) -> jax.Ar
         return _multiply(_shifted(images, taps), kernel)
     kernel = kernel.transpose(1, 0, 2).reshape(1, channels, count * features)
     products = jnp.split(_multiply(images, kernel), count)
-    terms = (_shift(product, tap) for product, tap in zip(products, taps, strict=True))
+    terms = (shift(product, tap) for product, tap in zip(products, taps, strict=True))
     return functools.reduce(jnp.add, terms)
 
 
@@ -91,8 +91,8 @@ def _product_backward(taps, saved, cotangent):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _shift(images: jax.Array, tap: tuple[int, int]) -> jax.Array:
-    """Moves pixel `(i + di, j + dj)` to `(i, j)`; zeros come in from outside."""
+def shift(images: jax.Array, tap: tuple[int, int]) -> jax.Array:
+    """Moves pixel `(i + di, j + dj)` of `(., H, W, .)` images to `(i, j)`; zeros come in."""
     di, dj = tap
     zero = jnp.zeros((), images.dtype)
     return lax.pad(images, zero, ((0, 0, 0), (-di, di, 0), (-dj, dj, 0), (0, 0, 0)))
@@ -135,7 +135,7 @@ def conv_on_phases(phases: jax.Array, kernel: jax.Array) -> jax.Array:
 
     def term(p, q, n, m):
         (di, row), (dj, column) = divmod(p + n - 1, 2), divmod(q + m - 1, 2)
-        return _shift(products[row, column, n, m], (di, dj))
+        return shift(products[row, column, n, m], (di, dj))
 
     return jnp.concatenate(
         [
@@ -158,7 +158,7 @@ def _conv_on_phases_backward(saved, cotangent):
 
     def cotangent_of_product(p, q, n, m):
         (di, row), (dj, column) = divmod(p - n + 1, 2), divmod(q - m + 1, 2)
-        return _shift(cotangent[row, column], (di, dj))
+        return shift(cotangent[row, column], (di, dj))
 
     products_cotangent = jnp.concatenate(
         [cotangent_of_product(*index) for index in np.ndindex(2, 2, 3, 3)]

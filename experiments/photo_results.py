@@ -11,12 +11,14 @@ and with OpenCV's non-local means, where these are installed; medians of several
 
 import dataclasses
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import tyro
+from PIL import Image
 
 import aecore
 from aecore.degradations import JPEG, Degradation, Downscale, GaussianNoise
@@ -39,6 +41,8 @@ class Benchmark:
     folder: str
     degradations: dict[str, Degradation]
     on_luma: bool = False
+    in_gray: bool = False
+    """Whether the pictures are made gray beforehand (ITU-R 601 luma)."""
 
 
 BENCHMARKS = (
@@ -46,6 +50,15 @@ BENCHMARKS = (
         "photo-denoise",
         "cbsd68",
         {f"σ = {level}": GaussianNoise(level / 255, clip=False) for level in (15, 25, 50)},
+    ),
+    Benchmark(
+        "photo-denoise-gray",
+        "cbsd68",
+        {
+            f"σ = {level}": GaussianNoise(level / 255, clip=False, gray=1.0)
+            for level in (15, 25, 50)
+        },
+        in_gray=True,
     ),
     Benchmark(
         "photo-dejpeg", "live1", {f"quality {quality}": JPEG(quality) for quality in (10, 20, 40)}
@@ -61,18 +74,20 @@ BENCHMARKS = (
 def scores(benchmark: Benchmark, photos: Path) -> Iterator[str]:
     """A line of the table for each degradation."""
     psnr, ssim = ("psnr_y", "ssim_y") if benchmark.on_luma else ("psnr", "ssim")
-    for name, degradation in benchmark.degradations.items():
-        found = aecore.evaluate(
-            benchmark.weights,
-            data=str(photos / benchmark.folder),
-            degradation=degradation,
-        )
-        before, after = found["baseline"], found["evaluation"]
-        yield (
-            f"| `{benchmark.weights}` | {benchmark.folder}, {after['images']} pictures, {name} "
-            f"| {before[psnr]:.2f} | {after[psnr]:.2f} ± {after['ci95'][psnr]:.2f} "
-            f"| {before[ssim]:.4f} | {after[ssim]:.4f} |"
-        )
+    folder, pictures = photos / benchmark.folder, benchmark.folder
+    with tempfile.TemporaryDirectory() as made:
+        if benchmark.in_gray:
+            for path in folder.iterdir():
+                Image.open(path).convert("L").save(Path(made, path.name))
+            folder, pictures = Path(made), f"{pictures} in gray"
+        for name, degradation in benchmark.degradations.items():
+            found = aecore.evaluate(benchmark.weights, data=str(folder), degradation=degradation)
+            before, after = found["baseline"], found["evaluation"]
+            yield (
+                f"| `{benchmark.weights}` | {pictures}, {after['images']} pictures, {name} "
+                f"| {before[psnr]:.2f} | {after[psnr]:.2f} ± {after['ci95'][psnr]:.2f} "
+                f"| {before[ssim]:.4f} | {after[ssim]:.4f} |"
+            )
 
 
 def speeds(name: str) -> str:

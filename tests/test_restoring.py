@@ -20,7 +20,7 @@ from PIL import Image
 
 import aecore
 from aecore import models
-from aecore.degradations import GaussianNoise, Pixelate
+from aecore.degradations import Compose, GaussianNoise, Pixelate, Sometimes
 from aecore.errors import CheckpointError, ConfigError, ImageError
 from aecore.media import images
 from aecore.models import (
@@ -36,7 +36,7 @@ from aecore.restoring import engine, expectations
 from aecore.restoring import restorer as restorers
 from aecore.restoring.restorer import Restorer
 from aecore.saved import exported
-from aecore.saved.descriptions import Description
+from aecore.saved.descriptions import Description, describe
 from aecore.saved.trained import TrainedNetwork
 
 RANDOM = np.random.default_rng(0)
@@ -783,6 +783,24 @@ def test_few_networks_are_kept(trained, tmp_path, loaded):
 
 
 # ---- What a network was not trained on
+
+
+@pytest.mark.parametrize(
+    ("degradation", "removes_gray_noise"),
+    [
+        (GaussianNoise(0.1, gray=0.3), True),
+        (Compose((Pixelate(0.5), Sometimes(0.5, GaussianNoise(0.1, gray=0.3)))), True),
+        (GaussianNoise(0.1), False),
+        (Compose((Pixelate(0.5), GaussianNoise(0.1))), False),
+    ],
+)
+def test_what_is_said_of_gray_pictures_depends_on_the_noise_of_the_training(
+    degradation, removes_gray_noise
+):
+    experiment = aecore.Experiment(name="noise", model=NoiseReducer(), degradation=degradation)
+    described = Description.from_json(describe(experiment))
+    assert ("little of the noise" in expectations.of_gray(described)) != removes_gray_noise
+    assert "little of the noise" in expectations.of_gray(Description())
 
 
 @pytest.fixture

@@ -457,6 +457,7 @@ def test_the_shipped_weights_are_those_that_were_trained():
         "fashion-mnist-denoise": 0.0142,
         "lfw-enhance": 0.0016,
         "photo-denoise": 0.0021,
+        "photo-denoise-gray": 0.0016,
         "photo-dejpeg": 0.0014,
         "photo-upscale-2x": 0.0015,
         "photo-upscale-4x": 0.0042,
@@ -497,6 +498,15 @@ def test_the_shipped_denoiser_of_photographs_is_blind(sigma, least):
     noise = np.random.default_rng(0).normal(0, sigma, original.shape)
     noisy = np.rint(original + noise).clip(0, 255).astype(np.uint8)
     restored = aecore.restore(noisy, "photo-denoise")
+    assert -10 * np.log10(((restored / 255 - original / 255) ** 2).mean()) > least
+
+
+@pytest.mark.parametrize(("sigma", "least"), [(15, 31), (50, 26)])
+def test_the_shipped_denoiser_of_gray_photographs_is_blind(sigma, least):
+    original = np.asarray(Image.fromarray(skimage.data.chelsea()).convert("L"))[:240, :320]
+    noise = np.random.default_rng(0).normal(0, sigma, original.shape)
+    noisy = np.rint(original + noise).clip(0, 255).astype(np.uint8)
+    restored = aecore.restore(noisy, "photo-denoise-gray")
     assert -10 * np.log10(((restored / 255 - original / 255) ** 2).mean()) > least
 
 

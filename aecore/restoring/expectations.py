@@ -4,7 +4,7 @@ Only the middle of a picture is looked at, so that this costs little beside rest
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -111,6 +111,22 @@ def _differences(description: Description, image: np.ndarray, enlarging: int) ->
         scale = degradation["scale"]
         if unpixelated(part, image.shape[:2], scale) > _MOST_UNPIXELATED:
             yield f"not pixelated to {scale:.0%} of its size, as the network's training images were"
+
+
+def of_gray(description: Description) -> str:
+    """What to expect of a network for colour, with this description, when a picture is gray."""
+    note = "gray pictures are restored as if in colour: the network is for colour"
+    if _knows_gray_noise(description.degradation):
+        return note
+    return f"{note}, and may remove little of the noise of gray ones; photo-denoise-gray removes it"
+
+
+def _knows_gray_noise(degradation: Any) -> bool:
+    """Whether a degradation, or one within it, adds the same noise to all channels at times."""
+    if isinstance(degradation, Mapping):
+        parts = degradation.values()
+        return bool(degradation.get("gray")) or any(map(_knows_gray_noise, parts))
+    return isinstance(degradation, (list, tuple)) and any(map(_knows_gray_noise, degradation))
 
 
 def middle(image: np.ndarray) -> np.ndarray:

@@ -451,10 +451,7 @@ class Restorer:
             self._say("colour pictures are restored channel by channel: the network is for gray")
             return [values[..., channel : channel + 1] for channel in range(channels)]
         if (channels, self.network.channels) == (1, 3):
-            self._say(
-                "gray pictures are restored as if in colour: the network is for colour, and may "
-                "remove little of the noise of gray ones"
-            )
+            self._say(expectations.of_gray(self.description))
             return [values]
         raise self._channels_error(array, channels)
 
@@ -504,9 +501,9 @@ def _devices(
         return local
     if type(devices) is int and 1 <= devices <= len(local):
         return local[:devices]
-    raise ConfigError(
-        f"devices {devices!r} is not possible; use 1 to {len(local)}, JAX devices, or leave it out"
-    )
+    several = f"are {len(local)} devices here; use 1 to {len(local)}, JAX devices,"
+    there = several if len(local) > 1 else "is one device here; use 1, a JAX device,"
+    raise ConfigError(f"devices {devices!r} is not possible: there {there} or leave it out")
 
 
 def _rebuild(

@@ -30,6 +30,9 @@ _MOST_UNPIXELATED = 0.013
 photographs saved as JPEG of quality 85, none differed by more; as they were before they were
 pixelated, all did."""
 
+_NOISES = {"CameraNoise", "GaussianNoise", "ShotNoise"}
+"""Degradations that change each channel's values on their own."""
+
 _LOOKED_AT = 256
 """Pixels on a side of the middle of a picture that is looked at."""
 
@@ -116,17 +119,21 @@ def _differences(description: Description, image: np.ndarray, enlarging: int) ->
 def of_gray(description: Description) -> str:
     """What to expect of a network for colour, with this description, when a picture is gray."""
     note = "gray pictures are restored as if in colour: the network is for colour"
-    if _knows_gray_noise(description.degradation):
+    noises = list(_noises(description.degradation))
+    if not noises or any(noise.get("gray") for noise in noises):
         return note
     return f"{note}, and may remove little of the noise of gray ones; photo-denoise-gray removes it"
 
 
-def _knows_gray_noise(degradation: Any) -> bool:
-    """Whether a degradation, or one within it, adds the same noise to all channels at times."""
+def _noises(degradation: Any) -> Iterator[Mapping[str, Any]]:
+    """What a degradation, as JSON values, has of noise, in its parts too."""
     if isinstance(degradation, Mapping):
-        parts = degradation.values()
-        return bool(degradation.get("gray")) or any(map(_knows_gray_noise, parts))
-    return isinstance(degradation, (list, tuple)) and any(map(_knows_gray_noise, degradation))
+        if degradation.get("type") in _NOISES:
+            yield degradation
+        degradation = list(degradation.values())
+    if isinstance(degradation, (list, tuple)):
+        for part in degradation:
+            yield from _noises(part)
 
 
 def middle(image: np.ndarray) -> np.ndarray:

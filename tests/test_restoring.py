@@ -805,6 +805,12 @@ def test_what_is_said_of_gray_pictures_depends_on_the_noise_of_the_training(
     assert "little of the noise" not in expectations.of_gray(Description())
 
 
+@pytest.mark.parametrize("kind", [["GaussianNoise"], {}, 1, None])
+def test_a_description_of_no_known_degradation_says_nothing_of_noise(kind):
+    described = Description(degradation={"type": "Compose", "parts": [{"type": kind}]})
+    assert "little of the noise" not in expectations.of_gray(described)
+
+
 @pytest.fixture
 def photographs(photos_dir):
     paths = sorted(Path(photos_dir, "cbsd68").glob("*.png"))[:24]

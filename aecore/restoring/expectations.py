@@ -30,8 +30,9 @@ _MOST_UNPIXELATED = 0.013
 photographs saved as JPEG of quality 85, none differed by more; as they were before they were
 pixelated, all did."""
 
-_NOISES = {"CameraNoise", "GaussianNoise", "ShotNoise"}
-"""Degradations that change each channel's values on their own."""
+_NOISES = ("CameraNoise", "GaussianNoise", "ShotNoise")
+"""Degradations that change each channel's values on their own. Not a set, in which a damaged
+description's list or dictionary can't be looked for."""
 
 _LOOKED_AT = 256
 """Pixels on a side of the middle of a picture that is looked at."""

@@ -7,7 +7,6 @@ import queue
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -32,7 +31,28 @@ def folder(tmp_path):
 def left(folder, **fields):
     """A claim that another process has left."""
     said = {"token": "other", "host": socket.gethostname(), "process": os.getpid(), "started": 1}
-    (folder / claim.FILE).write_text(json.dumps(said | fields))
+    storage.write_whole(folder / claim.FILE, json.dumps(said | fields).encode())
+
+
+def take(folder):
+    """Claims the folder for another process, again if a sign of life of this one came between."""
+    for _ in range(10):
+        left(folder)
+        time.sleep(0.1)
+
+
+class Clock:
+    """Time as claims see it: it passes only while they sleep, and `then` is called with each."""
+
+    def __init__(self, then):
+        self.now, self.then = 0.0, then
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.then(self.now)
 
 
 def test_a_second_training_in_a_run_directory_is_refused(folder):
@@ -71,32 +91,62 @@ def test_a_claim_of_a_process_that_is_gone_does_not_count(folder):
         pass
 
 
-def test_a_claim_of_another_host_counts_while_it_shows_signs_of_life(folder, monkeypatch):
-    monkeypatch.setattr(claim, "_BEAT", 0.2)
-    left(folder, host="elsewhere")
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"host": "elsewhere"},
+        # A container shares the host's name, and its processes have numbers that are nobody's here.
+        {"process": 2**22 + 1, "namespace": "pid:[1]"},
+    ],
+    ids=["another host", "another container"],
+)
+def test_a_claim_of_elsewhere_counts_while_it_shows_signs_of_life(other, folder, monkeypatch):
+    clock = Clock(lambda now: None)
+    monkeypatch.setattr(claim, "time", clock)
+    left(folder, **other)
     with claim.claimed(folder):
+        assert 6 <= clock.now < 8
+
+    def shows_a_sign(now):
+        if now > 5:
+            left(folder, **other, beats=1)
+
+    left(folder, **other, beats=0)
+    monkeypatch.setattr(claim, "time", Clock(shows_a_sign))
+    with pytest.raises(ConfigError, match="is training"), claim.claimed(folder):
         pass
+
+
+def test_a_claim_that_cannot_be_read_for_a_moment_still_counts(folder, monkeypatch):
+    def is_damaged_then_shows_a_sign(now):
+        if now < 3:
+            (folder / claim.FILE).write_text("")
+        else:
+            left(folder, host="elsewhere", beats=1)
+
     left(folder, host="elsewhere", beats=0)
-    threading.Timer(0.2, left, [folder], {"host": "elsewhere", "beats": 1}).start()
+    monkeypatch.setattr(claim, "time", Clock(is_damaged_then_shows_a_sign))
     with pytest.raises(ConfigError, match="on elsewhere is training"), claim.claimed(folder):
         pass
 
 
-def test_a_claim_of_another_container_counts_while_it_shows_signs_of_life(folder, monkeypatch):
-    monkeypatch.setattr(claim, "_BEAT", 0.2)
-    # It shares the host's name, and its processes have numbers that are nobody's here.
-    other = {"process": 2**22 + 1, "namespace": "pid:[1]"}
-    left(folder, **other, beats=0)
-    threading.Timer(0.2, left, [folder], {**other, "beats": 1}).start()
-    with pytest.raises(ConfigError, match="is training"), claim.claimed(folder):
-        pass
+def test_a_claim_of_another_host_that_is_given_up_is_not_waited_for(folder, monkeypatch):
+    def gives_up(now):
+        if now == 1:
+            (folder / claim.FILE).unlink()
+
+    clock = Clock(gives_up)
+    monkeypatch.setattr(claim, "time", clock)
+    left(folder, host="elsewhere")
+    with claim.claimed(folder):
+        assert clock.now < 2
 
 
 def test_of_two_claims_at_one_moment_the_earlier_gives_way(folder, monkeypatch):
     monkeypatch.setattr(claim, "_BEAT", 0.05)
     told = queue.SimpleQueue()
     with claim.claimed(folder, stop=told.put):
-        left(folder)
+        take(folder)
         assert "is training in" in told.get(timeout=10)
     assert claim.read(folder)["token"] == "other"
 
@@ -116,7 +166,7 @@ def test_signs_of_life_go_on_after_an_error_of_a_bucket(folder, monkeypatch):
             patch.setattr(storage, "is_remote", lambda path: True)
             patch.setattr(claim, "read", fail)
             time.sleep(0.3)
-        left(folder)
+        take(folder)
         assert "is training in" in told.get(timeout=10)
 
 
@@ -124,13 +174,12 @@ def test_a_run_that_another_process_has_taken_saves_nothing_more(tiny, monkeypat
     monkeypatch.setattr(claim, "_BEAT", 0.05)
     run = epath.Path(tiny.run_dir)
 
-    def take(step, scores):
+    def taken_at_the_fourth(step, scores):
         if step == 4 and "loss" in scores:
-            left(run)
-            time.sleep(0.5)
+            take(run)
 
     with pytest.raises(ConfigError, match="is training in"):
-        aecore.train(change(tiny, steps=6), progress=False, callback=take)
+        aecore.train(change(tiny, steps=6), progress=False, callback=taken_at_the_fourth)
     assert not [path for path in (run / "checkpoints").iterdir() if path.name == "6"]
 
 

@@ -140,9 +140,9 @@ def _left(directory: epath.Path, beat: float) -> dict[str, Any]:
     while time.monotonic() < end:
         time.sleep(min(1.0, beat / 2))
         now = read(directory)
-        if now is None:
+        if now is None and not (directory / FILE).exists():
             return other
-        if now != other:
+        if now is not None and now != other:
             raise ConfigError(_refusal(directory, now))
     return other
 

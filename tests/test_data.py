@@ -333,6 +333,32 @@ def test_pictures_of_one_size_are_taken_as_they_are(made_tfds, monkeypatch):
         np.testing.assert_array_equal(large, np.broadcast_to(small[:, :1, :1], large.shape))
 
 
+@pytest.fixture
+def tuned(monkeypatch):
+    """Whether tf.data tunes each pipeline that is read."""
+    import tensorflow as tf
+
+    whether, read = [], tf.data.Dataset.as_numpy_iterator
+
+    def noted(dataset):
+        whether.append(dataset.options().autotune.enabled)
+        return read(dataset)
+
+    monkeypatch.setattr(tf.data.Dataset, "as_numpy_iterator", noted)
+    return whether
+
+
+def test_who_lets_go_of_batches_does_not_wait_for_a_tuner(tuned):
+    take(NUMBERED, 1)
+    assert tuned == [False]
+
+
+@pytest.mark.parametrize("size", [None, (20, 20)])
+def test_who_lets_go_of_tfds_does_not_wait_for_a_tuner(size, tuned, made_tfds):
+    sources.load(Data(dataset="lfw", data_dir=str(made_tfds), image_size=size))
+    assert set(tuned) == {False}
+
+
 def test_damaged_tfds_is_named(made_tfds):
     (record,) = made_tfds.rglob("*.tfrecord*")
     record.write_bytes(record.read_bytes()[:-100])
@@ -447,3 +473,15 @@ print("still here", file=sys.stderr)
     done = run_program(program, tmp_path)
     assert done.returncode == 0
     assert "still here" in done.stderr
+
+
+def test_tensorflow_leaves_keras_to_those_who_use_it():
+    program = """
+import sys
+from aecore.data.tensorflow import import_tensorflow
+tf = import_tensorflow()
+assert "keras" not in sys.modules
+import keras.optimizers
+assert tf.keras.optimizers.Adam is keras.optimizers.Adam
+"""
+    assert run_program(program).returncode == 0

@@ -6,6 +6,7 @@ can start at any step without reading what comes before it.
 
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from aecore.data.crops import Crops
 from aecore.data.ops import TensorFlowOps
-from aecore.data.tensorflow import import_tensorflow
+from aecore.data.tensorflow import import_tensorflow, untuned
 from aecore.degradations import Degradation, augmentations
 
 
@@ -146,10 +147,10 @@ def training_batches(
         return degradation.apply(degraded, ops), original
 
     # Indices are batched first, so that each later stage is one operation on a whole batch.
-    dataset = (
+    dataset = untuned(
         tf.data.Dataset.range(start_step, np.iinfo(np.int64).max, group)
-        .map(make_group, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        .prefetch(tf.data.AUTOTUNE)
+        .map(make_group, num_parallel_calls=os.cpu_count() or 1, deterministic=True)
+        .prefetch(2)
     )
     batches = itertools.chain.from_iterable(dataset.as_numpy_iterator())
     for step, arrays in enumerate(batches, start_step):

@@ -3,9 +3,11 @@
 import contextlib
 import functools
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from aecore.errors import DataError
 
@@ -24,7 +26,8 @@ def _import():
     try:
         # Before it has set up its log, TensorFlow ignores that level.
         with _silent_stderr():
-            import tensorflow as tf
+            with _without_keras():
+                import tensorflow as tf
 
             # JAX owns the accelerators: TensorFlow would reserve their memory. A program that
             # has already used TensorFlow has made its own choice.
@@ -37,6 +40,35 @@ def _import():
             "install tensorflow-cpu"
         ) from error
     return tf
+
+
+@contextlib.contextmanager
+def _without_keras() -> Iterator[None]:
+    """Spares TensorFlow loading Keras, a third of its import, whose optimizers it looks for.
+
+    It does without them where there is no Keras. Whoever uses `tf.keras` loads it then.
+    """
+    name = "keras.src.optimizers"
+    if "keras" in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+def untuned(dataset: Any) -> Any:
+    """A `tf.data.Dataset` without the thread that tunes how parallel it is.
+
+    That thread sleeps for up to a minute at a time. When an iterator goes, TensorFlow (2.21) wakes
+    it and waits for its end; about one time in eight the thread misses the call and sleeps on, and
+    all of Python waits as long.
+    """
+    options = import_tensorflow().data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 from aecore.config import Data
 from aecore.data import whole
 from aecore.data.indexed import Encoded
-from aecore.data.tensorflow import import_tensorflow
+from aecore.data.tensorflow import import_tensorflow, untuned
 from aecore.errors import DataError
 
 RUN = 64
@@ -137,7 +137,7 @@ class Prepared:
         tf, tfds = import_tensorflow(), _import_tfds()
         try:
             for split in self._splits:
-                dataset = self._builder.as_dataset(
+                read = self._builder.as_dataset(
                     split=split,
                     decoders=tfds.decode.PartialDecoding(
                         {feature: True},
@@ -147,6 +147,7 @@ class Prepared:
                     # It is read once, and a copy in TensorFlow's memory would be too many.
                     read_config=tfds.ReadConfig(try_autocache=False),
                 )
+                dataset = untuned(read)
                 if decoded and None not in self._features[feature].shape:
                     # Each turn of the iterator is slow, whatever it brings.
                     yield from (e[feature] for e in dataset.batch(RUN).as_numpy_iterator())

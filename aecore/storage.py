@@ -29,6 +29,8 @@ def to_path(path: epath.PathLike) -> epath.Path:
     """
     if os.fspath(path).startswith("gs://"):
         _prepare_gcs()
+    elif os.fspath(path).startswith("s3://") and importlib.util.find_spec("s3fs") is None:
+        raise ConfigError("s3:// addresses need s3fs: pip install s3fs")
     try:
         return epath.Path(path).expanduser()
     except KeyError as error:  # That's how etils reports a scheme it doesn't know.

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import runpy
 import shutil
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aecore import cli
+from aecore import cli, storage
 from aecore.storage import explained, write_json
 
 
@@ -286,3 +287,17 @@ def test_an_error_is_blamed_on_a_bucket_only_if_it_comes_from_there(module, is_r
     except OSError as error:
         found = explained(error)
     assert (found or "").startswith("the address can't be reached") == is_remote
+
+
+@pytest.mark.parametrize(
+    ("scheme", "package"),
+    [("gs", "gcsfs: pip install 'aecore[gcs]'"), ("s3", "s3fs: pip install s3fs")],
+)
+def test_an_address_without_the_package_that_reads_it_names_the_package(
+    scheme, package, tmp_path, capsys, monkeypatch
+):
+    storage._prepare_gcs.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    source, target = f"{scheme}://bucket/a.png", str(tmp_path / "out.png")
+    status, _, errors = run(capsys, cli.run, "restore", source, "-o", target, "-m", "photo-denoise")
+    assert (status, errors) == (2, f"error: {scheme}:// addresses need {package}\n")

@@ -7,12 +7,13 @@ can start at any step without reading what comes before it.
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from aecore.data.crops import Crops
+from aecore.data.indexed import Shape
 from aecore.data.ops import TensorFlowOps
 from aecore.data.tensorflow import import_tensorflow, untuned
 from aecore.degradations import Degradation, augmentations
@@ -90,10 +91,8 @@ def training_batches(
       DataError: the pictures to crop are too small, or broken.
     """
     tf = import_tensorflow()
-    is_crops = isinstance(examples, Crops)
     steps_per_epoch = len(examples) // batch_size
     first, last, _ = share.indices(batch_size)
-
     group = group_size(examples, last - first)
     count = group * (last - first)
 
@@ -109,23 +108,17 @@ def training_batches(
         return np.concatenate([indices_of(step) for step in range(first_step, first_step + group)])
 
     failures = []
-
     if isinstance(examples, Crops):
-        shapes, read = examples.shapes, functools.partial(examples.read, seed=seed, flip=flip)
+        # A group of crops is one batch. They are mirrored when they are read.
+        def read(step):
+            epoch = step // steps_per_epoch
+            return examples.read(indices_of(step), seed=seed, epoch=epoch, flip=flip)
 
-        def read_crops(step):
-            try:
-                return read(indices_of(step), epoch=step // steps_per_epoch)
-            except Exception as error:
-                # Raised here, it would be printed with a traceback, and become TensorFlow's own.
-                failures.append(error)
-                return [np.zeros((count, *shape), np.uint8) for shape in shapes]
-
-        def gather(first_step):
-            kinds = [tf.uint8] * len(shapes)
-            return tf.numpy_function(read_crops, [first_step], kinds, stateful=False)
+        shapes, gather = examples.shapes, _read(read, examples.shapes, count, failures)
+        degrade = _degrader(degradation, seed, first, flip=False)
     else:
         shapes, gather = (examples.shape[1:],), _gather(examples, group_indices, count)
+        degrade = _degrader(degradation, seed, first, flip)
 
     @tf.autograph.experimental.do_not_convert
     def make_group(first_step):
@@ -136,15 +129,6 @@ def training_batches(
         return tuple(
             degrade(first_step + i, *parts) for i, parts in enumerate(zip(*images, strict=True))
         )
-
-    def degrade(step, *images):
-        if degradation is None:
-            return images
-        degraded, original = (tf.cast(images[i], tf.float32) / 255.0 for i in (0, -1))
-        ops = TensorFlowOps(tf.stack([tf.constant(seed, tf.int64), step]), first)
-        if flip and not is_crops:  # Crops were mirrored when they were read.
-            degraded = original = augmentations.flip(original, ops)
-        return degradation.apply(degraded, ops), original
 
     # Indices are batched first, so that each later stage is one operation on a whole batch.
     dataset = untuned(
@@ -159,6 +143,30 @@ def training_batches(
         if isinstance(examples, Crops) and step > start_step and step % steps_per_epoch == 0:
             examples.note_small()
         yield arrays[0] if len(arrays) == 1 else Batch(*arrays)
+
+
+def _read(
+    read: Callable[[int], Sequence[np.ndarray]],
+    shapes: Sequence[Shape],
+    count: int,
+    failures: list[Exception],
+) -> Callable:
+    """`step -> [images, …]`, for tf.data, of `count` images each, or of black ones after a failure.
+
+    Raised within tf.data, an error would be printed with a traceback, and become TensorFlow's own.
+    """
+    tf = import_tensorflow()
+
+    def read_or_note(step):
+        try:
+            return read(step)
+        except Exception as error:
+            failures.append(error)
+            return [np.zeros((count, *shape), np.uint8) for shape in shapes]
+
+    return lambda step: tf.numpy_function(
+        read_or_note, [step], [tf.uint8] * len(shapes), stateful=False
+    )
 
 
 def _gather(array: np.ndarray, indices_of: Callable[[Any], np.ndarray], count: int) -> Callable:
@@ -176,6 +184,29 @@ def _gather(array: np.ndarray, indices_of: Callable[[Any], np.ndarray], count: i
         return [images_at(tf.ensure_shape(indices, (count,)))]
 
     return gather
+
+
+def _degrader(degradation: Degradation | None, seed: int, first: int, flip: bool) -> Callable:
+    """`(step, images, …) -> (degraded, original)`, for tf.data; without a degradation, as they are.
+
+    Args:
+      degradation: what is done to the first of the images; the last are the originals.
+      seed: of the noise, with the step.
+      first: the place that the first image has in its whole batch.
+      flip: whether to mirror images at random before.
+    """
+    tf = import_tensorflow()
+
+    def degrade(step, *images):
+        if degradation is None:
+            return images
+        degraded, original = (tf.cast(images[i], tf.float32) / 255.0 for i in (0, -1))
+        ops = TensorFlowOps(tf.stack([tf.constant(seed, tf.int64), step]), first)
+        if flip:
+            degraded = original = augmentations.flip(original, ops)
+        return degradation.apply(degraded, ops), original
+
+    return degrade
 
 
 def evaluation_batches(array: np.ndarray, batch_size: int) -> Iterator[EvaluationBatch]:

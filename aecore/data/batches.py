@@ -18,6 +18,9 @@ from aecore.data.ops import TensorFlowOps
 from aecore.data.tensorflow import import_tensorflow, untuned
 from aecore.degradations import Degradation, augmentations
 
+_AT_ONCE = min(16, os.cpu_count() or 1)
+"""Groups of batches that are made at the same time; each occupies several cores where it can."""
+
 
 class Batch(NamedTuple):
     """What a training step learns from: `(B, H, W, C)`, float32 in [0, 1].
@@ -133,7 +136,7 @@ def training_batches(
     # Indices are batched first, so that each later stage is one operation on a whole batch.
     dataset = untuned(
         tf.data.Dataset.range(start_step, np.iinfo(np.int64).max, group)
-        .map(make_group, num_parallel_calls=os.cpu_count() or 1, deterministic=True)
+        .map(make_group, num_parallel_calls=_AT_ONCE, deterministic=True)
         .prefetch(2)
     )
     batches = itertools.chain.from_iterable(dataset.as_numpy_iterator())

@@ -1,9 +1,11 @@
+import gc
 import gzip
 import io
 import itertools
 import struct
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -351,6 +353,26 @@ def tuned(monkeypatch):
 def test_who_lets_go_of_batches_does_not_wait_for_a_tuner(tuned):
     take(NUMBERED, 1)
     assert tuned == [False]
+
+
+@pytest.mark.parametrize("closing", [True, False])
+@pytest.mark.parametrize("kind", ["in memory", "in a file", "crops"])
+def test_nothing_keeps_images_whose_batches_are_done_with(kind, closing, pictures, tmp_path):
+    if kind == "crops":
+        data = Data("folder", str(pictures), crop=8)
+        examples = sources.load(data, progress=False).examples()
+    elif kind == "in a file":
+        examples = np.memmap(tmp_path / "images", np.uint8, "w+", shape=NUMBERED.shape)
+    else:
+        examples = NUMBERED.view(type("Array", (np.ndarray,), {}))
+    there = weakref.ref(examples)
+    batches = training_batches(examples, NOISE, batch_size=8, seed=0)
+    next(batches)
+    if closing:
+        batches.close()
+    del examples, batches
+    gc.collect()
+    assert there() is None
 
 
 @pytest.mark.parametrize("size", [None, (20, 20)])

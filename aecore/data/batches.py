@@ -15,7 +15,7 @@ import numpy as np
 from aecore.data.crops import Crops
 from aecore.data.indexed import Shape
 from aecore.data.ops import TensorFlowOps
-from aecore.data.tensorflow import import_tensorflow, untuned
+from aecore.data.tensorflow import Callbacks, import_tensorflow, untuned
 from aecore.degradations import Degradation, augmentations
 
 _AT_ONCE = min(16, os.cpu_count() or 1)
@@ -110,17 +110,17 @@ def training_batches(
     def group_indices(first_step):
         return np.concatenate([indices_of(step) for step in range(first_step, first_step + group)])
 
-    failures = []
+    callbacks, failures = Callbacks(), []
     if isinstance(examples, Crops):
         # A group of crops is one batch. They are mirrored when they are read.
         def read(step):
             epoch = step // steps_per_epoch
             return examples.read(indices_of(step), seed=seed, epoch=epoch, flip=flip)
 
-        shapes, gather = examples.shapes, _read(read, examples.shapes, count, failures)
+        shapes, gather = examples.shapes, _read(read, examples.shapes, count, callbacks, failures)
         degrade = _degrader(degradation, seed, first, flip=False)
     else:
-        shapes, gather = (examples.shape[1:],), _gather(examples, group_indices, count)
+        shapes, gather = (examples.shape[1:],), _gather(examples, group_indices, count, callbacks)
         degrade = _degrader(degradation, seed, first, flip)
 
     @tf.autograph.experimental.do_not_convert
@@ -140,18 +140,23 @@ def training_batches(
         .prefetch(2)
     )
     batches = itertools.chain.from_iterable(dataset.as_numpy_iterator())
-    for step, arrays in enumerate(batches, start_step):
-        if failures:
-            raise failures[0]
-        if isinstance(examples, Crops) and step > start_step and step % steps_per_epoch == 0:
-            examples.note_small()
-        yield arrays[0] if len(arrays) == 1 else Batch(*arrays)
+    try:
+        for step, arrays in enumerate(batches, start_step):
+            if failures:
+                raise failures[0]
+            if isinstance(examples, Crops) and step > start_step and step % steps_per_epoch == 0:
+                examples.note_small()
+            yield arrays[0] if len(arrays) == 1 else Batch(*arrays)
+    finally:
+        del batches  # It ends what calls them.
+        callbacks.close()
 
 
 def _read(
     read: Callable[[int], Sequence[np.ndarray]],
     shapes: Sequence[Shape],
     count: int,
+    callbacks: Callbacks,
     failures: list[Exception],
 ) -> Callable:
     """`step -> [images, …]`, for tf.data, of `count` images each, or of black ones after a failure.
@@ -167,24 +172,25 @@ def _read(
             failures.append(error)
             return [np.zeros((count, *shape), np.uint8) for shape in shapes]
 
-    return lambda step: tf.numpy_function(
-        read_or_note, [step], [tf.uint8] * len(shapes), stateful=False
-    )
+    return callbacks.add(read_or_note, [tf.uint8] * len(shapes))
 
 
-def _gather(array: np.ndarray, indices_of: Callable[[Any], np.ndarray], count: int) -> Callable:
+def _gather(
+    array: np.ndarray,
+    indices_of: Callable[[Any], np.ndarray],
+    count: int,
+    callbacks: Callbacks,
+) -> Callable:
     """`first step -> [images]`, for tf.data, of `count` images that are in memory or in a file."""
     tf = import_tensorflow()
+    indices_at = callbacks.add(indices_of, tf.int64)
     if isinstance(array, np.memmap):
-
-        def images_at(indices):
-            return tf.numpy_function(array.__getitem__, [indices], tf.uint8, stateful=False)
+        images_at = callbacks.add(array.__getitem__, tf.uint8)
     else:
         images_at = functools.partial(tf.gather, tf.constant(array))
 
     def gather(first_step):
-        indices = tf.numpy_function(indices_of, [first_step], tf.int64, stateful=False)
-        return [images_at(tf.ensure_shape(indices, (count,)))]
+        return [images_at(tf.ensure_shape(indices_at(first_step), (count,)))]
 
     return gather
 

@@ -5,7 +5,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,37 @@ def _without_keras() -> Iterator[None]:
         yield
     finally:
         del sys.modules[name]
+
+
+class Callbacks:
+    """Python functions for tf.data to call, which TensorFlow doesn't keep when they are closed.
+
+    TensorFlow (2.21) keeps what `tf.numpy_function` was given for as long as the process lives, and
+    with it all that the function refers to, such as a dataset.
+    """
+
+    def __init__(self):
+        self._functions: list[Callable[..., Any]] = []
+
+    def add(self, function: Callable[..., Any], kinds: Any) -> Callable[..., Any]:
+        """A function of tensors, to be called while a pipeline is built.
+
+        Args:
+          function: takes and gives NumPy arrays.
+          kinds: of what it gives: a `tf.DType`, or a list of several.
+        """
+        tf = import_tensorflow()
+        place = len(self._functions)
+        self._functions.append(function)
+
+        def call(*arrays):
+            return self._functions[place](*arrays)
+
+        return lambda *tensors: tf.numpy_function(call, tensors, kinds, stateful=False)
+
+    def close(self) -> None:
+        """Lets go of the functions; the iterators that call them must be gone."""
+        self._functions.clear()
 
 
 def untuned(dataset: Any) -> Any:

@@ -497,6 +497,20 @@ print("still here", file=sys.stderr)
     assert "still here" in done.stderr
 
 
+def test_native_lines_of_an_import_are_dropped_and_python_ones_are_not(tmp_path):
+    (tmp_path / "tensorflow.py").write_text(
+        "import os, sys\nos.write(2, b'native\\n')\nprint('python', file=sys.stderr)\n"
+    )
+    program = """
+from aecore.data.tensorflow import import_tensorflow
+try:
+    import_tensorflow()
+except AttributeError:  # The module above has no devices.
+    raise SystemExit("after") from None
+"""
+    assert run_program(program, tmp_path).stderr == "python\nafter\n"
+
+
 def test_tensorflow_leaves_keras_to_those_who_use_it():
     program = """
 import sys

@@ -119,7 +119,7 @@ def test_pictures_of_many_sizes_count_once_and_as_if_alone(devices, multiple, ca
         assert values["ssim"][place] == pytest.approx(alone["ssim"], abs=1e-5)
     evaluator.per_image({}, source)
     assert [record.message for record in caplog.records] == [
-        "skipped: 1 pictures with sides of less than 11 pixels",
+        "skipped: 1 of the pictures have sides below 11 pixels",
         "skipped: picture 4 is broken",
     ]
 

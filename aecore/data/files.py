@@ -135,7 +135,7 @@ def _folder_pictures(data: Data) -> whole.Pictures:
     found = readable_shapes(read_shape, files)
     shapes = dict(tqdm(found, "looking at pictures", len(files), unit="", delay=2, leave=False))
     if not shapes:
-        raise _no_pictures(folder)
+        raise DataError(f"{folder} holds no pictures; name a folder that does")
     heights, widths, channels = (set(values) for values in zip(*shapes.values(), strict=True))
     readable = list(shapes)
     return whole.Pictures(
@@ -160,7 +160,10 @@ def _folder(data: Data) -> epath.Path:
 
 
 def _no_pictures(folder: epath.Path) -> DataError:
-    return DataError(f"{folder} holds no pictures; name a folder that does")
+    return DataError(
+        f"{folder} holds no pictures, which are known by endings such as .png and .jpg; name a "
+        "folder that does"
+    )
 
 
 def _prepared(data: Data) -> tfds.Prepared:

@@ -71,7 +71,7 @@ class GroupedPictures:
             else:
                 sizes[index] = height, width
         if too_small:
-            _log.warning("skipped: %d pictures with sides of less than %d pixels", too_small, least)
+            _log.warning("skipped: %d of the pictures have sides below %d pixels", too_small, least)
         if not sizes:
             return
         step = math.lcm(multiple, self._scale)

@@ -104,12 +104,23 @@ def untuned(dataset: Any) -> Any:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Drops what native code writes to the standard error stream."""
-    kept = os.dup(2)
+    """Drops what native code writes to the standard error stream; Python's own lines still come."""
+    # It stays open: what is imported meanwhile may hold on to it.
+    own, before = os.fdopen(os.dup(2), "w", buffering=1), sys.stderr
+    if _is_standard_error(before):
+        sys.stderr = own
     with Path(os.devnull).open("w") as sink:
         os.dup2(sink.fileno(), 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(own.fileno(), 2)
+        if sys.stderr is own:
+            sys.stderr = before
+
+
+def _is_standard_error(stream: Any) -> bool:
+    try:
+        return stream.fileno() == 2
+    except (AttributeError, OSError, ValueError):  # Notebooks and tests have streams of their own.
+        return False

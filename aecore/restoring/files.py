@@ -314,7 +314,8 @@ def _in_folder(
             yield path, relative
     if not holds_pictures and (_looks_like_picture(folder) or not within):
         hint = "" if recursive else "; with --recursive, folders within it are searched too"
-        yield Failure(folder, f"is a folder that holds no pictures{hint}")
+        what = "is a folder that holds no pictures, by the endings of its files"
+        yield Failure(folder, what + hint)
 
 
 def _lies_in(folder: epath.Path, excluded: str) -> bool:

@@ -38,8 +38,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores the best checkpoint of a run on its validation images, or any network on any pictures.
 
-    A run's own images are scored as training does it. Pictures are scored as papers do: each is
-    degraded and restored whole, at its own size; see `protocol` in what is returned.
+    A run's own images are scored as training does it: MSE of the outputs as they are, PSNR and SSIM
+    of the outputs within [0, 1], so that the two differ where outputs leave that range. Pictures
+    are scored as papers do: each is degraded and restored whole, at its own size; see `protocol` in
+    what is returned.
 
     Args:
       run: a run directory; for pictures, also an exported file, or the name of weights that ship

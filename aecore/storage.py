@@ -19,6 +19,9 @@ from aecore.errors import AecoreError, ConfigError
 REQUESTS = 32
 """Requests to a remote file system at the same time, as each takes long to be answered."""
 
+_PACKAGES = {"gs": ("gcsfs", "'aecore[gcs]'"), "s3": ("s3fs", "s3fs")}
+"""For the schemes of addresses, the package that reads them, and what pip installs it by."""
+
 
 def to_path(path: epath.PathLike) -> epath.Path:
     """A path with `~` expanded; addresses such as `gs://bucket/folder` are paths too.
@@ -27,10 +30,9 @@ def to_path(path: epath.PathLike) -> epath.Path:
       ConfigError: it is an address of a kind that can't be read, such as `https://`, or the package
         that reads it is missing.
     """
-    if os.fspath(path).startswith("gs://"):
-        _prepare_gcs()
-    elif os.fspath(path).startswith("s3://") and importlib.util.find_spec("s3fs") is None:
-        raise ConfigError("s3:// addresses need s3fs: pip install s3fs")
+    scheme, is_address, _ = os.fspath(path).partition("://")
+    if is_address and scheme in _PACKAGES:
+        _prepare(scheme)
     try:
         return epath.Path(path).expanduser()
     except KeyError as error:  # That's how etils reports a scheme it doesn't know.
@@ -40,13 +42,15 @@ def to_path(path: epath.PathLike) -> epath.Path:
 
 
 @functools.cache
-def _prepare_gcs() -> None:
-    if importlib.util.find_spec("gcsfs") is None:
-        raise ConfigError("gs:// addresses need gcsfs: pip install 'aecore[gcs]'")
-    import fsspec.config
+def _prepare(scheme: str) -> None:
+    package, installed_by = _PACKAGES[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{scheme}:// addresses need {package}: pip install {installed_by}")
+    if scheme == "gs":
+        import fsspec.config
 
-    # What other processes write must be seen.
-    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+        # What other processes write must be seen.
+        fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

@@ -296,7 +296,7 @@ def test_an_error_is_blamed_on_a_bucket_only_if_it_comes_from_there(module, is_r
 def test_an_address_without_the_package_that_reads_it_names_the_package(
     scheme, package, tmp_path, capsys, monkeypatch
 ):
-    storage._prepare_gcs.cache_clear()
+    storage._prepare.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     source, target = f"{scheme}://bucket/a.png", str(tmp_path / "out.png")
     status, _, errors = run(capsys, cli.run, "restore", source, "-o", target, "-m", "photo-denoise")

@@ -42,23 +42,6 @@ def _import():
     return tf
 
 
-@contextlib.contextmanager
-def _without_keras() -> Iterator[None]:
-    """Spares TensorFlow loading Keras, a third of its import, whose optimizers it looks for.
-
-    It does without them where there is no Keras. Whoever uses `tf.keras` loads it then.
-    """
-    name = "keras.src.optimizers"
-    if "keras" in sys.modules:
-        yield
-        return
-    sys.modules[name] = None  # pyright: ignore[reportArgumentType]
-    try:
-        yield
-    finally:
-        del sys.modules[name]
-
-
 class Callbacks:
     """Python functions for tf.data to call, which TensorFlow doesn't keep when they are closed.
 
@@ -100,6 +83,23 @@ def untuned(dataset: Any) -> Any:
     options = import_tensorflow().data.Options()
     options.autotune.enabled = False
     return dataset.with_options(options)
+
+
+@contextlib.contextmanager
+def _without_keras() -> Iterator[None]:
+    """Spares TensorFlow loading Keras, a third of its import, whose optimizers it looks for.
+
+    It does without them where there is no Keras. Whoever uses `tf.keras` loads it then.
+    """
+    name = "keras.src.optimizers"
+    if "keras" in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from aecore.errors import ConfigError
-from aecore.storage import is_remote, naming, write_whole
+from aecore.storage import exists, is_remote, naming, write_whole
 
 _log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def _left(directory: epath.Path, beat: float) -> dict[str, Any]:
     while time.monotonic() < end:
         time.sleep(min(1.0, beat / 2))
         now = read(directory)
-        if now is None and not (directory / FILE).exists():
+        if now is None and not exists(directory / FILE):
             return other
         if now is not None and now != other:
             raise ConfigError(_refusal(directory, now))

@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 from conftest import random_params
 
-from aecore.models import UNet
+from aecore.degradations import GaussianNoise
+from aecore.models import UNet, Upscaler
 from aecore.networks.network import LinenNetwork
 from aecore.networks.receptive_field import ReceptiveField
 from aecore.restoring import passes, programs, tiling
 from aecore.restoring.engine import Engine
+from aecore.restoring.tiled import in_tiles
+from aecore.scoring.evaluation import Evaluator
+from aecore.steps.devices import Devices
 
 
 class Seeing:
@@ -97,3 +101,44 @@ def test_where_memory_is_short_tiles_shrink_no_more_than_they_must(monkeypatch):
     chosen.shrink(chosen.tile, programs.OutOfMemoryError(kind, share=0.8))
     smaller = chosen.windows((3000, 4000))[0].size
     assert 0.5 <= math.prod(smaller) / math.prod(first) <= 0.9
+
+
+class Sources(list):
+    """Pictures that an evaluation reads by index."""
+
+    channels = 1
+
+    def shape(self, index):
+        return self[index].shape
+
+
+@pytest.mark.parametrize(
+    "model", [UNet((4, 6), channels=1), Upscaler(width=4, blocks=1, channels=1)]
+)
+def test_one_program_restores_a_large_picture_in_tiles_as_it_does_whole(model):
+    network, params = LinenNetwork(model), random_params(model)
+    images = np.random.default_rng(0).random((2, 200, 328, 1), np.float32)
+    whole, tiled = (
+        jax.jit(apply).lower(params, images).compile()
+        for apply in (network.apply, in_tiles(network, 64))
+    )
+    restored = tiled(params, images)
+    np.testing.assert_allclose(restored, whole(params, images), atol=1e-5)
+    whole, tiled = (program.memory_analysis().temp_size_in_bytes for program in (whole, tiled))
+    assert tiled < whole / 2
+
+
+def test_evaluations_on_several_devices_score_large_pictures_in_tiles():
+    model = UNet((4, 6), channels=1)
+    network, params = LinenNetwork(model), random_params(model)
+    random = np.random.default_rng(0)
+    pictures = Sources(
+        random.integers(0, 256, (*size, 1), np.uint8) for size in [(180, 190), (64, 64), (200, 60)]
+    )
+    devices = Devices(jax.devices()[:2])
+    values = [
+        Evaluator(apply, GaussianNoise(0.1), devices, multiple=8).per_image(params, pictures)
+        for apply in (network.apply, in_tiles(network, 64))
+    ]
+    for name, expected in values[0].items():
+        np.testing.assert_allclose(values[1][name], expected, rtol=1e-4)

@@ -13,6 +13,7 @@ from aecore.data import sources
 from aecore.degradations import Degradation
 from aecore.errors import ConfigError
 from aecore.restoring.restorer import Restorer
+from aecore.restoring.tiled import in_tiles
 from aecore.scoring import classical as classical_methods
 from aecore.scoring import evaluation, reports
 from aecore.scoring import pictures as any_pictures
@@ -153,7 +154,7 @@ def _evaluate_own(
     devices = Devices()
     multiple = restorer.network.stride * restorer.network.scale
     evaluator = evaluation.Evaluator(
-        restorer.network.apply, degradation, devices, batch_size, multiple
+        in_tiles(restorer.network), degradation, devices, batch_size, multiple
     )
     values = evaluator.per_image(devices.replicate(restorer.trained.params), validation)
     scores = {

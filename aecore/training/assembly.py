@@ -16,6 +16,7 @@ from aecore.data.sources import Dataset
 from aecore.errors import ConfigError
 from aecore.networks.base import abstract_params
 from aecore.networks.network import LinenNetwork, Precision
+from aecore.restoring.tiled import in_tiles
 from aecore.steps import cpu, state, step
 from aecore.steps.devices import COMPILED_BY, Devices, equally_many
 from aecore.steps.state import TrainState
@@ -43,7 +44,7 @@ class Assembly:
     devices: Devices
     batch_size: int
     apply: Apply
-    """The network in float32."""
+    """The network in float32, which restores large pictures in tiles."""
     apply_in_training: Apply
     """The network in the precision of training, from and to float32."""
     prepare: Prepare
@@ -193,7 +194,7 @@ def assemble(
         kind=kind,
         devices=devices,
         batch_size=batch_size,
-        apply=network.apply,
+        apply=in_tiles(network),
         apply_in_training=network.in_precision(precision or training.precision).apply,
         prepare=_prepare(experiment, kind) if degrades_on_device else step.pairs,
         degrades_on_device=degrades_on_device,

@@ -8,13 +8,16 @@ import collections
 import contextlib
 import dataclasses
 import inspect
+import io
 import itertools
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, Union
@@ -57,7 +60,7 @@ def main(
         if jax.process_index() > 0:  # Only the first process prints.
             return
         run = chosen.directory
-        print(
+        _say(
             f"\n{summary['name']}: {summary['steps']:,} steps, {summary['epochs']:.4g} epochs in "
             f"{summary['seconds']:.0f} s, {summary['images_per_second']:,.1f} images/s "
             f"on {summary['devices']} x {summary['device']}\n"
@@ -68,7 +71,8 @@ def main(
             f"checkpoints  {run}/checkpoints\n"
             f"pictures     {run}/samples.png  {run}/curves.png\n"
             f"scores       {run}/summary.json\n\n"
-            f"Next: aecore restore {run}/example.png -o restored.png -m {run}"
+            "Next: aecore restore "
+            f"{shlex.quote(f'{run}/example.png')} -o restored.png -m {shlex.quote(run)}"
         )
         if then is not None:
             then(chosen)
@@ -123,7 +127,7 @@ class Init:
             raise ConfigError(f"{path} exists; name another file")
         text = catalogue.template(self.experiment, path)
         write_whole(path, text.encode())
-        print(f"{path}: change what you like, then: aecore train {path}")
+        _say(f"{path}: change what you like, then: aecore train {shlex.quote(str(path))}")
         return 0
 
 
@@ -404,7 +408,7 @@ class Export:
         trained = weights.load(self.model)
         if form == "safetensors":
             hub.save(path, trained)
-            print(f"{path}: {hub.WEIGHTS}, {hub.CONFIG}, {hub.CARD}")
+            _say(f"{path}: {hub.WEIGHTS}, {hub.CONFIG}, {hub.CARD}")
             return 0
         if form == "web":
             return self._write_page(path, trained)
@@ -418,14 +422,15 @@ class Export:
                 with_functions=form != "weights",
                 parameters=self.parameters,
             )
-        print(f"{path}: {path.stat().length:,} bytes")
+        _say(f"{path}: {path.stat().length:,} bytes")
         return 0
 
     def _write_page(self, folder: Any, trained: Any) -> int:
         from aecore.serving import site
 
         site.write(folder, trained, name=self.model, package=self.runtime)
-        print(f"{folder}: try it with python -m http.server --bind 127.0.0.1 -d {folder}")
+        quoted = shlex.quote(str(folder))
+        _say(f"{folder}: try it with python -m http.server --bind 127.0.0.1 -d {quoted}")
         return 0
 
 
@@ -439,7 +444,7 @@ class Summary:
     def run(self) -> int:
         from aecore.restoring.restorer import Restorer
 
-        print(Restorer.load(self.model).summary())
+        _say(Restorer.load(self.model).summary())
         return 0
 
 
@@ -476,7 +481,7 @@ class Evaluate:
     installed. BM3D takes seconds per image."""
     save: bool = False
     """Add the scores to the run's summary.json, and write ranked.png with the best, median and
-    worst results."""
+    worst results, unless it was trained on crops."""
     json: str | None = None
     """File to write the scores to."""
 
@@ -486,6 +491,10 @@ class Evaluate:
         from aecore.scoring.evaluate import evaluate
 
         file = _writable(self.json)
+        if self.methods and not self.classical:
+            raise ConfigError("--methods and --no-classical contradict each other; leave one out")
+        if self.pictures is not None and not self.pictures.lower().endswith(".png"):
+            raise ConfigError(f"--pictures {self.pictures} is no PNG file; end its name in .png")
         if self.data is not None:
             pictures.check_outputs(self.data, (self.csv, self.pictures, self.json))
         scores = evaluate(
@@ -551,7 +560,7 @@ class Plan:
             experiment,
             self.topology,
             slices=self.slices,
-            show=lambda text: print(text, flush=True),
+            show=_say,
             progress=lambda text: print(f"{text} ...", file=sys.stderr, flush=True),
         )
         if file is not None:
@@ -610,9 +619,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def _say(line: str) -> None:
     """Prints a line above a progress bar. If whoever reads, such as `head`, is gone: nothing."""
+    from aecore.storage import naming
+
     try:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        with naming("standard output"):
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
     except BrokenPipeError:
         # Python would fail once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -637,10 +649,11 @@ def _notes_on_stdout() -> Iterator[None]:
 
 
 def _experiment(source: str, flags: Sequence[str]) -> Experiment:
-    """The experiment of a file or a name, changed by flags."""
+    """The experiment of a file or a name, changed by flags, which `aecore train` takes too."""
     from aecore.experiments import catalogue
 
-    return tyro.cli(Experiment, default=catalogue.load(source).experiment, args=flags)
+    default = catalogue.load(source).experiment
+    return tyro.cli(Experiment, default=default, args=flags, prog=f"aecore train {source}")
 
 
 def _writable(file: str | None) -> Any:
@@ -657,9 +670,9 @@ def _writable(file: str | None) -> Any:
 def _show(report: Mapping[str, Any], table: Callable[[Mapping[str, Any]], str], file: Any) -> int:
     from aecore.storage import write_json
 
-    print(table(report), flush=True)
-    if file is not None:
+    if file is not None:  # First, as nobody may be there to read the table.
         write_json(file, report)
+    _say(table(report))
     return 0
 
 
@@ -679,15 +692,15 @@ _COMMANDS = {
 def run(args: Sequence[str] | None = None) -> None:
     """The `aecore` command."""
     words = list(sys.argv[1:] if args is None else args)
-    if words == ["--version"]:
-        from aecore import __version__
-
-        print(f"aecore {__version__}")
-        return
     # What follows the name of an experiment to train, --help too, is the experiment's.
     is_training = words[:1] == ["train"]
     words, flags = (words[:2], words[2:]) if is_training else (words, [])
     with _exit_status():
+        if words == ["--version"]:
+            from aecore import __version__
+
+            _say(f"aecore {__version__}")
+            return
         commands: Any = Union[  # noqa: UP007 as it is made of a list
             tuple(
                 Annotated[
@@ -710,10 +723,22 @@ def run(args: Sequence[str] | None = None) -> None:
         sys.exit(command.run())
 
 
+class _AboveBars(logging.Handler):
+    """Prints log records on stderr, above a progress bar if there is one."""
+
+    def emit(self, record):
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 @contextlib.contextmanager
 def _exit_status() -> Iterator[None]:
     """Ends the process with one line on stderr instead of a traceback for expected errors."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # It was closed, as by `>&-`.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # Files' names may be no UTF-8.
+    logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[_AboveBars()])
     # Orbax and TFDS report through absl, and others by themselves, what a user can't act on;
     # failures are raised besides.
     for library in ("absl", "asyncio", "gcsfs"):
@@ -739,10 +764,10 @@ def _exit_status() -> Iterator[None]:
         if line is None and isinstance(error, OSError):
             where = f"{error.filename}: " if error.filename else ""
             line = f"{where}{reason(error)}"
-        if line is None:
+        if line is None and not _is_among_others():
             raise
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(1)
+        print(traceback.format_exc() if line is None else f"error: {line}", file=sys.stderr)
+        _end(1, at_once=False)
     except KeyboardInterrupt as error:
         print(
             f"interrupted: {error}" if isinstance(error, Interrupted) else "interrupted",
@@ -761,8 +786,13 @@ def _end(status: int, *, at_once: bool) -> NoReturn:
       at_once: without Python's cleanup, in which unfinished saves would report. A process that
         failed among others always ends so, since JAX would wait there for them.
     """
-    import jax
-
-    if not at_once and (status in (0, interrupts.STATUS) or not jax.distributed.is_initialized()):
+    if not at_once and (status in (0, interrupts.STATUS) or not _is_among_others()):
         sys.exit(status)
     interrupts.end_at_once(status)
+
+
+def _is_among_others() -> bool:
+    """Whether other processes train with this one."""
+    import jax
+
+    return jax.distributed.is_initialized()

@@ -6,11 +6,12 @@ import functools
 import importlib.util
 import json
 import os
+import sys
 import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeGuard
+from typing import Any, TextIO, TypeGuard
 
 from etils import epath
 
@@ -27,9 +28,11 @@ def to_path(path: epath.PathLike) -> epath.Path:
     """A path with `~` expanded; addresses such as `gs://bucket/folder` are paths too.
 
     Raises:
-      ConfigError: it is an address of a kind that can't be read, such as `https://`, or the package
-        that reads it is missing.
+      ConfigError: it is empty, or an address that can't be read: of a kind such as `https://`, or
+        without the package for it.
     """
+    if not os.fspath(path):
+        raise ConfigError("the name of a file or folder is empty; give one")
     scheme, is_address, _ = os.fspath(path).partition("://")
     if is_address and scheme in _PACKAGES:
         _prepare(scheme)
@@ -274,17 +277,33 @@ def write_report(path: epath.PathLike, text: str) -> None:
     """Writes a file as `write_whole` does, or into the device or pipe of that name."""
     path = epath.Path(path)
     if not is_stream(path):
-        write_whole(path, text.encode())
+        # Names of files may be no UTF-8.
+        write_whole(path, text.encode(errors="surrogateescape"))
         return
-    with naming(path), path.open("a") as stream:
-        stream.write(text)
+    with naming(path):
+        for own in (sys.stdout, sys.stderr):
+            # Opened anew, a file that one of these leads to would be written from another place.
+            if own is not None and _leads_to(path, own):
+                print(text, end="", file=own, flush=True)
+                return
+        with path.open("a") as stream:
+            stream.write(text)
+
+
+def _leads_to(path: epath.Path, stream: TextIO) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(stream.fileno()))  # noqa: PTH116
+    except (OSError, ValueError):  # A notebook's streams have no number.
+        return False
+
+
+_OF_STREAMS = tuple(map(epath.Path, ("/dev", "/dev/fd", "/proc/self/fd")))
+"""Folders whose entries may lead to files, such as `/dev/stdout`, in whose place none may be put.
+`/dev/shm` is a disk in memory."""
 
 
 def is_stream(path: epath.Path) -> bool:
-    """Whether what is written here goes elsewhere, and no file may be put in its place.
-
-    `/dev/stdout` may lead to a file.
-    """
+    """Whether what is written here goes elsewhere, and no file may be put in its place."""
     if is_remote(path):
         return False
-    return path.is_relative_to("/dev") or (path.exists() and not (path.is_file() or path.is_dir()))
+    return path.parent in _OF_STREAMS or (path.exists() and not (path.is_file() or path.is_dir()))

@@ -565,6 +565,17 @@ def test_shards_divide_the_inputs(unchanged, tmp_path, capfd):
     assert len(names(tmp_path / "out")) == 40
 
 
+@pytest.mark.parametrize("name", ["{}.png", "frame{:02}.png", "videos/{:05}.mp4"])
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_shards_of_numbered_files_are_about_equal(name, count):
+    failures = [files.Failure(name.format(number), "") for number in range(100)]
+    shards = [files.Shard(number, count) for number in range(1, count + 1)]
+    sizes = [sum(map(shard.holds, failures)) for shard in shards]
+    assert sum(sizes) == 100
+    # Three standard deviations of a random division.
+    assert np.abs(np.array(sizes) - 100 / count).max() < 3 * (100 / count) ** 0.5
+
+
 @pytest.mark.parametrize("text", ["3/2", "0/2", "1", "1/0", "a/b", "-1/2", "1/2/3"])
 def test_impossible_shards(unchanged, tmp_path, capfd, text):
     status, _, errors = run(capfd, tmp_path, "-o", tmp_path, "-m", unchanged, f"--shard={text}")

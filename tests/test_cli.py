@@ -1,17 +1,22 @@
+import contextlib
+import errno
 import importlib.util
 import json
+import os
 import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from aecore import cli, storage
+from aecore import cli, interrupts, storage
 from aecore.storage import explained, write_json
 
 
@@ -136,6 +141,13 @@ def test_evaluate_prints_the_scores(trained, capsys):
             )
         ),
         (["evaluate", "{trained}", "--batch-size", "0"], "batch_size 0 is less than 1"),
+        (["evaluate", "{trained}", "--data", ""], "the name of a file or folder is empty"),
+        (["evaluate", "{trained}", "--json", ""], "the name of a file or folder is empty"),
+        (["evaluate", "{trained}", "--no-classical", "--methods", "median"], "contradict"),
+        (
+            ["evaluate", "{trained}", "--data", "{pictures}", "--pictures", "a.jpg"],
+            "--pictures a.jpg is no PNG file; end its name in .png",
+        ),
     ],
 )
 def test_wrong_usage_gets_one_line_and_status_2(trained, pictures, tmp_path, capsys, args, message):
@@ -156,6 +168,8 @@ def test_wrong_usage_gets_one_line_and_status_2(trained, pictures, tmp_path, cap
         (["--data.dataset", "nonsense"], "unknown dataset 'nonsense'"),
         (["--model.channels", "3"], "1 channel, the model NoiseReducer takes 3"),
         (["--data.data-dir", "{tmp}/none"], "is not a folder"),
+        (["--data.data-dir", ""], "data.data_dir is empty"),
+        (["--run-dir", ""], "run_dir is empty"),
         (["--model.features", "0"], "whole numbers of at least 1"),
         (["--run-dir", __file__], "can't be made"),
     ],
@@ -276,6 +290,72 @@ def test_experiments_are_importable_and_valid():
 def test_a_report_may_go_to_a_device(capfd):
     write_json("/dev/stderr", {"a": 1})
     assert json.loads(capfd.readouterr().err) == {"a": 1}
+
+
+@pytest.mark.parametrize("device", ["/dev/stdout", "/dev/fd/1"])
+def test_a_report_follows_what_was_printed_into_the_file_that_stdout_is(device, tmp_path):
+    text = f"from aecore import storage; print(1); storage.write_json({device!r}, 2); print(3)"
+    with (tmp_path / "out").open("w") as out:
+        subprocess.run([sys.executable, "-c", text], stdout=out, check=True)
+    assert (tmp_path / "out").read_text() == "1\n2\n3\n"
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="needs /dev/shm")
+def test_a_report_on_a_disk_in_memory_is_replaced():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "report.json"
+        for value in (1, 2):
+            write_json(path, value)
+        assert json.loads(path.read_text()) == 2
+
+
+def test_a_report_may_hold_names_that_are_no_text(tmp_path):
+    storage.write_report(tmp_path / "scores.csv", os.fsdecode(b"\xff.png,1"))
+    assert (tmp_path / "scores.csv").read_bytes() == b"\xff.png,1"
+
+
+def test_scores_are_in_their_file_before_they_are_printed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: PTH123, SIM115
+    path = tmp_path / "scores.json"
+    with pytest.raises(OSError, match="standard output"):
+        cli._show({"mse": 1.0}, str, path)
+    assert json.loads(path.read_text()) == {"mse": 1.0}
+
+
+@pytest.mark.parametrize(
+    "words", [["--version"], ["summary", "photo-denoise"], ["train", "--help"]]
+)
+def test_commands_do_their_work_where_stdout_is_closed(words, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with contextlib.suppress(SystemExit):
+        cli.run(words)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_process_that_failed_among_others_ends_at_once(monkeypatch, capsys):
+    # JAX would wait for the others.
+    ended = []
+
+    def end(status):
+        ended.append(status)
+        raise SystemExit(status)
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(interrupts, "end_at_once", end)
+    for error in (OSError(errno.EROFS, "Read-only", "run"), ZeroDivisionError("by zero")):
+        with pytest.raises(SystemExit), cli._exit_status():
+            raise error
+    assert ended == [1, 1]
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: run: Read-only\nTraceback")
+    assert errors.rstrip().endswith("ZeroDivisionError: by zero")
+
+
+def test_commands_to_copy_are_quoted(tiny, tmp_path, capsys):
+    path = tmp_path / "my own.py"
+    status, output, _ = run(capsys, cli.run, "init", str(path))
+    assert status == 0
+    assert output.endswith(f"aecore train '{path}'\n")
 
 
 @pytest.mark.parametrize(("module", "is_remote"), [("gcsfs.core", True), ("requests", False)])

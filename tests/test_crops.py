@@ -316,6 +316,8 @@ def test_a_fingerprint_tells_folders_apart_by_names_and_sizes(tmp_path):
     with (tmp_path / "0.png").open("ab") as file:
         file.write(b"more")
     assert folder(tmp_path).fingerprint() not in (first, renamed)
+    (tmp_path / "0.png").rename(tmp_path / os.fsdecode(b"\xff.png"))  # It is no UTF-8.
+    assert folder(tmp_path).fingerprint() not in (first, renamed)
 
 
 def test_the_cache_is_bounded_and_serves_threads():

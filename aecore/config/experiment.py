@@ -23,9 +23,10 @@ def _require(condition: object, message: str) -> None:
         raise ConfigError(message)
 
 
-def _as_text(settings: Any, name: str) -> None:
-    """Lets a path be given as an object; what is stored is text."""
+def _as_text(settings: Any, name: str, owner: str = "") -> None:
+    """Lets a path be given as an object; what is stored is text. Refuses an empty one."""
     value = getattr(settings, name)
+    _require(value != "", f"{owner}{name} is empty; name a folder, or leave it out")
     if isinstance(value, os.PathLike):
         object.__setattr__(settings, name, os.fspath(value))
 
@@ -67,7 +68,7 @@ class Data:
     images go to a temporary file; more crops are decoded each time."""
 
     def __post_init__(self):
-        _as_text(self, "data_dir")
+        _as_text(self, "data_dir", "data.")
         settings.check(self, "data.")
         _require(
             self.data_dir is None or self.dataset != "sample",

@@ -275,7 +275,8 @@ class FileSource:
         sizes = storage.sizes(file for file in self._files if isinstance(file, epath.Path))
         for file in self._files:
             line = f"{file.name} {sizes[file]}\n" if file in sizes else f"{file}\n"
-            crc = zlib.crc32(line.encode(), crc)
+            # Names may be no UTF-8.
+            crc = zlib.crc32(line.encode(errors="surrogateescape"), crc)
         return crc
 
 

@@ -73,7 +73,7 @@ def decode(pictures: Pictures, data: Data, progress: bool = True) -> tuple[np.nd
             total=len(array),
             delay=2,
             leave=False,
-            disable=not progress,
+            disable=None if progress else True,
         ) as bar,
     ):
         stop = 0

@@ -238,7 +238,7 @@ def scores(
             unit=" images",
             delay=2,
             leave=False,
-            disable=not progress,
+            disable=None if progress else True,
         ) as bar,
     ):
 

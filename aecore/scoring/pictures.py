@@ -155,7 +155,7 @@ def score(
                     yield index, made[0]
 
     with tqdm(
-        total=len(sizes), unit=" pictures", delay=2, leave=False, disable=not progress
+        total=len(sizes), unit=" pictures", delay=2, leave=False, disable=None if progress else True
     ) as bar:
         for index, restored in restorer.many(sizes, read):
             given, original = waiting.pop(index)

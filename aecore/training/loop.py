@@ -582,16 +582,28 @@ class _Run:
             )
 
 
+class _Log:
+    """What a progress bar writes to where there is no terminal: a line for each of its states."""
+
+    def write(self, text: str) -> None:
+        if state := text.strip():
+            print(state, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def _bar(run: _Run, progress: bool) -> tqdm:
     batch_size = run.experiment.training.batch_size
+    in_terminal = sys.stderr.isatty()
     return tqdm(
+        file=None if in_terminal else _Log(),
         desc=run.epoch_label(run.step + 1),
         total=run.last_step * batch_size,
         initial=run.step * batch_size,
         unit=" images",
         unit_scale=True,
-        dynamic_ncols=True,
+        dynamic_ncols=in_terminal,
         disable=not progress,
-        # A log file gets a line now and then, a terminal a moving bar.
-        mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        mininterval=0.2 if in_terminal else 10.0,
     )

@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_params
 from jax import export, lax
+from jax.sharding import PartitionSpec
 
+from aecore.models import NoiseReducer, ResolutionEnhancer, SubpixelAutoencoder, UNet, Upscaler
 from aecore.networks import layers
 from aecore.networks.lowering import convolution, cpu, operations, xla
 from aecore.networks.lowering.phases import merge_phases, split_phases
@@ -271,3 +274,35 @@ def test_images_of_any_size_are_convolved_as_large_ones():
         jax.ShapeDtypeStruct(sizes, np.float32), jax.ShapeDtypeStruct(kernel.shape, np.float32)
     )
     assert exported.mlir_module().count("stablehlo.convolution") == 6
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        NoiseReducer((4, 3)),
+        ResolutionEnhancer((4, 3, 3), channels=1),
+        SubpixelAutoencoder(),
+        UNet((4, 6), channels=1),
+        UNet((4, 6), channels=1, patch=2),
+        Upscaler(width=4, blocks=1, channels=1),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_gradients_in_shard_map_add_up_over_the_devices(model):
+    params = random_params(model)
+    images = np.random.default_rng(0).random((8, 16, 16, 1), np.float32)
+
+    def loss(params, images):
+        return (model.apply({"params": params}, images) ** 2).mean()
+
+    divided = jax.shard_map(
+        jax.grad(lambda *args: lax.pmean(loss(*args), "devices")),
+        mesh=jax.make_mesh((8,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,)),
+        in_specs=(PartitionSpec(), PartitionSpec("devices")),
+        out_specs=PartitionSpec(),
+    )
+    jax.tree.map(
+        lambda ours, whole: np.testing.assert_allclose(ours, whole, rtol=1e-3, atol=1e-6),
+        jax.jit(divided)(params, images),
+        jax.jit(jax.grad(loss))(params, images),
+    )

@@ -115,7 +115,7 @@ class _Convolution(Layer):
         kernel_init = self.kernel_init if self.is_initializing() else _zeros
         kernel = self.param("kernel", kernel_init, (3, 3, channels, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return promote_dtype(images, kernel, bias)
+        return _varying_alike(*promote_dtype(images, kernel, bias))
 
     def _finish(self, features: jax.Array, bias: jax.Array, batch_last: bool) -> jax.Array:
         return _finishing(self.activation, batch_last)(features, bias)
@@ -135,6 +135,20 @@ def _finishing(activation: Callable[[jax.Array], jax.Array] | None, batch_last: 
     if batch_last:
         return by_platform(finish, with_batch_last(finish_batch_last))
     return finish
+
+
+def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """The arrays, of which within `jax.shard_map` each varies over the axes over which any does.
+
+    The operations' gradients have the axes of the images; this has them summed for the parameters.
+    """
+    axes = frozenset().union(*(jax.typeof(array).mat.varying for array in arrays))
+    if not axes:
+        return list(arrays)
+    return [
+        jax.lax.pcast(array, tuple(axes - jax.typeof(array).mat.varying), to="varying")
+        for array in arrays
+    ]
 
 
 def _zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

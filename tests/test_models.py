@@ -424,3 +424,10 @@ def test_the_memory_of_parameters():
 def test_networks_too_large_for_memory_are_named(model, field):
     with pytest.raises(ConfigError, match=f"{type(model).__name__} with {field} needs .* GB"):
         check_memory(model, available=1e11)
+
+
+def test_a_network_is_written_in_messages_as_in_python():
+    model = UNet((4, 6), channels=1, patch=2)
+    written = repr(model)
+    assert written.startswith("UNet(features=(4, 6), ")
+    assert eval(written, {"UNet": UNet}) == model

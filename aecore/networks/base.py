@@ -57,6 +57,10 @@ class Autoencoder(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         return self.decode(self.encode(images))
 
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in hyperparameters(self).items())
+        return f"{type(self).__name__}({given})"
+
 
 def check_numbers(model: nn.Module, *names: str) -> None:
     """Checks fields of a network that count something.

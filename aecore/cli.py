@@ -51,9 +51,11 @@ def main(
         chosen = tyro.cli(Experiment, default=experiment, args=args, prog=prog)
         import jax
 
+        from aecore.media import images
         from aecore.scoring import evaluation
         from aecore.training import clock, loop, starting
 
+        images.silence_pillow()
         # The settings of a network need not be repeated to go on from it.
         chosen = starting.with_its_network(chosen, experiment.model)
         summary = loop.train(chosen, started=_STARTED)
@@ -487,6 +489,7 @@ class Evaluate:
 
     def run(self) -> int:
         from aecore import degradations
+        from aecore.media import images
         from aecore.scoring import evaluation, pictures
         from aecore.scoring.evaluate import evaluate
 
@@ -497,6 +500,7 @@ class Evaluate:
             raise ConfigError(f"--pictures {self.pictures} is no PNG file; end its name in .png")
         if self.data is not None:
             pictures.check_outputs(self.data, (self.csv, self.pictures, self.json))
+        images.silence_pillow()
         scores = evaluate(
             self.model,
             data=self.data,

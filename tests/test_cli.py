@@ -141,7 +141,14 @@ def test_evaluate_prints_the_scores(trained, capsys):
                 ["plan", "quickstart", "--topology", "cpu"],
             )
         ),
-        (["evaluate", "{trained}", "--batch-size", "0"], "batch_size 0 is less than 1"),
+        (
+            ["evaluate", "{trained}", "--batch-size", "0"],
+            "batch_size 0 is not possible; use 1 or more",
+        ),
+        (
+            ["evaluate", "{trained}", "--degradation", "Downscale(2)"],
+            "makes images 2 times smaller, the degradation of the training 1 times",
+        ),
         (["evaluate", "{trained}", "--data", ""], "the name of a file or folder is empty"),
         (["evaluate", "{trained}", "--json", ""], "the name of a file or folder is empty"),
         (["evaluate", "{trained}", "--no-classical", "--methods", "median"], "contradict"),

@@ -73,8 +73,8 @@ def evaluate(
         run's own images.
       DataError: the data can't be loaded.
     """
-    if batch_size is not None and batch_size < 1:
-        raise ConfigError(f"batch_size {batch_size} is less than 1; use 1 or more")
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ConfigError(f"batch_size {batch_size} is not possible; use 1 or more")
     methods = (classical,) if isinstance(classical, str) else classical
     if data is None:
         if csv is not None or pictures is not None:
@@ -125,6 +125,11 @@ def _evaluate_own(
         raise ConfigError(f"{run} doesn't say where its pictures are; name some with data (--data)")
     own = degradation in (None, experiment.degradation)
     degradation = degradation or experiment.degradation
+    if degradation.reduction != experiment.degradation.reduction:
+        raise ConfigError(
+            f"{degradation!r} makes images {degradation.reduction} times smaller, the degradation "
+            f"of the training {experiment.degradation.reduction} times; use one that does so too"
+        )
     experiment = dataclasses.replace(experiment, degradation=degradation)
     chosen = {}
     if methods and experiment.data.crop is not None:

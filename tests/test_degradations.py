@@ -7,6 +7,7 @@ from pathlib import Path
 
 import cv2
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -38,7 +39,7 @@ from aecore.degradations import (
     Sinc,
     Sometimes,
 )
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, ImageError
 from aecore.models import NoiseReducer
 from aecore.saved.descriptions import describe, experiment_from_json
 
@@ -406,6 +407,70 @@ def test_results_stay_in_range():
 def test_bad_parameters_are_refused(build, message):
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((4, 16, 16, 3), np.uint8), r"dtype uint8 and shape \(4, 16, 16, 3\)"),
+        (np.zeros((4, 16, 16, 3), np.int64), "dtype int64"),
+        (np.zeros((16, 16, 3), np.float32), r"dtype float32 and shape \(16, 16, 3\)"),
+        (np.zeros((16, 16), np.float32), r"shape \(16, 16\)"),
+        (Image.new("RGB", (16, 8)), r"dtype uint8 and shape \(8, 16, 3\)"),
+        (None, "no array"),
+    ],
+)
+@pytest.mark.parametrize("sigma", [0.1, (0.1, 0.2)])
+def test_only_batches_of_floats_are_degraded(images, message, sigma):
+    degradation = GaussianNoise(sigma)
+    with pytest.raises(ImageError, match=f"{message}"):
+        degradation(images, jax.random.key(0))
+    if isinstance(images, np.ndarray):
+        with pytest.raises(ImageError, match=r"pass \(N, H, W, C\) floats in \[0, 1\]"):
+            jax.eval_shape(degradation.__call__, jnp.asarray(images), jax.random.key(0))
+
+
+@pytest.mark.parametrize("count", [None, 3])
+def test_raw_keys_draw_what_typed_ones_draw(count):
+    images = RANDOM.random((3, 8, 8, 1), np.float32)
+    typed, raw = jax.random.key(5), jax.random.PRNGKey(5)
+    if count:
+        typed, raw = jax.random.split(typed, count), np.asarray(jax.random.split(raw, count))
+    for degradation in (GaussianNoise(0.1), ShotNoise((5.0, 90.0))):
+        expected = degradation(images, typed)
+        np.testing.assert_array_equal(degradation(images, raw), expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (0, "key 0 can't be used for 4 images"),
+        ("seed", "key 'seed' can't"),
+        (np.zeros((4,), np.uint32), r"of dtype uint32 and shape \(4,\) can't"),
+        (np.zeros((4, 2), np.float32), "of dtype float32"),
+        (jax.random.split(jax.random.key(0), 3), r"of dtype key<fry> and shape \(3,\) can't"),
+        (jax.random.split(jax.random.PRNGKey(0), 3), r"of dtype uint32 and shape \(3, 2\) can't"),
+    ],
+)
+def test_what_is_no_key_is_refused(key, message):
+    with pytest.raises(ConfigError, match=f"{message}.*pass jax.random.key"):
+        GaussianNoise(0.1)(np.zeros((4, 8, 8, 1), np.float32), key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgetful(Degradation):
+    """Noise that doesn't say that it is `noisy`."""
+
+    def apply(self, images, ops):
+        return images + ops.normal(f"{self.label}.noise", images)
+
+
+def test_what_draws_without_a_key_is_told_to_say_that_it_is_noisy():
+    images = np.zeros((2, 8, 8, 1), np.float32)
+    for degradation in (Forgetful(), Compose((GaussianBlur(1.0), Forgetful()))):
+        with pytest.raises(ConfigError, match=r"Forgetful.noise is drawn.*set noisy = True"):
+            degradation(images)
+        assert np.asarray(degradation(images, jax.random.key(0))).std() > 0.5
 
 
 @pytest.mark.parametrize("run", ["jax", "tf"])

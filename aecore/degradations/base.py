@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, ImageError
 
 Array = Any
 Range = float | tuple[float, float]
@@ -101,6 +101,11 @@ class JaxOps:
         return type(self)(self._keys, f"{self._path}{name}/")
 
     def _keys_of(self, name: str) -> jax.Array:
+        if self._keys is None:
+            raise ConfigError(
+                f"{self._path}{name} is drawn, but there is no key; pass key=jax.random.key(seed), "
+                "and if the degradation is your own, set noisy = True in its class"
+            )
         number = stream(self._path + name)
         return jax.vmap(lambda key: jax.random.fold_in(key, number))(self._keys)
 
@@ -379,21 +384,53 @@ class Degradation:
         Args:
           images: `(B, H, W, C)` float in [0, 1].
           key: `(B,)` PRNG keys, one per image, or one key, which is folded with each image's
-            position. Only needed if `is_random`.
+            position; of `jax.random.key` or of `jax.random.PRNGKey`. Only needed if `is_random`.
 
         Returns:
-          `(B, H / reduction, W / reduction, C)` float32 in [0, 1].
+          `(B, H / reduction, W / reduction, C)` float32 in [0, 1], unless an option says that it
+          isn't clipped.
 
         Raises:
-          ConfigError: the degradation is random and `key` is missing.
+          ConfigError: the degradation is random and `key` is missing, or is no such key.
+          ImageError: the images have another dtype or shape.
         """
-        images = jnp.asarray(images, jnp.float32)
-        if self.is_random:
-            if key is None:
-                raise ConfigError(f"{self} is random; pass key=jax.random.key(seed)")
-            if not key.shape:
-                key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(images.shape[0]))
-        return self.apply(images, JaxOps(key))
+        images = _floats(images)
+        if key is None and self.is_random:
+            raise ConfigError(f"{self} is random; pass key=jax.random.key(seed)")
+        return self.apply(images, JaxOps(None if key is None else _keys(key, images.shape[0])))
+
+
+def _floats(images: Any) -> jax.Array:
+    """Images as float32; raises ImageError unless they are `(B, H, W, C)` floats."""
+    try:
+        array = jnp.asarray(images)
+    except (TypeError, ValueError) as error:
+        raise ImageError(f"images can't be degraded, as they are no array: {error}") from error
+    if array.ndim != 4 or not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ImageError(
+            f"images of dtype {getattr(images, 'dtype', array.dtype)} and shape {array.shape} "
+            "can't be degraded; pass (N, H, W, C) floats in [0, 1]"
+        )
+    return array.astype(jnp.float32)
+
+
+def _keys(key: Any, count: int) -> jax.Array:
+    """`(count,)` keys: those given, or the one given, folded with each image's position."""
+    try:
+        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        keys = key if is_typed else jax.random.wrap_key_data(key)
+    except (AttributeError, TypeError):
+        keys = None
+    if keys is None or keys.shape not in ((), (count,)):
+        is_array = isinstance(key, jax.Array | np.ndarray)
+        what = f"of dtype {key.dtype} and shape {key.shape}" if is_array else repr(key)
+        raise ConfigError(
+            f"key {what} can't be used for {count} images; pass jax.random.key(seed), or a key per "
+            f"image, such as jax.random.split(jax.random.key(seed), {count})"
+        )
+    if keys.shape:
+        return keys
+    return jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(count))
 
 
 def pick(drawn: Array, weights: Sequence[float], results: Sequence[Array], ops: Ops) -> Array:

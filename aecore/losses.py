@@ -1,6 +1,6 @@
 """Training losses: two `(B, H, W, C)` float arrays in, `(B,)` float32 out, one value per image.
 
-All raise ImageError unless both arrays have the same shape.
+All raise ImageError unless both are NumPy's or JAX's arrays of floats, and have that same shape.
 """
 
 from collections.abc import Callable
@@ -48,6 +48,7 @@ def ms_ssim_l1(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     Computational Imaging 3 (2017), without their Gaussian weights on the absolute error, and with
     as many scales as fit into the images (`metrics.ms_ssim`).
     """
+    metrics.check_shapes(outputs, targets)
     outputs, targets = outputs.astype(jnp.float32), targets.astype(jnp.float32)
     similarity = metrics.ms_ssim(outputs, targets)
     return _MS_SSIM_SHARE * (1 - similarity) + (1 - _MS_SSIM_SHARE) * mae(outputs, targets)

@@ -1,7 +1,8 @@
 """How alike images are: two `(B, H, W, C)` float32 arrays in [0, 1] to `(B,)`, a value an image.
 
-All raise ImageError unless both arrays have the same shape. `luma` prepares arrays for them. dm_pix
-is imported where it is needed, as it takes a tenth of a second, and restoring needs no scores.
+All raise ImageError unless both are NumPy's or JAX's arrays of floats, and have that same shape.
+`luma` prepares arrays for them. dm_pix is imported where it is needed, as it takes a tenth of a
+second, and restoring needs no scores.
 """
 
 from typing import Any
@@ -28,11 +29,23 @@ On 2 CPU cores, SSIM of two pictures of 1024x1024 takes 0.27 s so, and 1.5 s as 
 pictures, each moved by a pixel."""
 
 
+def _check_floats(name: str, array: Any) -> None:
+    """Raises ImageError unless it is an array of floats: squares of uint8 would wrap around."""
+    is_array = isinstance(array, jax.Array | np.ndarray)
+    if not is_array or not jnp.issubdtype(array.dtype, jnp.floating):
+        what = f"of dtype {array.dtype}" if is_array else f"of type {type(array).__name__}"
+        raise ImageError(
+            f"{name} {what} are no array of floats; pass one of NumPy or JAX, with values in [0, 1]"
+        )
+
+
 def check_shapes(outputs: jax.Array, targets: jax.Array) -> None:
-    """Raises ImageError unless two arrays have the same shape `(B, H, W, C)`.
+    """Raises ImageError unless two arrays have floats and the same shape `(B, H, W, C)`.
 
     Others might be broadcast against each other, and give a number that says nothing.
     """
+    _check_floats("outputs", outputs)
+    _check_floats("targets", targets)
     shapes = jnp.shape(outputs), jnp.shape(targets)
     if shapes[0] != shapes[1] or len(shapes[0]) != 4:
         raise ImageError(
@@ -90,7 +103,7 @@ def psnr_within(outputs: jax.Array, targets: jax.Array, sizes: jax.Array) -> jax
 def ssim_within(outputs: jax.Array, targets: jax.Array, sizes: jax.Array) -> jax.Array:
     """`ssim` of each image's first `sizes[i]` rows and columns."""
     values = _ssim(outputs, targets, return_map=True)
-    return _mean_within(values, sizes - (SSIM_WINDOW - 1))
+    return _mean_within(values, jnp.asarray(sizes) - (SSIM_WINDOW - 1))
 
 
 def _ssim(outputs: jax.Array, targets: jax.Array, return_map: bool = False) -> jax.Array:
@@ -106,6 +119,12 @@ def _ssim(outputs: jax.Array, targets: jax.Array, return_map: bool = False) -> j
 
 def _mean_within(values: jax.Array, sizes: jax.Array) -> jax.Array:
     """The mean over channels and each image's first `sizes[i]` rows and columns."""
+    sizes = jnp.asarray(sizes)
+    if sizes.shape != (len(values), 2):
+        raise ImageError(
+            f"sizes of shape {sizes.shape} don't fit {len(values)} images; pass rows and columns "
+            "of each, (images, 2)"
+        )
     rows, columns = (jnp.arange(side) for side in values.shape[1:3])
     counts = (rows[:, None] < sizes[:, :1, None]) & (columns < sizes[:, 1:, None])
     # Row by row: a sum over millions of values at once would lose digits.
@@ -116,8 +135,12 @@ def _mean_within(values: jax.Array, sizes: jax.Array) -> jax.Array:
 def luma(images: jax.Array) -> jax.Array:
     """`(..., 3)` RGB to `(..., 1)` luma, of [16/255, 235/255], as ITU-R BT.601 defines it.
 
-    Papers on super-resolution give their scores on it, as MATLAB's `rgb2ycbcr` computes it.
+    Papers on super-resolution give their scores on it, as MATLAB's `rgb2ycbcr` computes it. Raises
+    ImageError unless the array has floats and three channels.
     """
+    _check_floats("images", images)
+    if images.shape[-1:] != (3,):
+        raise ImageError(f"images of shape {images.shape} have no luma; pass RGB, (..., 3)")
     weights = np.array([65.481, 128.553, 24.966], np.float32) / 255
     product = jnp.tensordot(images, weights, axes=1, precision=jax.lax.Precision.HIGHEST)
     return product[..., None] + 16 / 255

@@ -112,3 +112,57 @@ def test_images_smaller_than_the_window_are_refused(compare, size):
     images = np.zeros((1, *size, 3), np.float32)
     with pytest.raises(ImageError, match=f"{size[0]}x{size[1]} .* at least 11 pixels"):
         compare(images, images)
+
+
+FLOATS = np.zeros((2, 16, 16, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    "compare",
+    [*losses.LOSSES.values(), metrics.psnr, metrics.ssim, metrics.ms_ssim, metrics.psnr_within],
+)
+@pytest.mark.parametrize(
+    ("array", "what"),
+    [
+        (FLOATS.astype(np.uint8), "of dtype uint8"),
+        (FLOATS.astype(np.int32), "of dtype int32"),
+        (FLOATS.tolist(), "of type list"),
+        (None, "of type NoneType"),
+    ],
+)
+def test_only_arrays_of_floats_are_compared(compare, array, what):
+    sizes = (np.full((2, 2), 16),) if compare is metrics.psnr_within else ()
+    for pair, name in (((array, FLOATS), "outputs"), ((FLOATS, array), "targets")):
+        with pytest.raises(ImageError, match=f"{name} {what} are no array of floats; pass one of"):
+            compare(*pair, *sizes)
+
+
+def test_a_tensor_is_no_array_of_floats():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(ImageError, match="outputs of type Tensor are no array"):
+        metrics.psnr(torch.zeros(2, 16, 16, 3), FLOATS)
+
+
+def test_luma_is_that_of_rgb_alone():
+    np.testing.assert_allclose(metrics.luma(FLOATS[0]), 16 / 255)
+    for channels in (1, 4):
+        with pytest.raises(ImageError, match=rf"\(16, 16, {channels}\) have no luma; pass RGB"):
+            metrics.luma(np.zeros((16, 16, channels), np.float32))
+    with pytest.raises(ImageError, match="images of dtype uint8 are no array of floats"):
+        metrics.luma(FLOATS.astype(np.uint8))
+
+
+@pytest.mark.parametrize("name", ["mse_within", "psnr_within", "ssim_within"])
+def test_sizes_may_be_a_list_of_one_for_each_image(name):
+    outputs, targets = RANDOM.random((2, 2, 16, 16, 3), np.float32)
+    compare, whole = getattr(metrics, name), name.removesuffix("_within")
+    scores = compare(outputs, targets, [[12, 13], [16, 16]])
+    parts = (slice(0, 1), slice(12), slice(13)), (slice(1, 2),)
+    expected = [
+        float(getattr(metrics, whole, losses.mse)(outputs[part], targets[part])[0])
+        for part in parts
+    ]
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    for sizes in ([12, 13], [[12, 13]], 12):
+        with pytest.raises(ImageError, match="don't fit 2 images; pass rows and columns of each"):
+            compare(outputs, targets, sizes)

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from aecore import Data, Experiment, Optimizer, Training
@@ -179,6 +180,22 @@ def test_a_model_of_ones_own_is_rebuilt_by_the_class_at_hand():
 def test_settings_are_checked_when_built(build, message):
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (lambda: Training(epochs=np.int64(3), flip=np.True_), Training(epochs=3, flip=True)),
+        (lambda: Data(crop=np.int64(32)), Data(crop=32)),
+        (lambda: Data(crop=[32, np.uint8(48)]), Data(crop=(32, 48))),
+        (lambda: Data(image_size=(np.int64(32), 48)), Data(image_size=(32, 48))),
+        (lambda: Optimizer(learning_rate=np.float32(0.5)), Optimizer(learning_rate=0.5)),
+    ],
+)
+def test_numbers_of_numpy_become_pythons_and_lists_tuples(build, expected):
+    given = build()
+    assert repr(given) == repr(expected)
+    assert hash(given) == hash(expected)
 
 
 def test_experiments_are_hashable_and_frozen():

@@ -395,8 +395,9 @@ def test_results_stay_in_range():
         (lambda: Sometimes(0.5, 3), "3 is not a degradation"),
         (lambda: Sometimes(0.5, Downscale(2)), "makes images smaller"),
         (lambda: OneOf((JPEG(50), Downscale(2))), "parts reduce by 1, 2"),
-        (lambda: OneOf(()), "parts reduce by none"),
-        (lambda: OneOf((JPEG(50), JPEG(60)), (1.0,)), "use 2 numbers"),
+        (lambda: OneOf(()), "OneOf: there are no parts"),
+        (lambda: OneOf((JPEG(50), JPEG(60)), (1.0,)), "don't fit 2 parts; use a number for each"),
+        (lambda: OneOf((JPEG(50),), ()), "don't fit 1 part; use"),
         (lambda: OneOf((JPEG(50), JPEG(60)), (0.0, 0.0)), "not all 0"),
         (lambda: Shuffled((JPEG(50),) * 5), "5 parts are not possible; use 1 to 4"),
         (lambda: Shuffled((1, 2)), "Shuffled: .* not a tuple of degradations"),
@@ -407,6 +408,30 @@ def test_results_stay_in_range():
 def test_bad_parameters_are_refused(build, message):
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (lambda: JPEG(np.int64(30), ["4:2:0", "4:4:4"]), JPEG(30, ("4:2:0", "4:4:4"))),
+        (lambda: JPEG([np.uint8(30), 60]), JPEG((30, 60))),
+        (lambda: GaussianNoise(np.float32(0.5), clip=np.False_), GaussianNoise(0.5, clip=False)),
+        (lambda: GaussianNoise(np.float64(0.1)), GaussianNoise(0.1)),
+        (lambda: GaussianNoise(np.array([0.1, 0.2])), GaussianNoise((0.1, 0.2))),
+        (lambda: GaussianNoise([0.1, 0.2]), GaussianNoise((0.1, 0.2))),
+        (lambda: Downscale(np.int64(2), ["area", "bicubic"]), Downscale(2, ("area", "bicubic"))),
+        (lambda: Sometimes(np.float32(0.5), JPEG()), Sometimes(0.5, JPEG())),
+        (
+            lambda: OneOf([JPEG(50), JPEG(60)], [np.float32(1.0), 2]),
+            OneOf((JPEG(50), JPEG(60)), (1.0, 2)),
+        ),
+    ],
+)
+def test_numbers_of_numpy_become_pythons_and_lists_tuples(build, expected):
+    given = build()
+    assert given == expected
+    assert repr(given) == repr(expected)
+    assert hash(given) == hash(expected)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, Literal, Union
 
+from aecore.degradations.base import make_plain
 from aecore.errors import ConfigError
 
 
@@ -71,8 +72,9 @@ def is_of_host(field: dataclasses.Field) -> bool:
 def check(settings: Any, owner: str) -> None:
     """Checks an object's fields against their annotations and bounds.
 
-    Whole numbers count as numbers, booleans don't, and numbers must be finite. Types other than
-    numbers, text, booleans, None, tuples and `Literal` are left to whoever uses them.
+    NumPy's numbers become Python's first, and lists and arrays tuples. Whole numbers count as
+    numbers, booleans don't, and numbers must be finite. Types other than numbers, text, booleans,
+    None, tuples and `Literal` are left to whoever uses them.
 
     Args:
       settings: a dataclass instance.
@@ -82,7 +84,7 @@ def check(settings: Any, owner: str) -> None:
       ConfigError: names the field, its value, and what it may be.
     """
     for field, hint in _fields(type(settings)):
-        value = getattr(settings, field.name)
+        value = make_plain(settings, field.name)
         name = f"{owner}{field.name}"
         if not _fits(value, hint):
             raise ConfigError(f"{name} {value!r} is not possible; use {_describe(hint)}")

@@ -172,6 +172,22 @@ class PlacedJaxOps(JaxOps):
         return jax.vmap(of_image)(self._keys_of(name), rows).reshape(images.shape)
 
 
+def make_plain(settings: Any, name: str) -> Any:
+    """Makes a field of a frozen dataclass what JSON would give back, and returns it.
+
+    NumPy's numbers become Python's, and lists and arrays tuples, which can be hashed and compared.
+    """
+
+    def plain(value):
+        if isinstance(value, np.generic | np.ndarray):
+            value = value.tolist()
+        return tuple(map(plain, value)) if isinstance(value, list | tuple) else value
+
+    value = plain(getattr(settings, name))
+    object.__setattr__(settings, name, value)
+    return value
+
+
 _VALUES = "aecore.degradations.values"
 
 
@@ -300,6 +316,9 @@ class Degradation:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             values = field.metadata.get(_VALUES)
+            # Lists and arrays elsewhere are left to whoever wrote the class.
+            if values or isinstance(value, np.generic):
+                value = make_plain(self, field.name)
             if values and not (value is None and field.default is None):
                 values.check(type(self).__name__, field.name, value)
             if field.type is bool and not isinstance(value, bool):

@@ -6,7 +6,15 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
-from aecore.degradations.base import PROBABILITY, Degradation, Ops, clip, pick, register
+from aecore.degradations.base import (
+    PROBABILITY,
+    Degradation,
+    Ops,
+    clip,
+    make_plain,
+    pick,
+    register,
+)
 from aecore.degradations.blurs import Convolution
 from aecore.errors import ConfigError
 
@@ -18,6 +26,7 @@ class _OfParts(Degradation):
 
     def __post_init__(self):
         super().__post_init__()
+        make_plain(self, "parts")
         if not (
             isinstance(self.parts, tuple)
             and all(isinstance(part, Degradation) for part in self.parts)
@@ -69,6 +78,7 @@ class Sometimes(Degradation):
     noisy: ClassVar[bool] = True
 
     def __post_init__(self):
+        super().__post_init__()
         PROBABILITY.check("Sometimes", "p", self.p)
         if not isinstance(self.part, Degradation):
             raise ConfigError(f"Sometimes: {self.part!r} is not a degradation")
@@ -106,8 +116,11 @@ class OneOf(_OfParts):
 
     def __post_init__(self):
         super().__post_init__()
+        make_plain(self, "weights")
+        if not self.parts:
+            raise ConfigError("OneOf: there are no parts; use one or more")
         if len({part.reduction for part in self.parts}) != 1:
-            factors = ", ".join(str(part.reduction) for part in self.parts) or "none"
+            factors = ", ".join(str(part.reduction) for part in self.parts)
             raise ConfigError(f"OneOf: parts reduce by {factors}; use parts that reduce alike")
         if self.weights is None:
             return
@@ -117,9 +130,10 @@ class OneOf(_OfParts):
             and all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in self.weights)
             and sum(self.weights) > 0
         ):
+            count = len(self.parts)
             raise ConfigError(
-                f"OneOf: weights {self.weights!r} are not possible; use {len(self.parts)} numbers "
-                "that are 0 or more, and not all 0"
+                f"OneOf: weights {self.weights!r} don't fit {count} part{'s' * (count != 1)}; use "
+                "a number for each that is 0 or more, and not all 0"
             )
 
     @property

@@ -15,11 +15,12 @@ import scipy.special
 import scipy.stats
 from PIL import Image
 
-from aecore import Experiment
+from aecore import Data, Experiment, train
 from aecore.data.batches import training_batches
 from aecore.data.ops import TensorFlowOps
 from aecore.degradations import (
     JPEG,
+    REGISTRY,
     Blur,
     CameraNoise,
     Compose,
@@ -42,6 +43,7 @@ from aecore.degradations import (
 from aecore.errors import ConfigError, ImageError
 from aecore.models import NoiseReducer
 from aecore.saved.descriptions import describe, experiment_from_json
+from aecore.scoring import evaluation
 
 RANDOM = np.random.default_rng(0)
 
@@ -496,6 +498,66 @@ def test_what_draws_without_a_key_is_told_to_say_that_it_is_noisy():
         with pytest.raises(ConfigError, match=r"Forgetful.noise is drawn.*set noisy = True"):
             degradation(images)
         assert np.asarray(degradation(images, jax.random.key(0))).std() > 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfinished(Degradation):
+    """A degradation of one's own, before its `apply` is written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Half(Unfinished):
+    """Half the size, which it doesn't say."""
+
+    def apply(self, images, ops):
+        return images[:, ::2, ::2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Colourless(Unfinished):
+    def apply(self, images, ops):
+        return images[..., :1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Returnless(Unfinished):
+    def apply(self, images, ops):
+        del images, ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Undefined(Unfinished):
+    """NaN where images are black."""
+
+    def apply(self, images, ops):
+        return images / images
+
+
+@pytest.mark.parametrize(
+    ("degradation", "message"),
+    [
+        (Unfinished(), r"Unfinished has no apply; define apply\(self, images, ops\)"),
+        (Half(), r"Half\(\) makes .* \(2, 4, 4, 3\) .*reduction 1 they must be \(2, 8, 8, 3\)"),
+        (Compose((Half(),)), r"Half\(\),\)\) makes arrays of shape \(2, 4, 4, 3\)"),
+        (Colourless(), r"makes arrays of shape \(2, 8, 8, 1\)"),
+        (Returnless(), r"Returnless\(\) makes arrays of shape \(\)"),
+        (Undefined(), r"Undefined\(\) makes values that are NaN or infinite"),
+    ],
+)
+def test_degradations_of_ones_own_must_do_what_they_say(degradation, message):
+    images = np.full((2, 8, 8, 3), 200, np.uint8)
+    images[1, 0, 0] = 0
+    with pytest.raises(ConfigError, match=message):
+        evaluation.degraded(degradation, images)
+
+
+def test_training_does_not_begin_with_a_degradation_that_makes_nan(monkeypatch, tmp_path):
+    monkeypatch.setitem(REGISTRY, "Undefined", Undefined)
+    experiment = Experiment(
+        "a", NoiseReducer(), Undefined(), Data(image_size=(16, 16)), run_dir=str(tmp_path / "run")
+    )
+    with pytest.raises(ConfigError, match=r"Undefined\(\) makes values that are NaN"):
+        train(experiment)
 
 
 @pytest.mark.parametrize("run", ["jax", "tf"])

@@ -332,7 +332,9 @@ class Degradation:
         The name of whatever is drawn begins with the `label`, as in
         `ops.normal(f"{self.label}.noise", images)`.
         """
-        raise NotImplementedError
+        raise ConfigError(
+            f"{type(self).__name__} has no apply; define apply(self, images, ops) in its class"
+        )
 
     @property
     def reduction(self) -> int:

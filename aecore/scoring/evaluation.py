@@ -14,7 +14,7 @@ from aecore.data.batches import evaluation_batches
 from aecore.data.grouping import Group, GroupedPictures
 from aecore.data.indexed import Pairs, Source
 from aecore.degradations import Degradation, PlacedJaxOps
-from aecore.errors import DataError
+from aecore.errors import ConfigError, DataError
 from aecore.networks import layers
 from aecore.steps import step
 from aecore.steps.devices import Devices, in_background
@@ -259,6 +259,10 @@ def degraded(degradation: Degradation, images: np.ndarray, first: int = 0) -> np
       degradation: applied to the images.
       images: successive images of a dataset, `(N, H, W, C)` uint8.
       first: index of the first of them.
+
+    Raises:
+      ConfigError: the degradation, which may be one's own, makes arrays of another size than it
+        says, or values that are NaN or infinite.
     """
     return degraded_at(degradation, images, np.arange(first, first + len(images)))
 
@@ -266,7 +270,18 @@ def degraded(degradation: Degradation, images: np.ndarray, first: int = 0) -> np
 def degraded_at(degradation: Degradation, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """The same of any images of a dataset, `(N, H, W, C)` uint8, at `(N,)` indices."""
     arguments = jax.device_put((images, indices.astype(np.int32)))
-    return jax.device_get(_degrade(degradation)(*arguments))
+    results = jax.device_get(_degrade(degradation)(*arguments))
+    factor = degradation.reduction
+    count, height, width, channels = images.shape
+    expected = (count, height // factor, width // factor, channels)
+    if np.shape(results) != expected:
+        raise ConfigError(
+            f"{degradation} makes arrays of shape {np.shape(results)} of images of shape "
+            f"{images.shape}; with its reduction {factor} they must be {expected}"
+        )
+    if not np.isfinite(results).all():
+        raise ConfigError(f"{degradation} makes values that are NaN or infinite; keep them finite")
+    return results
 
 
 @functools.lru_cache(maxsize=8)

@@ -224,6 +224,7 @@ def test_what_a_run_on_pairs_undoes_must_be_said(photos):
             Compose((Sometimes(0.5, Blur()), JPEG(quality=(10, 95)))),
         ),
         (" Downscale(4, 'matlab') ", Downscale(4, "matlab")),
+        ("GaussianNoise(+0.1)", GaussianNoise(0.1)),
     ],
 )
 def test_degradations_are_read_from_text(text, expected):
@@ -242,6 +243,9 @@ def test_degradations_are_read_from_text(text, expected):
         ("GaussianNoise(**{'sigma': 0.1})", r"\*\*{'sigma': 0.1} is not allowed"),
         ("GaussianNoise(1 / 0)", "division by zero"),
         ("25", "'25' is no degradation"),
+        ("JPEG", r"write JPEG\(\)"),
+        ("Compose((JPEG(), Sometimes))", r"write Sometimes\(\)"),
+        (None, "None can't be read: it is no text"),
         ("", "can't be read"),
     ],
 )

@@ -65,7 +65,11 @@ class CameraNoise(Degradation):
 @register
 @dataclasses.dataclass(frozen=True)
 class ShotNoise(Degradation):
-    """The noise of counting photons: each value becomes a Poisson count, scaled back to [0, 1]."""
+    """The noise of counting photons: each value becomes a Poisson count, scaled back to [0, 1].
+
+    JAX's counts have the right standard deviation, to 0.1 %, up to a peak of 1e5. At 1e6 it is off
+    by up to 2 %.
+    """
 
     peak: Range = real(30.0, above=0, at_most=1e6)
     """Photons on average where the image is 1; fewer are noisier. Above 0, at most 1e6; two

@@ -26,6 +26,8 @@ def parse(text: str) -> Degradation:
       ConfigError: it is not such a text, or the degradation can't have these settings.
     """
     try:
+        if not isinstance(text, str):
+            raise TypeError("it is no text")
         degradation = _value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         # Of a syntax error, without a file and a line that nobody wrote.
@@ -49,6 +51,10 @@ def _value(node: ast.expr) -> Any:
             return tuple(map(_value, elements))
         case ast.UnaryOp(ast.USub(), operand):
             return -_value(operand)
+        case ast.UnaryOp(ast.UAdd(), operand):
+            return +_value(operand)
+        case ast.Name(name) if name in REGISTRY:
+            raise ValueError(f"to use the defaults of {name}, write {name}()")
         case ast.BinOp(left, operation, right) if type(operation) in _OPERATORS:
             return _OPERATORS[type(operation)](_value(left), _value(right))
         case ast.Call(ast.Name(name), args, keywords):

@@ -67,8 +67,7 @@ class CameraNoise(Degradation):
 class ShotNoise(Degradation):
     """The noise of counting photons: each value becomes a Poisson count, scaled back to [0, 1].
 
-    JAX's counts have the right standard deviation, to 0.1 %, up to a peak of 1e5. At 1e6 it is off
-    by up to 2 %.
+    The standard deviation of JAX's counts is right to 0.5 % up to a peak of 2e5, beyond to 3 %.
     """
 
     peak: Range = real(30.0, above=0, at_most=1e6)

@@ -92,6 +92,23 @@ def test_a_claim_of_a_process_that_is_gone_does_not_count(folder):
 
 
 @pytest.mark.parametrize(
+    "damaged",
+    [
+        {"seconds": "abc"},
+        {"seconds": None, "process": None},
+        {"seconds": float("inf"), "process": None},
+        {"seconds": 10**400, "process": None},
+        {"process": 10**30},
+    ],
+    ids=str,
+)
+def test_of_a_damaged_claim_what_cannot_be_used_is_left_out(damaged, folder):
+    left(folder, **damaged)
+    with claim.claimed(folder) as seconds:
+        assert seconds == 0
+
+
+@pytest.mark.parametrize(
     "other",
     [
         {"host": "elsewhere"},

@@ -3,8 +3,10 @@ import errno
 import functools
 import json
 import os
+import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ import optax
 import pytest
 from conftest import ONE_DEVICE, save_pictures
 from etils import epath
+from tensorboardX.proto import event_pb2
 
 import aecore
 from aecore.data import sources
@@ -139,6 +142,63 @@ def test_scalars_are_written_without_importing_pytorch(tmp_path, monkeypatch):
         log.add_loss(1, 0.5, dict)
     assert "torch" not in sys.modules
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("limit", [200, 5000], ids=["lines", "events"])
+def test_metrics_that_cannot_be_written_are_named(tmp_path, limit):
+    """As on a full disk; events are written later, some thousand bytes at once."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    threads = threading.active_count()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with (
+            pytest.raises(OSError) as raised,
+            metrics_log.MetricsLog(epath.Path(tmp_path), 0, [], 1, writes=True) as log,
+        ):
+            for step in range(1, 1000):
+                log.add_loss(step, 0.5, lambda: {"a": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.errno == errno.EFBIG
+    expected = {200: tmp_path / "metrics.jsonl", 5000: tmp_path}[limit]
+    assert raised.value.filename == str(expected)
+    assert threading.active_count() == threads
+
+
+def test_tensorboard_sees_the_scalars_and_from_which_step_on_they_are_new(tmp_path):
+    with metrics_log.MetricsLog(epath.Path(tmp_path), 6, [], 1, writes=True) as log:
+        log.add_loss(7, 0.5, lambda: {"goodput": 0.25})
+    (file,) = tmp_path.glob("events.out.tfevents.*")
+    written = [event_pb2.Event.FromString(record) for record in records(file)]
+    assert written[0].file_version == "brain.Event:2"
+    assert written[1].session_log.status == event_pb2.SessionLog.START
+    assert [event.step for event in written[1:]] == [7, 7, 7]
+    scalars = [event.summary.value[0] for event in written[2:]]
+    assert [(each.tag, each.simple_value) for each in scalars] == [("loss", 0.5), ("goodput", 0.25)]
+
+
+def records(file):
+    """What a file of TFRecords holds, without its checksums."""
+    content = file.read_bytes()
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        yield content[12 : 12 + length]
+        content = content[16 + length :]
+
+
+def test_damaged_side_files_keep_no_run_from_going_on(tiny):
+    aecore.train(change(tiny, steps=6), progress=False)
+    run = Path(tiny.run_dir)
+    lines = (run / "metrics.jsonl").read_bytes()
+    damaged = [b'{"step": 1, "lo\xffss": 1}', b'{"step": "a", "loss": 1}', b"[1]", b'{"loss": 1}']
+    damaged += [b'{"step": 1, "loss": "b"}', b'{"step": 1, "lo']
+    (run / "metrics.jsonl").write_bytes(b"\n".join([*damaged, lines]))
+    (run / "summary.json").write_text('{"steps": 6, "seconds": "x", "time": 3}')
+    (run / claim.FILE).write_text('{"seconds": "abc"}')
+    assert aecore.train(tiny, progress=False)["steps"] == 8
+    after = (run / "metrics.jsonl").read_bytes()
+    assert after.startswith(lines)
+    assert [json.loads(line)["step"] for line in after.splitlines()] == [2, 4, 4, 6, 6, 8, 8]
 
 
 @pytest.mark.every_room

@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from aecore.errors import ConfigError
+from aecore.saved.checks import is_number
 from aecore.storage import exists, is_remote, naming, write_whole
 
 _log = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ def claimed(
     remote = is_remote(directory)
     beat = _REMOTE_BEAT if remote else _BEAT
     earlier = _left(directory, beat)
-    taken = float(earlier.get("seconds", 0.0))
+    # Of a damaged claim, it isn't known.
+    taken = float(earlier["seconds"]) if is_number(earlier.get("seconds")) else 0.0
     token = uuid.uuid4().hex
     said = {
         "token": token,
@@ -161,7 +163,7 @@ def _is_alive(claim: dict[str, Any]) -> bool:
         return False
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # It is another user's.
         pass

@@ -447,9 +447,11 @@ class _Run:
     def _with_time_of_end(self, resumed: Description) -> Description:
         """With the time that was spent after the last checkpoint of a run that had ended there."""
         earlier = self._earlier_summary()
-        if earlier.get("steps") != resumed.step or not {"seconds", "time"} <= earlier.keys():
-            return resumed
-        return dataclasses.replace(resumed, seconds=earlier["seconds"], time=earlier["time"])
+        spent = {name: earlier.get(name) for name in ("seconds", "time")}
+        if earlier.get("steps") == resumed.step and None not in spent.values():
+            with contextlib.suppress(ValueError):  # The file is damaged.
+                return dataclasses.replace(resumed, **spent)
+        return resumed
 
     def _collect_losses(self, bar: tqdm, leave: int = 0) -> None:
         """Waits for the launched steps, except the last `leave` calls; records their losses."""

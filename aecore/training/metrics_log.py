@@ -1,17 +1,24 @@
 """`metrics.jsonl`, TensorBoard's event files, and whoever else wants to know the scores."""
 
+import contextlib
 import json
+import math
+import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from aecore.storage import is_remote, write_whole
+from aecore.saved.checks import is_count
+from aecore.storage import is_remote, naming, write_whole
 
 _SECONDS = 30
 """How often a file in a bucket, to which nothing can be appended, is written anew."""
+
+_SECONDS_OF_EVENTS = 120
+"""How often TensorBoard sees new events."""
 
 Callback = Callable[[int, Mapping[str, float]], None]
 """Called with a step and what `metrics.jsonl` holds of it: `loss` and what was measured with it; of
@@ -48,7 +55,7 @@ class MetricsLog:
         self._losses = list(unlogged)
         self._step = step
         self._text = ""
-        self._tensorboard: Any = None
+        self._events: _Events | None = None
         if writes and self._path.exists():
             kept = [line for line in self._read() if line["step"] <= step]
             self._text = "".join(map(_json_line, kept))
@@ -61,14 +68,18 @@ class MetricsLog:
         self._written = time.monotonic()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         if not self._writes:
             return
-        self.flush()
-        if self._file is not None:
-            self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        # After a failure, such as of a full disk, closing fails for the same reason.
+        ignored = contextlib.suppress(*([] if kind is None else [OSError]))
+        with ignored, naming(self._path):
+            self.flush()
+            if self._file is not None:
+                self._file.close()
+        if self._events is not None:
+            with ignored, naming(self._directory):
+                self._events.close()
 
     def flush(self) -> None:
         """Has all lines written, so that a checkpoint may follow that goes on after them."""
@@ -117,36 +128,82 @@ class MetricsLog:
             return
         line = _json_line({"step": step, **values})
         if self._file is not None:
-            self._file.write(line)
-            self._file.flush()
+            with naming(self._path):
+                self._file.write(line)
+                self._file.flush()
         else:
             self._text += line
             if time.monotonic() > self._written + _SECONDS:
                 self.flush()
-        self._add_scalars(step, values)
+        with naming(self._directory):
+            if self._events is None:
+                # An import takes half a second and more, for which the first step needn't wait.
+                self._events = _Events(self._directory, self._step + 1)
+            self._events.add(step, values)
         if self._callback is not None:
             self._callback(step, values)
 
-    def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        if self._tensorboard is None:
-            # Its import takes half a second and more, for which the first step needn't wait.
-            writer = _import_summary_writer()
-            self._tensorboard = writer(str(self._directory), purge_step=self._step + 1)
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
-
     def _read(self) -> list[dict[str, float]]:
         lines = []
-        for line in self._path.read_text().splitlines():
+        for line in self._path.read_bytes().splitlines():
             try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:  # Cut off when the process was killed.
+                lines.append(json.loads(line.decode()))
+            except ValueError:  # Cut off when the process was killed, or damaged.
                 continue
-        return [line for line in lines if isinstance(line, dict) and "step" in line]
+        return [line for line in lines if _is_line(line)]
 
 
-def _import_summary_writer() -> Any:
-    """tensorboardX's `SummaryWriter`.
+def _is_line(value: Any) -> bool:
+    """Whether a line of the metrics holds a step and numbers, as an undamaged one does."""
+    return (
+        isinstance(value, dict)
+        and is_count(value.get("step"))
+        and all(isinstance(number, (int, float)) for number in value.values())
+    )
+
+
+class _Events:
+    """TensorBoard's file of scalars.
+
+    tensorboardX has a writer for it, whose thread dies where it can't write, as on a full disk, and
+    blocks who adds scalars after that. This one writes in the thread that adds them.
+
+    Args:
+      directory: where the file is made.
+      first_step: what earlier files hold of this step and later ones is dropped.
+    """
+
+    def __init__(self, directory: epath.Path, first_step: int):
+        with _without_pytorch():
+            from tensorboardX.proto import event_pb2
+            from tensorboardX.record_writer import RecordWriter
+            from tensorboardX.summary import scalar
+        kinds: Any = event_pb2
+        self._event, self._scalar = kinds.Event, scalar
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self._file = RecordWriter(str(directory / name))
+        self._flushed = -math.inf
+        self._write(file_version="brain.Event:2")
+        start = kinds.SessionLog(status=kinds.SessionLog.START)
+        self._write(step=first_step, session_log=start)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._write(step=step, summary=self._scalar(name, value))
+        if time.monotonic() > self._flushed + _SECONDS_OF_EVENTS:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def _write(self, **fields: Any) -> None:
+        self._file.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextlib.contextmanager
+def _without_pytorch() -> Iterator[None]:
+    """Hides PyTorch from tensorboardX.
 
     Where PyTorch is installed, tensorboardX imports it, for tensors that are never logged here.
     That takes seconds, in which Python starts fewer steps, and it loads CUDA's libraries once more.
@@ -156,11 +213,10 @@ def _import_summary_writer() -> Any:
     if hide:
         modules["torch"] = None
     try:
-        from tensorboardX import SummaryWriter
+        yield
     finally:
         if hide:
             del modules["torch"]
-    return SummaryWriter
 
 
 def _json_line(values: Mapping[str, Any]) -> str:

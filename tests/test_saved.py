@@ -373,6 +373,40 @@ class Reversing(Autoencoder):
         return 1 - codes
 
 
+class Picky(Reversing):
+    """A network that doesn't take every image."""
+
+    def encode(self, images):
+        raise ValueError("too small")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (NoiseReducer(features=(8, 4)), r"features: \(\d+, \d+\) -> \(8, 4\)"),
+        (Reversing(), "NoiseReducer -> Reversing"),
+        (Picky(), "NoiseReducer -> Picky"),
+        (NoiseReducer, "is not a network"),
+        (5, "model=5 is not a network"),
+    ],
+    ids=["width", "class", "sizes", "no instance", "number"],
+)
+def test_another_model_is_not_taken_for_damage(model, message, trained, caplog):
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        aecore.Restorer.load(trained, model=model)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("described", [{"type": "Renamed", "features": [5]}, None])
+def test_a_run_of_an_unknown_model_is_loaded_with_one_that_fits(described, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    edit_description(lambda description: description.update(model=described))(run)
+    assert aecore.Restorer.load(run, model=NoiseReducer()).network.model == NoiseReducer()
+    with pytest.raises(CheckpointError, match="model= is not the network of"):
+        aecore.Restorer.load(run, model=NoiseReducer(features=(8, 4)))
+
+
 def test_networks_of_ones_own_can_be_exported(tmp_path):
     restorer = aecore.Restorer.of(Reversing(), {})
     assert network.fits_within(restorer.network, {})

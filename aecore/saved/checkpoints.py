@@ -25,11 +25,15 @@ from jax.experimental import multihost_utils
 
 from aecore import storage
 from aecore.errors import CheckpointError, SavingError
-from aecore.saved.descriptions import FILE_IN_CHECKPOINT, Description
+from aecore.saved.descriptions import FILE_IN_CHECKPOINT, Description, model_changes
 from aecore.steps.state import TrainState
 from aecore.storage import absolute, to_path, write_whole
 
 _log = logging.getLogger(__name__)
+
+
+class UnfitError(ValueError):
+    """A network can't have a checkpoint's parameters, whose names or shapes are others."""
 
 
 def best_step(steps: Iterable[int], description: Description) -> int | None:
@@ -207,7 +211,7 @@ def _of_all_processes(step: int | None) -> list[int | None]:
 
 
 def load(
-    run: epath.PathLike, abstract_params: Callable[[Description], Any]
+    run: epath.PathLike, abstract_params: Callable[[Description], Any], model: Any = None
 ) -> tuple[Any, Description]:
     """Loads a run's best checkpoint, or its newest where none was evaluated; changes no file.
 
@@ -215,14 +219,16 @@ def load(
 
     Args:
       run: a run directory.
-      abstract_params: from a description, the shapes, dtypes and shardings of the parameters.
+      abstract_params: from a description, the shapes, dtypes and shardings of the parameters;
+        UnfitError: the model can't have any.
+      model: the network that they are of, if it was chosen by who loads the run.
 
     Returns:
       Parameters, averaged ones if the run kept an average, and description.
 
     Raises:
       CheckpointError: the run has no checkpoint, or none that is whole, or one can't be read for
-        the moment.
+        the moment; or the model is not the run's.
     """
     directory = absolute(run) / "checkpoints"
     if not directory.is_dir():
@@ -253,6 +259,8 @@ def load(
             except CheckpointError:
                 raise
             except Exception as error:  # As above.
+                if model is not None and isinstance(error, UnfitError):
+                    _check_model(run, description, model, error)
                 _check_is_damage(directory / str(step), error)
                 _log.warning("%s; not used", _damage(directory / str(step), error))
                 continue
@@ -261,6 +269,20 @@ def load(
         f"{run} has no usable checkpoint in {directory}"
         + ("" if candidates else "; train the run first")
     )
+
+
+def _check_model(
+    run: epath.PathLike, description: Description, model: Any, error: Exception
+) -> None:
+    """Raises CheckpointError if it is another model that parameters don't fit."""
+    # Where a description says nothing of the model, it is the likelier reason.
+    described = description.model
+    differing = [str(error)] if described is None else model_changes(described, model)
+    if differing:
+        raise CheckpointError(
+            f"model= is not the network of {run} ({'; '.join(differing)}); load it with the model "
+            "that it was trained with"
+        ) from error
 
 
 def _read_description(manager: ocp.CheckpointManager, step: int) -> Description:
@@ -309,7 +331,7 @@ def _check_shapes(folder: epath.Path, abstract: Any) -> None:
     )
     for path in sorted(expected.keys() | found.keys()):
         if expected.get(path) != found.get(path):
-            raise ValueError(
+            raise UnfitError(
                 f"{'/'.join(path)} has shape {found.get(path)}, expected is {expected.get(path)}"
             )
 

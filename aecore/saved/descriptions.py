@@ -171,18 +171,12 @@ def describe(experiment: Experiment) -> Json:
     Raises:
       ConfigError: a field of the model or the degradation has no form in JSON.
     """
-    from aecore.networks.base import hyperparameters  # Flax; exported files do without.
-
-    model = hyperparameters(experiment.model)
     data = _encode_fields(experiment.data)
     if data["data_dir"] is not None:
         data["data_dir"] = os.fspath(absolute(data["data_dir"]))
     description = {
         "name": experiment.name,
-        "model": {
-            "type": type(experiment.model).__name__,
-            **{name: _encode(value) for name, value in model.items()},
-        },
+        "model": describe_model(experiment.model),
         "degradation": _encode(experiment.degradation),
         "data": data,
         "optimizer": _encode_fields(experiment.optimizer),
@@ -197,6 +191,33 @@ def describe(experiment: Experiment) -> Json:
             "use Python's numbers, strings and tuples for its fields"
         ) from error
     return description
+
+
+def describe_model(model: Any) -> Json:
+    """A model as JSON values: `type`, its class's name, and its fields."""
+    from aecore.networks.base import hyperparameters  # Flax; exported files do without.
+
+    fields = hyperparameters(model)
+    return {
+        "type": type(model).__name__,
+        **{name: _encode(value) for name, value in fields.items()},
+    }
+
+
+def model_changes(described: Mapping[str, Any], model: Any) -> list[str]:
+    """How a model differs from a described one, in words, as far as both have the same fields."""
+
+    def shown(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    now = describe_model(model)
+    if described.get("type") != now["type"]:
+        return [f"{described.get('type')} -> {now['type']}"]
+    return [
+        f"{name}: {shown(described[name])} -> {shown(value)}"
+        for name, value in now.items()
+        if name in described and described[name] != value
+    ]
 
 
 def experiment_from_json(

@@ -15,7 +15,7 @@ from aecore.networks.network import LinenNetwork
 from aecore.saved import exported, hub
 from aecore.saved.descriptions import FILE_IN_CHECKPOINT
 from aecore.saved.trained import TrainedNetwork
-from aecore.storage import absolute, is_remote
+from aecore.storage import absolute, is_remote, reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,10 @@ def load(source: str | os.PathLike, *, model: Any = None) -> TrainedNetwork:
 
     Raises:
       CheckpointError: there is nothing usable, or its model is not registered.
+      ConfigError: the model is no network.
     """
+    if isinstance(model, type) or not (model is None or hasattr(model, "encode")):
+        raise ConfigError(f"model={model!r:.80} is not a network; use one such as NoiseReducer()")
     path = _path(source)
     if str(source) in CARDS and not _holds_network(path):
         shipped, card = _FOLDER / f"{source}{exported.SUFFIX}", CARDS[str(source)]
@@ -202,11 +205,17 @@ def _of_run(run: epath.Path, model: Any) -> TrainedNetwork:
 
     def abstract(description):
         shape = (*description.image_size, description.channels)
+        network = build_model(description)
+        try:
+            params = abstract_params(network, shape)
+        except Exception as error:  # Of somebody's module, any.
+            if model is None:
+                raise
+            raise checkpoints.UnfitError(
+                f"{type(network).__name__} can't take images of {shape}: {reason(error)}"
+            ) from error
         # Arrays of the host: which devices are to have them is not known here.
-        return jax.tree.map(
-            lambda leaf: np.empty(leaf.shape, leaf.dtype),
-            abstract_params(build_model(description), shape),
-        )
+        return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), params)
 
-    params, description = checkpoints.load(run, abstract)
+    params, description = checkpoints.load(run, abstract, model)
     return TrainedNetwork(LinenNetwork(build_model(description)), params, description)

@@ -10,6 +10,7 @@ from aecore.errors import CheckpointError, ConfigError
 from aecore.networks.base import abstract_params, hyperparameters
 from aecore.saved import weights
 from aecore.saved.checkpoints import exists
+from aecore.saved.descriptions import describe_model, model_changes
 from aecore.saved.trained import TrainedNetwork
 from aecore.training import processes
 
@@ -57,7 +58,7 @@ def load(experiment: Experiment) -> TrainedNetwork | None:
         before = trained.description.build_model()
     except (CheckpointError, ConfigError) as error:
         raise ConfigError(f"training.start_from {source}: {error}") from error
-    differing = _differences(before, model)
+    differing = model_changes(describe_model(before), model)
     side = model.stride
     shapes = abstract_params(model, (side, side, model.channels))
     if not differing and _shapes(trained.params) != _shapes(shapes):
@@ -74,13 +75,6 @@ def describe(source: str, trained: TrainedNetwork) -> dict[str, Any]:
     """What a checkpoint says of what its training started from, as JSON values."""
     description = trained.description
     return {"source": source, "name": description.name, "step": description.step}
-
-
-def _differences(before: Any, now: Any) -> list[str]:
-    if type(before) is not type(now):
-        return [f"{type(before).__name__} -> {type(now).__name__}"]
-    old, new = hyperparameters(before), hyperparameters(now)
-    return [f"{name}: {old[name]} -> {new[name]}" for name in new if old[name] != new[name]]
 
 
 def _shapes(params: Any) -> Any:

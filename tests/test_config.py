@@ -149,6 +149,8 @@ def test_a_model_of_ones_own_is_rebuilt_by_the_class_at_hand():
                 {"distributed": 5},
                 {"distributed": "foo"},
                 {"distributed": "host:1,2,2"},
+                {"distributed": "host:0,2,0"},
+                {"distributed": "host:65536,2,0"},
                 {"loss": "l3"},
             )
         ],

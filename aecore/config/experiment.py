@@ -148,7 +148,8 @@ class Training:
     keep: int = setting(3, at_least=1, on_resume=OnResume.FREE)
     """How many of the newest checkpoints to keep. The best by validation loss is always kept."""
     log_every: int = setting(50, at_least=1, on_resume=OnResume.FREE)
-    """Steps averaged in one line of metrics.jsonl."""
+    """Steps averaged in one line of metrics.jsonl. Several processes look only then whether one of
+    them was asked to stop."""
     feed: Literal["stream", "resident"] = setting("stream", on_resume=OnResume.FREE)
     """stream: tf.data sends batches to the devices. resident: the devices hold all images, and one
     call does many steps."""
@@ -195,6 +196,11 @@ class Training:
                 and self.distributed.count(",") == 2,
                 f"training.distributed {self.distributed!r} is neither auto nor "
                 "HOST:PORT,COUNT,INDEX; use one such as 10.0.0.1:1234,2,0",
+            )
+            _require(
+                0 < int(host_port.rpartition(":")[2]) < 2**16,
+                f"training.distributed {self.distributed!r} has no possible port; use one from 1 "
+                "to 65535",
             )
 
     def last_step(self, images: int) -> int:

@@ -151,8 +151,10 @@ def _server(port: int) -> socket.socket:
     try:
         return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024)
     except OSError as error:
+        # Python's own words repeat themselves.
+        why = os.strerror(error.errno) if error.errno else reason(error)
         raise ConfigError(
-            f"port {port} can't be used ({reason(error)}); if another training uses it, "
+            f"port {port} can't be used ({why}); if another training uses it, "
             "choose another one in --training.distributed, in all processes"
         ) from error
 

@@ -20,8 +20,8 @@ from test_photographs import save
 from test_training import newest
 
 from aecore import Training
-from aecore.errors import ConfigError, ProcessError
-from aecore.training import meeting
+from aecore.errors import ConfigError, ProcessError, SavingError
+from aecore.training import group, meeting
 from aecore.training import processes as processes_module
 
 EXPERIMENT = Path(__file__).with_name("tiny_experiment.py")
@@ -274,6 +274,41 @@ def test_strangers_at_the_port_are_ignored(monkeypatch):
     threading.Timer(0.5, knock).start()
     with pytest.raises(ProcessError, match="1 did not come"):
         processes_module.join(training)
+
+
+RESUMES = "; the same command on all hosts resumes from the last checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyboardInterrupt(), f"was interrupted{RESUMES}"),
+        (OSError(30, "read only", "/run"), f"failed: /run: read only{RESUMES}"),
+        (RuntimeError("one\ntwo"), f"failed: one two{RESUMES}"),
+        (SavingError("the disk is full; try again"), "failed: the disk is full; try again"),
+        (ConfigError("seed 1.5; use 1"), "failed: seed 1.5; use 1"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_others_are_told_once_what_happened_and_what_to_do(error, said, monkeypatch):
+    monkeypatch.setattr(processes_module, "GRACE", 0.1)
+    monkeypatch.setattr(group.interrupts, "end_at_once", lambda status: None)
+    ends = socket.socketpair()
+    first, second = (
+        group.Group(index, 2, {1 - index: group.Link(end, "host")}, timeout=60)
+        for index, end in enumerate(ends)
+    )
+    with pytest.raises(type(error)), processes_module._ending_together(second):
+        raise error
+    assert first.wait_for_loss(10) == f"process 1 {said}"
+    first.leave(None)
+
+
+def test_a_port_that_is_in_use_is_named_with_the_reason_alone():
+    port = free_port()
+    message = rf"^port {port} can't be used \(Address already in use\); if another training"
+    with meeting._server(port), pytest.raises(ConfigError, match=message):
+        meeting._server(port)
 
 
 def test_why_the_coordination_service_does_not_start_is_told():

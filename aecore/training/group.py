@@ -18,6 +18,9 @@ from aecore.errors import ProcessError
 GRACE = 5.0
 """Seconds after the loss of a process until this one ends, if nothing else ended it before."""
 
+ADVICE = "the same command on all hosts resumes from the last checkpoint"
+"""What to do where a process is lost."""
+
 
 class Link:
     """A connection to another process; messages are lines of JSON."""
@@ -91,7 +94,8 @@ class Group:
         """Tells the others that this process ends.
 
         Args:
-          why: what failed, which ends the others too; None: it is done.
+          why: what happened to it, such as `failed: …`, which ends the others too; None: it is
+            done.
         """
         with self._changed:
             self._leaving = True
@@ -121,7 +125,7 @@ class Group:
                 link.heard = time.monotonic()
                 self._receive(peer, json.loads(line))
         if not link.left:
-            self._lose(peer, f"process {peer} (on {link.host}) is gone")
+            self._lose(peer, f"process {peer} (on {link.host}) is gone; {ADVICE}")
 
     def _receive(self, peer: int, message: Mapping[str, Any]) -> None:
         if "value" in message:
@@ -135,7 +139,7 @@ class Group:
         elif "left" in message:
             self._links[peer].left = True
             if message["left"] is not None:
-                self._lose(peer, f"process {peer} failed: {message['left']}")
+                self._lose(peer, f"process {peer} {message['left']}")
             with self._changed:
                 self._changed.notify_all()
 
@@ -145,15 +149,15 @@ class Group:
             for peer, link in self._links.items():
                 link.send()
                 if time.monotonic() - link.heard > self._timeout and not link.left:
-                    what = f"process {peer} (on {link.host})"
-                    self._lose(peer, f"{what} has given no sign of life for {self._timeout:g} s")
+                    what = f"process {peer} (on {link.host}) has given no sign of life for"
+                    self._lose(peer, f"{what} {self._timeout:g} s; {ADVICE}")
             time.sleep(min(5.0, self._timeout / 6))
 
     def _lose(self, peer: int, what: str) -> None:
         with self._changed:
             if self._leaving or self._loss is not None:
                 return
-            self._loss = f"{what}; the same command on all hosts resumes from the last checkpoint"
+            self._loss = what
             self._changed.notify_all()
         for other, link in self._links.items():
             if other != peer:

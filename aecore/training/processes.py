@@ -20,7 +20,7 @@ from aecore.errors import AecoreError, ConfigError, Interrupted, ProcessError, S
 from aecore.saved.descriptions import changes, describe, experiment_from_json
 from aecore.storage import reason
 from aecore.training import claim, meeting
-from aecore.training.group import GRACE, Group
+from aecore.training.group import ADVICE, GRACE, Group
 
 _SEEN_WITHIN = 20.0
 """Seconds until what one host has written is seen by the others, with caches between them."""
@@ -120,11 +120,22 @@ def _ending_together(group: Group) -> Iterator[None]:
     except BaseException as error:
         # Only what the loss of another process can cause is explained by it.
         is_own = isinstance(error, AecoreError) and not isinstance(error, SavingError)
+        is_own |= not isinstance(error, Exception)
         loss = None if is_own else group.wait_for_loss(GRACE)
-        group.leave(loss or reason(error))
-        if loss is None or not isinstance(error, Exception):
+        group.leave(f"failed: {loss}" if loss else _what_happened(error))
+        if loss is None:
             raise
         raise ProcessError(loss) from error
+
+
+def _what_happened(error: BaseException) -> str:
+    """One line for the other processes; exceptions of aecore say themselves what to do."""
+    if isinstance(error, AecoreError):
+        return f"failed: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return f"was interrupted; {ADVICE}"
+    where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    return f"failed: {where}{' '.join(reason(error).split())}; {ADVICE}"
 
 
 def _leave(group: Group, coordinator: subprocess.Popen | None) -> None:

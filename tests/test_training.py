@@ -584,6 +584,20 @@ def test_a_run_goes_on_past_a_smaller_limit(tiny, monkeypatch):
     assert summary["steps"] == summary["evaluation"]["step"] == 3
 
 
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda tiny: {"experiment": None}, "None is not an experiment"),
+        (lambda tiny: {"experiment": tiny, "callback": 5}, "callback 5 can't be called"),
+    ],
+    ids=["experiment", "callback"],
+)
+def test_arguments_that_cannot_work_are_refused_before_anything_is_done(build, message, tiny):
+    with pytest.raises(ConfigError, match=message):
+        aecore.train(**build(tiny))
+    assert not Path(tiny.run_dir).exists()
+
+
 def test_an_unregistered_degradation_is_refused_before_training(tiny):
     class Own(GaussianNoise):
         pass

@@ -96,6 +96,12 @@ def train(
       Interrupted: Ctrl-C or SIGTERM stopped it; a checkpoint was saved.
     """
     started = time.time() if started is None else started
+    if not isinstance(experiment, Experiment):
+        raise ConfigError(f"{experiment!r:.80} is not an experiment; use an aecore.Experiment")
+    if callback is not None and not callable(callback):
+        raise ConfigError(
+            f"callback {callback!r:.80} can't be called; use a function of a step and its scores"
+        )
     with (
         processes.together(experiment),
         Clock(experiment.training.batch_size, started=started) as clock,

@@ -204,7 +204,7 @@ def test_others_take_the_place_of_what_is_broken_however_it_is_read(caplog):
 
 
 def test_pictures_of_which_none_can_be_used_are_an_error():
-    with pytest.raises(DataError, match="too few of the 5 pictures .* it is 8x9, smaller"):
+    with pytest.raises(DataError, match="too few of the 5 pictures .* one is 8x9, smaller"):
         take(crops_of(Made([(8, 9)] * 5)), 1, batch_size=5)
     with pytest.raises(DataError, match=r"picture \d+ is broken"):
         take(crops_of(Made(SIZES, broken=range(30))), 1)

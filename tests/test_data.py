@@ -253,7 +253,7 @@ def test_a_folder_without_pictures(tmp_path, caplog):
         sources.load(Data(dataset="folder", data_dir=str(tmp_path)))
     assert "text.jpg is not a picture" in caplog.text
     save_pictures(tmp_path, 1)
-    with pytest.raises(DataError, match=r"1 image\(s\) can't be split"):
+    with pytest.raises(DataError, match=r"1 image\(s\) can't be split .*-fraction 0.1; add"):
         sources.load(Data(dataset="folder", data_dir=str(tmp_path)))
 
 

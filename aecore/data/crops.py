@@ -278,7 +278,7 @@ class Crops:
         """Raises ImageError if a picture can't be used, as far as its size tells."""
         own, size = self._source.shape(index), self._crop.size
         if self._crop.small == "skip" and (own[0] < size[0] or own[1] < size[1]):
-            raise _TooSmallError(f"it is {own[0]}x{own[1]}, smaller than {size[0]}x{size[1]}")
+            raise _TooSmallError(f"one is {own[0]}x{own[1]}, smaller than {size[0]}x{size[1]}")
 
     def _padded_size(self, index: int) -> tuple[int, int]:
         height, width, _ = self._source.shape(index)

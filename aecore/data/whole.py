@@ -187,6 +187,7 @@ def split(groups: Sequence[Any], good: np.ndarray, data: Data) -> np.ndarray:
     is_train = ~np.isin(group, held_out)
     if not (good & is_train).any():
         raise DataError(
-            f"{int(good.sum())} image(s) can't be split into training and validation; add more"
+            f"{int(good.sum())} image(s) can't be split into training and validation with "
+            f"--data.validation-fraction {data.validation_fraction}; add more, or use a smaller one"
         )
     return is_train

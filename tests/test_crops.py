@@ -15,7 +15,7 @@ from PIL import Image
 from aecore import Data
 from aecore.data import jpeg, sources
 from aecore.data.batches import epoch_order, training_batches
-from aecore.data.crops import Crop, Crops, turned
+from aecore.data.crops import Crop, Crops, central, turned
 from aecore.data.grouping import GroupedPictures
 from aecore.data.indexed import ArraySource, Cache, FileSource, Pairs
 from aecore.data.shapes import shared_shapes, smallest_containing
@@ -276,6 +276,22 @@ def test_gray_and_broken_files(tmp_path, caplog):
     assert folder(tmp_path).image_shape == (16, 16, 3)
     (message,) = {record.message for record in caplog.records}
     assert message.startswith(f"skipped: {tmp_path}/2.png can't be read")
+
+
+def test_a_broken_picture_is_told_of_once_however_many_look_at_it(tmp_path, caplog):
+    save_noise(tmp_path, SIZES[:4])
+    content = (tmp_path / "02.png").read_bytes()
+    (tmp_path / "01.png").write_bytes(b"text")
+    (tmp_path / "02.png").write_bytes(content[: len(content) // 2])
+    source = sources.pictures(Data(dataset="folder", data_dir=str(tmp_path)))
+    assert len(central(source, (16, 16), 4)[0]) == 2
+    for _ in range(2):
+        list(GroupedPictures(source).batches(lambda group: 1))
+    take(crops_of(source), 2, batch_size=4)
+    told = sorted(record.message for record in caplog.records)
+    assert len(told) == 2
+    assert "01.png" in told[0]
+    assert "02.png" in told[1]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from aecore.data.headers import warn
 from aecore.data.indexed import Pairs, Shape, Source
 from aecore.errors import DataError, ImageError
 
@@ -272,7 +273,7 @@ class Crops:
             is_new = index not in self._left_out
             self._left_out[index] = error
         if is_new and not isinstance(error, _TooSmallError):
-            _log.warning("skipped: %s", error)
+            warn(error, self._source)
 
     def _check(self, index: int) -> None:
         """Raises ImageError if a picture can't be used, as far as its size tells."""
@@ -346,7 +347,7 @@ def central(source: Source, size: tuple[int, int], count: int) -> tuple[np.ndarr
                 found.append(pad(pixels, height, width))
             return found
         except ImageError as error:
-            _log.warning("skipped: %s", error)
+            warn(error, source)
             return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

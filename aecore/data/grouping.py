@@ -11,7 +11,7 @@ import numpy as np
 
 from aecore.data.ahead import results_ahead
 from aecore.data.crops import pad
-from aecore.data.headers import readable_shapes
+from aecore.data.headers import readable_shapes, warn
 from aecore.data.indexed import Pairs, Shape, Source
 from aecore.data.shapes import Size, shared_shapes, smallest_containing
 from aecore.errors import ImageError
@@ -65,7 +65,8 @@ class GroupedPictures:
         self.groups: list[Group] = []
         sizes = {}
         too_small = 0
-        for index, (height, width, _) in readable_shapes(source.shape, range(len(source))):
+        readable = readable_shapes(source.shape, range(len(source)), source)
+        for index, (height, width, _) in readable:
             if min(height, width) < least:
                 too_small += 1
             else:
@@ -137,7 +138,7 @@ class GroupedPictures:
                     batch.degraded[row] = pad(degraded, *batch.degraded.shape[1:3])
             except ImageError as error:
                 self._broken.add(index)
-                _log.warning("skipped: %s", error)
+                warn(error, self._source)
                 continue
             batch.sizes[row] = original.shape[:2]
             batch.indices[row] = index

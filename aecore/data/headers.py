@@ -1,9 +1,10 @@
 """Shapes of many pictures, of which only the headers are read, several at the same time."""
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from aecore.data.ahead import results_ahead
 from aecore.data.indexed import Shape
@@ -14,15 +15,26 @@ _log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
+_told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+
+
+def warn(error: ImageError, source: Any = None) -> None:
+    """Says that a picture is left out; of one source once, however many look at its pictures."""
+    told = set() if source is None else _told.setdefault(source, set())
+    if str(error) not in told:
+        told.add(str(error))
+        _log.warning("skipped: %s", error)
+
 
 def readable_shapes(
-    shape_of: Callable[[Item], Shape], items: Sequence[Item]
+    shape_of: Callable[[Item], Shape], items: Sequence[Item], source: Any = None
 ) -> Iterator[tuple[Item, Shape]]:
     """Pictures whose headers can be read, in order. Others are left out, with a warning for each.
 
     Args:
       shape_of: reads one picture's shape, in one of several threads; ImageError: it is broken.
       items: the pictures, by whatever `shape_of` takes.
+      source: what they are of, for `warn`.
 
     Yields:
       A picture, and its height, width and channels.
@@ -38,6 +50,6 @@ def readable_shapes(
         found = results_ahead(lambda item: pool.submit(attempt, item), items, most=2 * REQUESTS)
         for item, shape in zip(items, found, strict=True):
             if isinstance(shape, ImageError):
-                _log.warning("skipped: %s", shape)
+                warn(shape, source)
             else:
                 yield item, shape

@@ -876,6 +876,34 @@ def test_values_that_are_refused_are_not_warned_of_before(value, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize(
+    "refused",
+    [np.full((280, 28), 127.5), np.full((1, 3, 28, 5), 0.5)],
+    ids=["range", "channels"],
+)
+def test_notes_are_kept_for_images_that_are_accepted(refused, caplog):
+    restorer = aecore.Restorer.load("fashion-mnist-denoise")
+    with pytest.raises(ImageError):
+        restorer(refused)
+    with pytest.raises(ImageError):
+        list(restorer.each([refused]))
+    assert not caplog.records
+    restorer(np.full((280, 28), 127, np.uint8))
+    assert len(caplog.records) == 2
+
+
+def test_notes_on_a_file_are_kept_until_it_fits(tmp_path, caplog):
+    frames = [Image.new("RGBA", (8, 8), (index, 2, 3, 4)) for index in range(3)]
+    frames[0].convert("RGB").save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(ImageError, match="channels"):
+        identity(4)(tmp_path / "a.gif")
+    with pytest.raises(ImageError, match="channels"):
+        identity(4).encode(tmp_path / "a.gif")
+    assert not caplog.records
+    identity(3).encode(tmp_path / "a.gif")
+    assert "only the first of" in caplog.text
+
+
 def test_restoring_says_once_what_a_picture_is_unlike(caplog):
     restorer = aecore.Restorer.load("fashion-mnist-denoise")
     for _ in range(2):

@@ -179,15 +179,19 @@ class Restorer:
             don't fit; the file has colour, or gray with alpha, of 16 bits, which Pillow's images
             can't hold; or the device's memory doesn't suffice.
         """
-        frame = self._frame(image)
+        frame, notes = self._frame(image)
         if frame is not None:
             # Rather than after hours of work.
             images.check_mode_of_pillow(frame.mode)
-            restored = self(frame.values, progress=progress)
-            return images.to_pillow(frame.restored(restored))
-        array = _checked(image)
-        self._notice(array)
-        return like(image, next(self._restored([array], progress=progress)))
+        array = _checked(image if frame is None else frame.values)
+
+        def notes_on(array):
+            return (*notes, *self._unlike(array))
+
+        restored = next(self._restored([array], notes_on=notes_on, progress=progress))
+        if frame is None:
+            return like(image, restored)
+        return images.to_pillow(frame.restored(restored))
 
     def each(self, arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Restores images as they come; consecutive ones of one shape are batched.
@@ -208,11 +212,10 @@ class Restorer:
         def checked():
             for image in arrays:
                 array = _checked_one(image)
-                self._notice(array)
                 given.append(image)
                 yield array
 
-        for restored in self._restored(checked()):
+        for restored in self._restored(checked(), notes_on=self._unlike):
             yield like(given.popleft(), restored)
 
     def many(
@@ -258,9 +261,11 @@ class Restorer:
         self,
         arrays: Iterable[np.ndarray],
         shapes: Sequence[Size] = (),
+        *,
+        notes_on: Callable[[np.ndarray], Iterable[str]] = lambda _: (),
         progress: Callable[[float], None] | None = None,
     ) -> Iterator[np.ndarray]:
-        """Restores arrays that are each an image, or several."""
+        """Restores arrays that are each an image, or several; says notes on those that fit."""
         under_way = collections.deque()
         begun = done = 0
 
@@ -268,6 +273,7 @@ class Restorer:
             nonlocal begun
             for array in arrays:
                 parts = self._adapt(array)
+                self._say(*notes_on(array))
                 under_way.append((array, len(parts)))
                 begun += len(parts)
                 yield from parts
@@ -328,13 +334,14 @@ class Restorer:
           ConfigError: nothing can be said, as it isn't known what degraded the image.
           ImageError: as for calling; or the sizes don't fit.
         """
-        frames = self._frame(restored), self._frame(original)
-        arrays = [
-            _checked(value if frame is None else frame.values)
-            for value, frame in zip((restored, original), frames, strict=True)
-        ]
-        after, before = map(_pictures, arrays)
-        return consistency.measure(self.description.build_degradation(), after, before)
+        batches, said = [], []
+        for value in (restored, original):
+            frame, notes = self._frame(value)
+            batches.append(_pictures(_checked(value if frame is None else frame.values)))
+            said += notes
+        measured = consistency.measure(self.description.build_degradation(), *batches)
+        self._say(*said)
+        return measured
 
     def differences(self, image: np.ndarray) -> tuple[str, ...]:
         """How an image is unlike those that the network was trained on.
@@ -354,11 +361,12 @@ class Restorer:
         number of channels must be the network's. Of an array of JAX, PyTorch or TensorFlow, the
         codes are such too.
         """
-        frame = self._frame(image)
+        frame, notes = self._frame(image)
         array = _checked(image if frame is None else frame.values)
         batch = _pictures(array)
         if batch.shape[3] != self.network.channels:
             raise self._channels_error(array, batch.shape[3])
+        self._say(*notes)
         sides = [(0, -size % self.network.stride) for size in batch.shape[1:3]]
         batch = np.pad(batch, [(0, 0), *sides, (0, 0)], mode="reflect")
         return like(image, self._engine.in_parts("encode", batch, batch.shape[1:3]))
@@ -419,23 +427,20 @@ class Restorer:
             self.network, self.trained.params, self.description.to_json(), self.trained.about
         )
 
-    def _frame(self, image: Any) -> images.Frame | None:
-        """A picture or path as a frame; None for an array."""
-        if isinstance(image, (str, os.PathLike)):
-            picture = images.read_picture(image)
-            frame, notes = picture.frames[0], picture.notes
-            if len(picture.frames) > 1:
-                self._say(
-                    f"{os.fspath(image)}: only the first of {len(picture.frames)} frames or pages "
-                    "is used; the command aecore restore restores all"
-                )
-        elif images.is_picture(image):
-            frame, notes = images.from_pillow(image)
-        else:
-            return None
-        for note in notes:
-            self._say(note)
-        return frame
+    def _frame(self, image: Any) -> tuple[images.Frame | None, Sequence[str]]:
+        """A picture or path as a frame, and what to say of it; None for an array."""
+        if images.is_picture(image):
+            return images.from_pillow(image)
+        if not isinstance(image, (str, os.PathLike)):
+            return None, ()
+        picture = images.read_picture(image)
+        if len(picture.frames) == 1:
+            return picture.frames[0], picture.notes
+        of_frames = (
+            f"{os.fspath(image)}: only the first of {len(picture.frames)} frames or pages is used; "
+            "the command aecore restore restores all"
+        )
+        return picture.frames[0], (of_frames, *picture.notes)
 
     def _adapt(self, array: np.ndarray) -> list[np.ndarray]:
         """An array as those `(N, H, W, C)` ones that the engine takes."""
@@ -464,17 +469,16 @@ class Restorer:
             f"(of shape {array.shape}; several gray ones are (N, H, W, 1))"
         )
 
-    def _notice(self, array: np.ndarray) -> None:
-        """Warns where an image, or the first of several, is unlike those of the training."""
-        first = array[0] if array.ndim == 4 else array
-        for note in self.differences(first):
-            self._say(note)
+    def _unlike(self, array: np.ndarray) -> tuple[str, ...]:
+        """How an image, or the first of several, is unlike those of the training."""
+        return self.differences(array[0] if array.ndim == 4 else array)
 
-    def _say(self, note: str) -> None:
+    def _say(self, *notes: str) -> None:
         """Logs what a user should know, once."""
-        if note not in self._said:
-            self._said.add(note)
-            _log.warning("%s", note)
+        for note in notes:
+            if note not in self._said:
+                self._said.add(note)
+                _log.warning("%s", note)
 
 
 def _devices(

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import flax.linen as nn
 import numpy as np
 import pytest
 
@@ -54,6 +55,8 @@ def test_json_names_nothing_outside_the_registries():
 
 def test_a_field_without_a_form_in_json_is_refused():
     class Typed(Autoencoder):
+        channels: int = 1
+        stride: int = 1
         dtype: type = float
 
     with pytest.raises(ConfigError, match="not JSON serializable"):
@@ -106,6 +109,17 @@ def test_a_model_of_ones_own_is_rebuilt_by_the_class_at_hand():
     assert experiment_from_json(description, like=Unregistered()).model == Unregistered(width=5)
 
 
+class Coder(nn.Module):
+    """A network but for what it lacks."""
+
+    channels: int = 1
+
+    def encode(self, images):
+        return images
+
+    decode = encode
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -129,6 +143,8 @@ def test_a_model_of_ones_own_is_rebuilt_by_the_class_at_hand():
             lambda: Experiment("a", NoiseReducer, GaussianNoise()),
             r"use one such as NoiseReducer\(\)",
         ),
+        (lambda: Experiment("a", "UNet", GaussianNoise()), "model 'UNet' is not a network"),
+        (lambda: Experiment("a", Coder(), GaussianNoise()), "Coder has no __call__ and no stride"),
         (lambda: Compose((1, 2)), "not a tuple of degradations"),
         (lambda: NoiseReducer(features=3), "can't have features 3"),
         (

@@ -262,11 +262,63 @@ def test_a_network_that_sees_everything_is_not_tiled(monkeypatch):
         ({"tile": -1}, "tile -1 is not possible"),
         ({"batch_size": 0}, "batch_size 0 is not possible"),
         ({"precision": "float16"}, "precision 'float16' is unknown"),
+        ({"tile": True}, "tile True is not possible"),
+        ({"batch_size": True}, "batch_size True is not possible"),
+        ({"strength": True}, "strength True is not possible"),
+        ({"strength": np.nan}, "strength nan is not possible"),
+        ({"in_range": "no"}, "in_range 'no' is not possible; use True or False"),
+        ({"consistent": 1}, "consistent 1 is not possible; use True or False"),
     ],
 )
 def test_wrong_settings_are_refused(trained, settings, message):
     with pytest.raises(ConfigError, match=message):
         aecore.Restorer.load(trained, **settings)(np.zeros((100, 100), np.uint8))
+
+
+@pytest.mark.parametrize("scalar", [np.int64, np.array, jnp.asarray])
+def test_settings_may_be_scalars_of_arrays(trained, scalar):
+    restorer = aecore.Restorer.load(
+        trained,
+        tile=scalar(64),
+        batch_size=scalar(3),
+        devices=scalar(2),
+        strength=scalar(0.5) if scalar is not np.int64 else np.float32(0.5),
+        in_range=scalar(1) == 1,
+    )
+    kept = restorer._settings
+    assert (kept["tile"], kept["batch_size"], kept["strength"], kept["in_range"]) == (
+        (64, 3, 0.5, True)
+    )
+    assert {type(kept[name]) for name in ("tile", "batch_size", "strength", "in_range")} == {
+        int,
+        float,
+        bool,
+    }
+    assert len(restorer.devices) == 2
+    image = RANDOM.random((100, 80), np.float32)
+    plain = aecore.Restorer.load(trained, tile=64, batch_size=3, devices=2)
+    np.testing.assert_array_equal(restorer(image), plain.with_strength(0.5)(image))
+    np.testing.assert_array_equal(restorer.with_strength(scalar(1))(image), plain(image))
+
+
+def test_floats_may_lie_anywhere_where_the_range_is_not_kept():
+    image = 3 * RANDOM.random((8, 12, 1), np.float32) - 1
+    restorer = aecore.Restorer.of(Identity(channels=1), {}, in_range=False)
+    np.testing.assert_array_equal(restorer.encode(image)[0], image)
+    for strength in (0, 0.5, 1):
+        result = restorer.with_strength(strength)(image)
+        np.testing.assert_allclose(result, np.clip(image, 0, 1), atol=2 / 3)
+        assert 0 <= result.min() and result.max() <= 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+def test_values_that_are_no_numbers_are_refused_in_any_range(value, caplog):
+    image = RANDOM.random((8, 12, 1))
+    image[3, 4] = value
+    restorer = aecore.Restorer.of(Identity(channels=1), {}, in_range=False)
+    for function in (restorer, restorer.encode):
+        with pytest.raises(ImageError, match="has values that are .*; replace them"):
+            function(image)
 
 
 def exhausting(restorer, too_large):
@@ -478,6 +530,56 @@ def test_a_model_of_ones_own(tiny):
     assert aecore.restore(image, tiny.run_dir, model=OwnModel()).shape == (8, 8)
 
 
+class Normed(Identity):
+    """Keeps statistics besides its parameters."""
+
+    def setup(self):
+        self.norm = nn.BatchNorm(use_running_average=True)
+
+    def decode(self, codes):
+        return self.norm(codes)
+
+
+def test_a_model_with_other_variables_than_parameters_is_refused(tiny):
+    model = Normed(channels=1)
+    with pytest.raises(ConfigError, match="has batch_stats besides parameters; use"):
+        aecore.train(dataclasses.replace(tiny, model=model), progress=False)
+    params = model.init(jax.random.key(0), np.zeros((1, 8, 8, 1)))["params"]
+    with pytest.raises(ConfigError, match="batch_stats.* alone"):
+        Restorer.of(model, params)(np.zeros((8, 8)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda params: {"params": params},
+        lambda params: jax.tree.map(lambda leaf: leaf[..., :1], params),
+        lambda params: {},
+        lambda params: None,
+    ],
+    ids=["variables", "shapes", "missing", "none"],
+)
+def test_parameters_of_another_model_are_refused(wrong):
+    restorer = Restorer.of(NoiseReducer(), wrong(random_params(NoiseReducer())))
+    for function in (restorer, restorer.encode):
+        with pytest.raises(ConfigError, match="NoiseReducer can't compute with these parameters"):
+            function(np.zeros((8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Restorer.of(5, {}), "model 5 is not a network"),
+        (lambda: Restorer.of(NoiseReducer, {}), "is not a network; use one such as"),
+        (lambda: Restorer.of(nn.Dense(3), {}), "Dense has no encode and no decode and no channels"),
+        (lambda: Restorer("photo-denoise"), "'photo-denoise' is not a .* use Restorer.load"),
+    ],
+)
+def test_what_is_no_network_is_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
 # ---- Kinds of arrays, devices, processes
 
 
@@ -596,6 +698,10 @@ def test_devices_may_be_named(trained):
             aecore.Restorer.load(trained, devices=devices)
     with pytest.raises(ConfigError, match="leave devices out"):
         aecore.Restorer.load(trained, device=chosen[0], devices=1)
+    with pytest.raises(ConfigError, match="devices names JAX devices already; leave device 'cpu'"):
+        aecore.Restorer.load(trained, device="cpu", devices=chosen)
+    with pytest.raises(ConfigError, match="more than once; name each once"):
+        aecore.Restorer.load(trained, devices=[chosen[0], *chosen])
 
 
 def spread(restorer, monkeypatch):

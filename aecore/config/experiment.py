@@ -229,10 +229,9 @@ class Experiment:
         _as_text(self, "run_dir")
         settings.check(self, "")
         _require(bool(self.name), "name is empty; give the experiment a name")
-        _require(
-            hasattr(self.model, "encode") and not isinstance(self.model, type),
-            f"model {self.model!r} is not a network; use one such as NoiseReducer()",
-        )
+        from aecore.networks import base  # Flax, which whoever has a model has imported.
+
+        base.check_module(self.model)
         _require(
             isinstance(self.degradation, Degradation),
             f"degradation {self.degradation!r} is not a Degradation; see aecore.degradations",

@@ -33,7 +33,7 @@ def hyperparameters(model: nn.Module) -> dict[str, Any]:
 class Autoencoder(nn.Module):
     """Base of the networks: `decode(encode(images))`, on `(B, H, W, C)` float32 in [0, 1].
 
-    Besides its methods, a network has these attributes, as fields or properties:
+    Besides these methods, a network has these attributes, as fields or properties:
 
     - `channels`: C, of what goes in and of what comes out;
     - `stride`: H and W must be multiples of it;
@@ -60,6 +60,19 @@ class Autoencoder(nn.Module):
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in hyperparameters(self).items())
         return f"{type(self).__name__}({given})"
+
+
+def check_module(model: Any) -> None:
+    """Raises ConfigError unless a model is a Linen module with all that a network needs."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model {model!r:.80} is not a network; use one such as NoiseReducer()")
+    needed = ("encode", "decode", "__call__", "channels", "stride")
+    missing = [name for name in needed if not hasattr(model, name)]
+    if missing:
+        raise ConfigError(
+            f"{type(model).__name__} has no {' and no '.join(missing)}; a network needs "
+            f"{', '.join(needed)}, as aecore.models.Autoencoder describes them"
+        )
 
 
 def check_numbers(model: nn.Module, *names: str) -> None:
@@ -95,9 +108,20 @@ def check_choice(model: nn.Module, name: str, *choices: Any) -> None:
 
 @functools.lru_cache(maxsize=16)  # Tracing takes a tenth of a second, and trainings ask often.
 def abstract_params(model: Any, image_shape: tuple[int, int, int]) -> Any:
-    """The shapes and dtypes of a model's parameters."""
+    """The shapes and dtypes of a model's parameters.
+
+    Raises:
+      ConfigError: it has other variables too, such as the statistics of `nn.BatchNorm`.
+    """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images)["params"]
+    variables = jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images)
+    others = sorted(variables.keys() - {"params"})
+    if others:
+        raise ConfigError(
+            f"{type(model).__name__} has {', '.join(others)} besides parameters; use layers "
+            "without, such as nn.GroupNorm for nn.BatchNorm"
+        )
+    return variables.get("params", {})
 
 
 def parameter_bytes(model: Any) -> int:

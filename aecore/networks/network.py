@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aecore.errors import ConfigError
 from aecore.networks import receptive_field
 from aecore.networks.receptive_field import ReceptiveField
 
@@ -81,13 +82,22 @@ class Network(Protocol):
 class LinenNetwork:
     """A Linen module as a `Network`.
 
-    It needs `encode`, `decode`, `channels` and `stride`, as `base.Autoencoder` describes them.
+    It needs `encode`, `decode`, `__call__`, `channels` and `stride`, as `base.Autoencoder`
+    describes them, and no variables but parameters.
+
+    Raises:
+      ConfigError: it is no such module; or, when it computes, these are not its parameters.
     """
 
     model: Any
     precision: Precision = "float32"
     """In which layers compute. Their parameters are cast to it, and so is what each layer takes.
     The images aren't: what a residual network adds its correction to keeps all of its bits."""
+
+    def __post_init__(self):
+        from aecore.networks import base  # Flax; exported files do without.
+
+        base.check_module(self.model)
 
     @property
     def name(self) -> str:
@@ -116,7 +126,7 @@ class LinenNetwork:
         return self._compute(self.model.apply, params, codes, method="decode")
 
     def apply_within(self, params: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
-        from aecore.networks import masking  # Flax; exported files do without.
+        from aecore.networks import masking
 
         return self._compute(
             lambda variables, images: masking.apply_within(
@@ -130,6 +140,18 @@ class LinenNetwork:
         return dataclasses.replace(self, precision=precision)
 
     def _compute(self, function: Callable, params: Any, images: jax.Array, **kwargs) -> jax.Array:
+        from flax.errors import FlaxError
+
+        try:
+            return self._computed(function, params, images, **kwargs)
+        except FlaxError as error:
+            reason = str(error).split(" (https://")[0]
+            raise ConfigError(
+                f"{self.name} can't compute with these parameters: {reason} Use the `params` of "
+                "what its init gives, alone"
+            ) from error
+
+    def _computed(self, function: Callable, params: Any, images: jax.Array, **kwargs) -> jax.Array:
         if self.precision == "float32":
             return function({"params": params}, images, **kwargs)
         from aecore.networks import layers

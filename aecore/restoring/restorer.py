@@ -3,6 +3,7 @@
 import collections
 import functools
 import logging
+import numbers
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from aecore.networks.receptive_field import ReceptiveField
 from aecore.restoring import consistency, engine, expectations, passes, projection
 from aecore.restoring.consistency import Consistency
 from aecore.restoring.engine import Engine
-from aecore.restoring.tensors import like, to_numpy
+from aecore.restoring.tensors import like, scalar, to_numpy
 from aecore.restoring.tiling import Size
 from aecore.saved import weights
 from aecore.saved.descriptions import Description
@@ -39,7 +40,8 @@ class Restorer:
     Args:
       trained: the network; `Restorer.of` makes a restorer of your own module and parameters.
       tile: `"auto"`, so that pictures too large to be restored at once are restored in tiles; 0
-        for never; or the side of the tiles in pixels. The result is the same but for rounding.
+        for never; or the side of the tiles in pixels, of which it is found by restoring whether it
+        suffices for the network. The result is the same but for rounding.
       batch_size: most images at a time; None for as many as are worth it.
       precision: `"float32"`, `"bfloat16"`, or `"auto"` for bfloat16 on TPUs and else float32.
       device: a platform, `"cpu"`, `"gpu"` or `"tpu"`, or a JAX device to use alone; None for the
@@ -47,9 +49,10 @@ class Restorer:
       devices: how many of the platform's local devices to use, or JAX devices of one platform; None
         for all. Batches and tiles are divided among them; the results are the same bit for bit.
       strength: how much of the correction is applied, from 0 to 1: 0 gives back the image, enlarged
-        by interpolation where the network enlarges, 1 what the network makes of it.
+        by interpolation where the network enlarges, 1 what the network makes of it. `consistent`
+        changes what this gives.
       in_range: whether floats must lie in [0, 1]. False: others are taken as they are, such as
-        noise that benchmarks don't clip.
+        noise that benchmarks don't clip; results are clipped to [0, 1] all the same.
       consistent: whether results are changed so that degrading them gives their images. Only of
         networks that were trained to undo `Downscale`, `Pixelate` or `Mask`; on images that were
         degraded otherwise, it brings their faults back.
@@ -75,13 +78,23 @@ class Restorer:
         consistent: bool = False,
     ):
         engine.refuse_fork()
-        _check_strength(strength)
+        if not isinstance(trained, TrainedNetwork):
+            raise ConfigError(
+                f"{trained!r:.80} is not a trained network; use Restorer.load for what has a name "
+                "or path, and Restorer.of for a module"
+            )
+        tile, batch_size, in_range, consistent = map(
+            scalar, (tile, batch_size, in_range, consistent)
+        )
+        for name, value in {"in_range": in_range, "consistent": consistent}.items():
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name} {value!r} is not possible; use True or False")
         self.trained = trained
         self._settings = {
             "tile": tile,
             "batch_size": batch_size,
             "precision": precision,
-            "strength": strength,
+            "strength": _checked_strength(strength),
             "in_range": in_range,
             "consistent": consistent,
         }
@@ -117,12 +130,22 @@ class Restorer:
 
     @classmethod
     def of(cls, model: Any, params: Any, **settings: Any) -> "Restorer":
-        """Restores with your own Linen module; it has `encode`, `decode`, `channels`, `stride`."""
+        """Restores with your own Linen module.
+
+        Args:
+          model: has `encode`, `decode`, `__call__`, `channels` and `stride`, as
+            `aecore.models.Autoencoder` describes them.
+          params: what its `init` gives as `params`; it has no other variables.
+          **settings: as for the class.
+
+        Raises:
+          ConfigError: it is no such module. That the parameters are others is found by restoring.
+        """
         return cls(TrainedNetwork.of(model, params), **settings)
 
     def with_strength(self, strength: float) -> "Restorer":
         """This restorer with another strength; both share what has been compiled."""
-        _check_strength(strength)
+        strength = _checked_strength(strength)
         other = object.__new__(type(self))
         vars(other).update(vars(self), _settings={**self._settings, "strength": strength})
         return other
@@ -168,13 +191,15 @@ class Restorer:
             picture is. What it raises ends the work, and is raised here.
 
         Returns:
-          The same kind, dtype, shape and mode (for a path, a Pillow image; for an array of JAX,
-          PyTorch or TensorFlow, such an array on the same device, without gradients), rounded and
-          clipped to what the dtype can hold; floats are clipped to [0, 1]. A network that enlarges
-          gives `s` times the height and width. Alpha is left as it was. Of Pillow's modes, P
-          becomes RGB or RGBA, and CMYK, YCbCr, LAB and HSV become RGB.
+          The same kind, dtype (in native byte order), shape and mode (for a path, a Pillow image;
+          for an array of JAX, PyTorch or TensorFlow, such an array on the same device, without
+          gradients), rounded and clipped to what the dtype can hold; floats are clipped to [0, 1].
+          A network that enlarges gives `s` times the height and width. Alpha is left as it was. Of
+          Pillow's modes, P becomes RGB or RGBA, and CMYK, YCbCr, LAB and HSV become RGB.
 
         Raises:
+          ConfigError: the network can't be restored in tiles, or needs larger ones than `tile`; the
+            parameters are another model's; or the process was forked.
           ImageError: the picture can't be read; its dtype, shape, values or number of channels
             don't fit; the file has colour, or gray with alpha, of 16 bits, which Pillow's images
             can't hold; or the device's memory doesn't suffice.
@@ -311,14 +336,15 @@ class Restorer:
             larger = [images.enlarged(image, self._engine.scale) for image in several]
             plain = np.stack(larger).reshape(restored.shape)
         blended = (1 - strength) * plain.astype(np.float32) + strength * restored
-        return (np.rint(blended) if array.dtype.kind == "u" else blended).astype(array.dtype)
+        is_float = array.dtype.kind == "f"
+        return (blended.clip(0, 1) if is_float else np.rint(blended)).astype(array.dtype)
 
     def _agreeing(self, array: np.ndarray, restored: np.ndarray) -> np.ndarray:
         """The restored image such that degrading it gives the input, if that was asked for."""
         if self._project is None:
             return restored
-        pairs = zip(_pictures(restored), _pictures(array), strict=True)
-        agreeing = np.stack([self._project(after, before) for after, before in pairs])
+        pairs = zip(self._pictures(restored), self._pictures(array), strict=True)
+        agreeing = np.stack([self._project(after, before) for after, before in pairs]).clip(0, 1)
         if restored.dtype.kind == "u":
             agreeing = np.rint(agreeing * np.iinfo(restored.dtype).max)
         return agreeing.reshape(restored.shape).astype(restored.dtype)
@@ -337,7 +363,7 @@ class Restorer:
         batches, said = [], []
         for value in (restored, original):
             frame, notes = self._frame(value)
-            batches.append(_pictures(_checked(value if frame is None else frame.values)))
+            batches.append(self._pictures(_checked(value if frame is None else frame.values)))
             said += notes
         measured = consistency.measure(self.description.build_degradation(), *batches)
         self._say(*said)
@@ -363,7 +389,7 @@ class Restorer:
         """
         frame, notes = self._frame(image)
         array = _checked(image if frame is None else frame.values)
-        batch = _pictures(array)
+        batch = self._pictures(array)
         if batch.shape[3] != self.network.channels:
             raise self._channels_error(array, batch.shape[3])
         self._say(*notes)
@@ -448,8 +474,7 @@ class Restorer:
         values = values[..., None] if array.ndim == 2 else values
         channels = values.shape[3]
         if values.dtype.kind == "f":
-            in_range = self._settings["in_range"]
-            values = _to_float(values) if in_range else values.astype(np.float32)
+            values = _to_float(values, self._settings["in_range"])
         if channels == self.network.channels:
             return [values]
         if (channels, self.network.channels) == (3, 1):
@@ -459,6 +484,11 @@ class Restorer:
             self._say(expectations.of_gray(self.description))
             return [values]
         raise self._channels_error(array, channels)
+
+    def _pictures(self, array: np.ndarray) -> np.ndarray:
+        """An image, or several, as `(N, H, W, C)` float32; 1 is white."""
+        array = array[..., None] if array.ndim == 2 else array
+        return _to_float(array if array.ndim == 4 else array[None], self._settings["in_range"])
 
     def _channels_error(self, array: np.ndarray, channels: int) -> ImageError:
         is_first = array.ndim >= 3 and array.shape[-3] == self.network.channels
@@ -485,16 +515,22 @@ def _devices(
     device: jax.Device | str | None,  # pyright: ignore[reportInvalidTypeForm]
     devices: int | Sequence[jax.Device] | None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Sequence[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
+    devices = scalar(devices)
     if isinstance(device, jax.Device):
         if devices is not None:
             raise ConfigError("device names one JAX device already; leave devices out")
         return [device]
-    if isinstance(devices, Sequence) and devices and device is None:
-        if len({getattr(one, "platform", one) for one in devices}) == 1 and all(
-            isinstance(one, jax.Device) for one in devices
+    if isinstance(devices, Sequence) and devices:
+        if not (
+            all(isinstance(one, jax.Device) for one in devices)
+            and len({one.platform for one in devices}) == 1
         ):
-            return devices
-        raise ConfigError(f"devices {devices!r} are not JAX devices of one platform")
+            raise ConfigError(f"devices {devices!r} are not JAX devices of one platform")
+        if device is not None:
+            raise ConfigError(f"devices names JAX devices already; leave device {device!r} out")
+        if len(set(devices)) < len(devices):
+            raise ConfigError(f"devices {devices!r} names one more than once; name each once")
+        return devices
     try:
         local = jax.local_devices(backend=device)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -547,29 +583,30 @@ def _checked_one(image: Any) -> np.ndarray:
     return array
 
 
-def _to_float(array: np.ndarray) -> np.ndarray:
-    """As float32 in [0, 1]; refuses floats that lie elsewhere."""
+def _to_float(array: np.ndarray, in_range: bool) -> np.ndarray:
+    """As float32, 1 being white; refuses floats outside [0, 1] if they must be in this range."""
     if array.dtype.kind == "u":
         return array.astype(np.float32) / np.iinfo(array.dtype).max
     if np.isnan(array).any():
         raise ImageError("the image has values that are NaN; replace them")
-    if not (array.min() >= -_ROUNDING and array.max() <= 1 + _ROUNDING):
+    lowest, highest = array.min(), array.max()
+    if not in_range:
+        if max(-lowest, highest) > np.finfo(np.float32).max:
+            raise ImageError("the image has values that are infinite in float32; replace them")
+        return array.astype(np.float32)
+    if not (lowest >= -_ROUNDING and highest <= 1 + _ROUNDING):
         raise ImageError(
-            f"float images must lie in [0, 1], these in [{array.min():g}, {array.max():g}]; "
+            f"float images must lie in [0, 1], these in [{lowest:g}, {highest:g}]; "
             "scale or clip them, or pass uint8"
         )
     return np.clip(array, 0, 1).astype(np.float32)
 
 
-def _pictures(array: np.ndarray) -> np.ndarray:
-    """An image, or several, as `(N, H, W, C)` float32 in [0, 1]."""
-    array = array[..., None] if array.ndim == 2 else array
-    return _to_float(array if array.ndim == 4 else array[None])
-
-
-def _check_strength(strength: float) -> None:
-    if not (isinstance(strength, (int, float)) and 0 <= strength <= 1):
+def _checked_strength(strength: Any) -> float:
+    number = scalar(strength)
+    if not (isinstance(number, numbers.Real) and not isinstance(number, bool) and 0 <= number <= 1):
         raise ConfigError(f"strength {strength!r} is not possible; use a number from 0 to 1")
+    return float(number)
 
 
 class _Kept(NamedTuple):

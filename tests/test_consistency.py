@@ -91,6 +91,15 @@ def test_pixels_that_were_not_blanked_stay_as_they_are():
     assert (result[~known] > 0).any()
 
 
+@pytest.mark.parametrize("degradation", [Downscale(2), Pixelate(0.4), Mask(pixels=0.3)])
+def test_consistent_results_of_floats_out_of_range_lie_in_it(degradation):
+    image = 3 * RANDOM.random((24, 30, 3), np.float32) - 1
+    result = restorer(degradation, in_range=False, consistent=True)(image)
+    assert result.min() >= 0 and result.max() <= 1
+    if isinstance(degradation, Mask):
+        np.testing.assert_array_equal(result, np.clip(image, 0, 1))
+
+
 @pytest.mark.parametrize("degradation", [GaussianNoise(0.1), JPEG(50), Pixelate((0.3, 0.5))])
 def test_what_has_no_projection_is_refused(degradation):
     with pytest.raises(ConfigError, match="results can't be made consistent with"):
@@ -122,6 +131,15 @@ def test_what_was_removed_should_look_like_noise(noise):
     blurred = np.asarray(GaussianBlur(8.0)(original[None].astype(np.float32) / 255)[0])
     assert judge.consistency(blurred, image).distance > 3 * max(right.distance, 0.01)
     assert "lost or invented" in right.meaning
+
+
+def test_noise_that_isnt_clipped_is_not_taken_for_structure():
+    noise = GaussianNoise(0.3, clip=False)
+    bright = np.full((96, 96, 3), 0.95, np.float32)
+    image = np.asarray(noise(bright[None], jax.random.key(1))[0])
+    judge = restorer(noise, in_range=False)
+    right = judge.consistency(bright, image).distance
+    assert right < 0.02 < judge.consistency(bright, image.clip(0, 1) - 0.1).distance
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ class Consistency:
 
 
 def measure(degradation: Degradation, restored: np.ndarray, image: np.ndarray) -> Consistency:
-    """Compares `(N, H, W, C)` float32 pictures in [0, 1].
+    """Compares `(N, H, W, C)` float32 pictures; they lie in [0, 1], but for unclipped noise.
 
     Args:
       degradation: what the network was trained to undo.
@@ -149,11 +149,12 @@ def _noise(degradation: Degradation, restored: np.ndarray, image: np.ndarray) ->
 def _expected(degradation: Degradation, restored: np.ndarray, image: np.ndarray) -> np.ndarray:
     """The mean of what noise makes of one result, `(1, H, W, C)`."""
     if isinstance(degradation, GaussianNoise):
-        # As strong as what was removed, and clipped as files are.
+        # As strong as what was removed, and clipped as files are, unless it is seen not to be.
         sigma = degradation.sigma
         if isinstance(sigma, tuple):
             sigma = float(np.clip(_rms(image - restored), *sigma))
-        degradation = dataclasses.replace(degradation, sigma=sigma, clip=True)
+        is_clipped = bool(image.min() >= 0 and image.max() <= 1)
+        degradation = dataclasses.replace(degradation, sigma=sigma, clip=is_clipped)
     keys = jax.random.split(jax.random.key(0), _DRAWS)
     # One after another: photographs are large.
     total = np.zeros(image.shape, np.float32)

@@ -604,7 +604,8 @@ def _to_float(array: np.ndarray, in_range: bool) -> np.ndarray:
 
 def _checked_strength(strength: Any) -> float:
     number = scalar(strength)
-    if not (isinstance(number, numbers.Real) and not isinstance(number, bool) and 0 <= number <= 1):
+    is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if not (is_number and 0 <= float(number) <= 1):
         raise ConfigError(f"strength {strength!r} is not possible; use a number from 0 to 1")
     return float(number)
 

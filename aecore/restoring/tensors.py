@@ -56,6 +56,12 @@ def to_numpy(value: Any) -> np.ndarray:
     return array
 
 
+def scalar(value: Any) -> Any:
+    """A scalar of NumPy or JAX as Python's; all else as it is."""
+    is_scalar = isinstance(value, (np.generic, np.ndarray, jax.Array)) and value.ndim == 0
+    return value.item() if is_scalar else value
+
+
 def like(value: Any, array: np.ndarray) -> Any:
     """A NumPy array as the kind that `value` is, on the same device.
 

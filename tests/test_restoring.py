@@ -162,7 +162,11 @@ def test_a_checkpoint_of_eight_devices_is_restored_on_one(trained):
         (np.zeros((8, 8, 4), np.uint8), "4 channels, the model NoiseReducer takes 1"),
         (np.zeros((8, 8, 2), np.uint8), "2 channels"),
         (np.zeros(8, np.uint8), r"shape \(8,\) is no image"),
-        (np.zeros((0, 8), np.uint8), r"shape \(0, 8\) is no image"),
+        (np.zeros((0, 8), np.uint8), r"shape \(0, 8\) is empty"),
+        (jnp.zeros((8, 8), jnp.bfloat16), "bfloat16 is not supported; use float16, float32 or"),
+        ([np.zeros((8, 8)), np.zeros((8, 9))], "images differ in size; .* each"),
+        (["a.png", "b.png"], "list of text is not an image; .* one path"),
+        ("", "the image's path is empty"),
         (np.zeros((8, 8), np.int64), "dtype int64 is not supported; use uint8"),
         (np.full((8, 8), 255.0), r"must lie in \[0, 1\], these in \[255, 255\]"),
         (np.full((8, 8), np.nan), "values that are NaN"),
@@ -173,6 +177,52 @@ def test_a_checkpoint_of_eight_devices_is_restored_on_one(trained):
 def test_images_that_do_not_fit_are_refused(trained, image, message):
     with pytest.raises(ImageError, match=message):
         aecore.Restorer.load(trained)(image)
+
+
+def test_what_is_no_array_has_no_differences_and_is_not_taken_by_each(trained):
+    restorer = aecore.Restorer.load(trained)
+    with pytest.raises(ImageError, match="dtype int64 is not supported"):
+        restorer.differences([[1, 2]])
+    with pytest.raises(ImageError, match="a Pillow image is not an array; call the restorer"):
+        list(restorer.each([Image.new("L", (8, 8))]))
+
+
+def test_a_torch_tensor_of_bfloat16_is_refused(trained):
+    torch = pytest.importorskip("torch")
+    with pytest.raises(ImageError, match="bfloat16 is not supported; use float16, float32 or"):
+        aecore.Restorer.load(trained)(torch.zeros((8, 8), dtype=torch.bfloat16))
+
+
+def test_swapped_arguments_are_not_printed_whole():
+    with pytest.raises(CheckpointError, match="is not a run directory") as raised:
+        aecore.restore("photo-denoise", np.zeros((8, 8)))
+    assert len(str(raised.value)) < 150
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((1, 8, 8, 1), np.uint8), "dtype uint8 is not supported; use float32"),
+        (np.zeros((8, 8, 1), np.float32), r"shape \(8, 8, 1\) is no batch of images"),
+        (np.zeros((0, 8, 8, 1), np.float32), r"shape \(0, 8, 8, 1\) is no batch of images"),
+        (np.zeros((1, 8, 8, 3), np.float32), "3 channels, the model NoiseReducer takes 1"),
+        (np.zeros((1, 8, 9, 1), np.float32), "8x9 pixels are not multiples of 4, the stride of"),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused_within_jit_too(trained, images, message):
+    restorer = aecore.Restorer.load(trained)
+    for apply in (restorer.apply, jax.jit(restorer.apply)):
+        with pytest.raises(ImageError, match=message):
+            apply(restorer.params, images)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_batches_of_any_float_are_taken_and_of_symbolic_sizes(trained, dtype):
+    restorer = aecore.Restorer.load(trained)
+    assert restorer.apply(restorer.params, jnp.zeros((1, 8, 8, 1), dtype)).shape == (1, 8, 8, 1)
+    shape = jax.export.symbolic_shape("n, h, w, 1")
+    images = jax.ShapeDtypeStruct(shape, dtype)
+    assert jax.eval_shape(restorer.apply, restorer.params, images).shape[0] == shape[0]
 
 
 @pytest.mark.parametrize("shape", [(9, 13, 3), (2, 9, 13, 3)])

@@ -19,7 +19,7 @@ from aecore.networks.receptive_field import ReceptiveField
 from aecore.restoring import consistency, engine, expectations, passes, projection
 from aecore.restoring.consistency import Consistency
 from aecore.restoring.engine import Engine
-from aecore.restoring.tensors import like, scalar, to_numpy
+from aecore.restoring.tensors import FLOATS, like, scalar, to_numpy
 from aecore.restoring.tiling import Size
 from aecore.saved import weights
 from aecore.saved.descriptions import Description
@@ -377,8 +377,12 @@ class Restorer:
 
         Returns:
           A sentence for each difference, the same for all images that differ in this way.
+
+        Raises:
+          ImageError: it is no such array.
         """
-        return expectations.differences(self.description, image, scale=self.network.scale)
+        array = _checked_one(image)
+        return expectations.differences(self.description, array, scale=self.network.scale)
 
     def encode(self, image: Any) -> Any:
         """The codes `(N, h, w, K)` float32 of images, which are given as for calling.
@@ -405,7 +409,7 @@ class Restorer:
         given, codes = codes, to_numpy(codes)
         if codes.ndim != 4 or codes.size == 0 or codes.dtype.kind != "f":
             raise ImageError(
-                f"a {codes.dtype} array of shape {codes.shape} holds no codes; use floats "
+                f"a {codes.dtype} array of shape {codes.shape} holds no codes; use {FLOATS} "
                 "(N, h, w, K), as encode gives them"
             )
         features = self._code_features()
@@ -431,14 +435,35 @@ class Restorer:
             They may be divided among devices.
 
         Returns:
-          The restored images, neither clipped nor rounded; divided as those that came in.
+          The restored images, neither clipped nor rounded; divided as those that came in. Their
+          derivatives are for reverse mode alone, as of `jax.grad` and `jax.vjp`, not `jax.jvp`.
+
+        Raises:
+          ImageError: their shape doesn't fit, or their dtype isn't a float.
         """
         apply = self.network.apply
-        sharding = jax.typeof(images).sharding
+        kind = jax.typeof(images)
+        self._check_batch(kind)
+        sharding = kind.sharding
         if explicit := sharding.mesh.explicit_axes:
             # Such as of `jax.make_mesh`. How a layer's results are divided is up to the compiler.
             apply = jax.sharding.auto_axes(axes=explicit, out_sharding=sharding)(apply)
         return apply(params, images)
+
+    def _check_batch(self, kind: Any) -> None:
+        """Refuses shapes and dtypes that `apply` doesn't take; symbolic sides are let through."""
+        shape, stride = kind.shape, self.network.stride
+        if len(shape) != 4 or 0 in shape:
+            raise ImageError(f"an array of shape {shape} is no batch of images; use (B, H, W, C)")
+        if not jax.numpy.issubdtype(kind.dtype, np.floating):
+            raise ImageError(f"dtype {kind.dtype} is not supported; use float32 in [0, 1]")
+        if shape[3] != self.network.channels:
+            raise self._channels_error(kind, shape[3])
+        if any(isinstance(side, int) and side % stride for side in shape[1:3]):
+            raise ImageError(
+                f"{shape[1]}x{shape[2]} pixels are not multiples of {stride}, the stride of "
+                f"{self.network.name}; pad or crop them"
+            )
 
     @property
     def receptive_field(self) -> ReceptiveField | None:
@@ -459,6 +484,8 @@ class Restorer:
             return images.from_pillow(image)
         if not isinstance(image, (str, os.PathLike)):
             return None, ()
+        if not os.fspath(image):
+            raise ImageError("the image's path is empty; name a picture file")
         picture = images.read_picture(image)
         if len(picture.frames) == 1:
             return picture.frames[0], picture.notes
@@ -565,18 +592,29 @@ def _rebuild(
 def _checked(image: Any) -> np.ndarray:
     """An array; refuses what is not one image or several."""
     array = to_numpy(image)
-    if array.ndim not in (2, 3, 4) or array.size == 0:
+    if array.dtype.kind in "US":
+        raise ImageError(
+            f"{type(image).__name__} of text is not an image; use an array of numbers, or call the "
+            "restorer with one path"
+        )
+    if array.size == 0:
+        raise ImageError(f"an array of shape {array.shape} is empty; use images with pixels")
+    if array.ndim not in (2, 3, 4):
         raise ImageError(
             f"an array of shape {array.shape} is no image; use (H, W), (H, W, C), (N, H, W, C)"
         )
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype not in (np.uint8, np.uint16) and array.dtype.kind != "f":
-        raise ImageError(f"dtype {array.dtype} is not supported; use uint8, uint16 or float")
+        raise ImageError(f"dtype {array.dtype} is not supported; use uint8, uint16, {FLOATS}")
     return array
 
 
 def _checked_one(image: Any) -> np.ndarray:
     """An array; refuses what is not one image."""
+    if images.is_picture(image):
+        raise ImageError(
+            "a Pillow image is not an array; call the restorer with it, or use np.asarray"
+        )
     array = _checked(image)
     if array.ndim == 4:
         raise ImageError(f"an array of shape {array.shape} is several images; pass them one by one")

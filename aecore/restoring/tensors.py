@@ -13,6 +13,8 @@ from jax import core
 
 from aecore.errors import ImageError
 
+FLOATS = "float16, float32 or float64"
+
 
 def _is_torch(value: Any) -> bool:
     torch = sys.modules.get("torch")
@@ -44,9 +46,17 @@ def to_numpy(value: Any) -> np.ndarray:
             "tensors have no values within tf.function and tf.data; use "
             "tf.numpy_function(restorer, [images], images.dtype) there"
         )
+    if "bfloat16" in str(getattr(value, "dtype", "")):
+        raise ImageError(f"dtype bfloat16 is not supported; use {FLOATS}")
     try:
         array = np.asarray(value.detach().cpu() if _is_torch(value) else value)
     except (ValueError, TypeError, RuntimeError) as error:
+        if isinstance(value, (list, tuple)):
+            shapes = {getattr(item, "shape", None) for item in value}
+            if len(shapes) > 1 and None not in shapes:
+                raise ImageError(
+                    "the images differ in size; restore them one by one, as with each"
+                ) from error
         raise ImageError(f"not an array: {error}") from error
     if array.dtype.kind == "O":
         raise ImageError(

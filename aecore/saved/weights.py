@@ -144,7 +144,7 @@ def load(source: str | os.PathLike, *, model: Any = None) -> TrainedNetwork:
 def _path(source: str | os.PathLike) -> epath.Path:
     if not isinstance(source, (str, os.PathLike)) or not str(source):
         raise CheckpointError(
-            f"{source!r} is not a run directory, an exported file, or a name of weights"
+            f"{source!r:.60} is not a run directory, an exported file, or a name of weights"
         )
     return absolute(source)
 

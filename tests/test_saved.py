@@ -387,7 +387,7 @@ class Picky(Reversing):
         (Reversing(), "NoiseReducer -> Reversing"),
         (Picky(), "NoiseReducer -> Picky"),
         (NoiseReducer, "is not a network"),
-        (5, "model=5 is not a network"),
+        (5, "model 5 is not a network"),
     ],
     ids=["width", "class", "sizes", "no instance", "number"],
 )

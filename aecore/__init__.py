@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aecore.config import Data, Experiment, Optimizer, Training
-    from aecore.restoring.restorer import Restorer, restore
+    from aecore.restoring.kept import restore
+    from aecore.restoring.restorer import Restorer
     from aecore.scoring.evaluate import evaluate
     from aecore.training.loop import train
 
@@ -29,7 +30,7 @@ _HOME = {
     "Optimizer": "config",
     "Training": "config",
     "Restorer": "restoring.restorer",
-    "restore": "restoring.restorer",
+    "restore": "restoring.kept",
     "evaluate": "scoring.evaluate",
     "train": "training.loop",
 }

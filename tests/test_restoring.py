@@ -32,8 +32,7 @@ from aecore.models import (
 )
 from aecore.networks.network import LinenNetwork
 from aecore.networks.receptive_field import ReceptiveField
-from aecore.restoring import engine, expectations
-from aecore.restoring import restorer as restorers
+from aecore.restoring import engine, expectations, kept
 from aecore.restoring.restorer import Restorer
 from aecore.saved import exported
 from aecore.saved.descriptions import Description, describe
@@ -335,9 +334,9 @@ def test_settings_may_be_scalars_of_arrays(trained, scalar):
         strength=scalar(0.5) if scalar is not np.int64 else np.float32(0.5),
         in_range=scalar(1) == 1,
     )
-    kept = restorer._settings
+    settings = restorer._settings
     for name, value in {"tile": 64, "batch_size": 3, "strength": 0.5, "in_range": True}.items():
-        assert (kept[name], type(kept[name])) == (value, type(value))
+        assert (settings[name], type(settings[name])) == (value, type(value))
     assert len(restorer.devices) == 2
     image = RANDOM.random((100, 80), np.float32)
     plain = aecore.Restorer.load(trained, tile=64, batch_size=3, devices=2)
@@ -870,7 +869,7 @@ with multiprocessing.get_context("fork").Pool(1) as pool:
 
 @pytest.fixture
 def nothing_kept(monkeypatch):
-    monkeypatch.setattr(restorers, "_kept", [])
+    monkeypatch.setattr(kept, "_kept", [])
 
 
 @pytest.fixture
@@ -929,7 +928,7 @@ def test_few_networks_are_kept(trained, tmp_path, loaded):
         path = tmp_path / f"{index}.aecore"
         exported.save(epath.Path(path), network, with_functions=False)
         aecore.restore(image, path, model=NoiseReducer())
-    assert len(restorers._kept) == 4
+    assert len(kept._kept) == 4
 
 
 # ---- What a network was not trained on

@@ -5,9 +5,8 @@ import functools
 import logging
 import numbers
 import os
-import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -16,7 +15,7 @@ from aecore.errors import ConfigError, ImageError
 from aecore.media import images
 from aecore.networks.network import Network
 from aecore.networks.receptive_field import ReceptiveField
-from aecore.restoring import consistency, engine, expectations, passes, projection
+from aecore.restoring import consistency, engine, expectations, inputs, passes, projection
 from aecore.restoring.consistency import Consistency
 from aecore.restoring.engine import Engine
 from aecore.restoring.tensors import FLOATS, like, scalar, to_numpy
@@ -29,9 +28,6 @@ _log = logging.getLogger(__name__)
 
 
 Key = TypeVar("Key", bound=Hashable)
-
-_ROUNDING = 1e-5
-"""How far floats may lie outside [0, 1]."""
 
 
 class Restorer:
@@ -208,7 +204,7 @@ class Restorer:
         if frame is not None:
             # Rather than after hours of work.
             images.check_mode_of_pillow(frame.mode)
-        array = _checked(image if frame is None else frame.values)
+        array = inputs.checked(image if frame is None else frame.values)
 
         def notes_on(array):
             return (*notes, *self._unlike(array))
@@ -236,7 +232,7 @@ class Restorer:
 
         def checked():
             for image in arrays:
-                array = _checked_one(image)
+                array = inputs.checked_one(image)
                 given.append(image)
                 yield array
 
@@ -274,7 +270,7 @@ class Restorer:
 
         def checked():
             for key, image in read(plan.order):
-                array = _checked_one(image)
+                array = inputs.checked_one(image)
                 given.append((key, image))
                 yield array
 
@@ -363,7 +359,7 @@ class Restorer:
         batches, said = [], []
         for value in (restored, original):
             frame, notes = self._frame(value)
-            batches.append(self._pictures(_checked(value if frame is None else frame.values)))
+            batches.append(self._pictures(inputs.checked(value if frame is None else frame.values)))
             said += notes
         measured = consistency.measure(self.description.build_degradation(), *batches)
         self._say(*said)
@@ -381,7 +377,7 @@ class Restorer:
         Raises:
           ImageError: it is no such array.
         """
-        array = _checked_one(image)
+        array = inputs.checked_one(image)
         return expectations.differences(self.description, array, scale=self.network.scale)
 
     def encode(self, image: Any) -> Any:
@@ -392,7 +388,7 @@ class Restorer:
         codes are such too.
         """
         frame, notes = self._frame(image)
-        array = _checked(image if frame is None else frame.values)
+        array = inputs.checked(image if frame is None else frame.values)
         batch = self._pictures(array)
         if batch.shape[3] != self.network.channels:
             raise self._channels_error(array, batch.shape[3])
@@ -501,7 +497,7 @@ class Restorer:
         values = values[..., None] if array.ndim == 2 else values
         channels = values.shape[3]
         if values.dtype.kind == "f":
-            values = _to_float(values, self._settings["in_range"])
+            values = inputs.to_float(values, self._settings["in_range"])
         if channels == self.network.channels:
             return [values]
         if (channels, self.network.channels) == (3, 1):
@@ -515,7 +511,9 @@ class Restorer:
     def _pictures(self, array: np.ndarray) -> np.ndarray:
         """An image, or several, as `(N, H, W, C)` float32; 1 is white."""
         array = array[..., None] if array.ndim == 2 else array
-        return _to_float(array if array.ndim == 4 else array[None], self._settings["in_range"])
+        return inputs.to_float(
+            array if array.ndim == 4 else array[None], self._settings["in_range"]
+        )
 
     def _channels_error(self, array: np.ndarray, channels: int) -> ImageError:
         is_first = array.ndim >= 3 and array.shape[-3] == self.network.channels
@@ -589,112 +587,9 @@ def _rebuild(
     return cls(trained, **settings, devices=devices)
 
 
-def _checked(image: Any) -> np.ndarray:
-    """An array; refuses what is not one image or several."""
-    array = to_numpy(image)
-    if array.dtype.kind in "US":
-        raise ImageError(
-            f"{type(image).__name__} of text is not an image; use an array of numbers, or call the "
-            "restorer with one path"
-        )
-    if array.size == 0:
-        raise ImageError(f"an array of shape {array.shape} is empty; use images with pixels")
-    if array.ndim not in (2, 3, 4):
-        raise ImageError(
-            f"an array of shape {array.shape} is no image; use (H, W), (H, W, C), (N, H, W, C)"
-        )
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if array.dtype not in (np.uint8, np.uint16) and array.dtype.kind != "f":
-        raise ImageError(f"dtype {array.dtype} is not supported; use uint8, uint16, {FLOATS}")
-    return array
-
-
-def _checked_one(image: Any) -> np.ndarray:
-    """An array; refuses what is not one image."""
-    if images.is_picture(image):
-        raise ImageError(
-            "a Pillow image is not an array; call the restorer with it, or use np.asarray"
-        )
-    array = _checked(image)
-    if array.ndim == 4:
-        raise ImageError(f"an array of shape {array.shape} is several images; pass them one by one")
-    return array
-
-
-def _to_float(array: np.ndarray, in_range: bool) -> np.ndarray:
-    """As float32, 1 being white; refuses floats outside [0, 1] if they must be in this range."""
-    if array.dtype.kind == "u":
-        return array.astype(np.float32) / np.iinfo(array.dtype).max
-    if np.isnan(array).any():
-        raise ImageError("the image has values that are NaN; replace them")
-    lowest, highest = array.min(), array.max()
-    if not in_range:
-        if max(-lowest, highest) > np.finfo(np.float32).max:
-            raise ImageError("the image has values that are infinite in float32; replace them")
-        return array.astype(np.float32)
-    if not (lowest >= -_ROUNDING and highest <= 1 + _ROUNDING):
-        raise ImageError(
-            f"float images must lie in [0, 1], these in [{lowest:g}, {highest:g}]; "
-            "scale or clip them, or pass uint8"
-        )
-    return np.clip(array, 0, 1).astype(np.float32)
-
-
 def _checked_strength(strength: Any) -> float:
     number = scalar(strength)
     is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
     if not (is_number and 0 <= float(number) <= 1):
         raise ConfigError(f"strength {strength!r} is not possible; use a number from 0 to 1")
     return float(number)
-
-
-class _Kept(NamedTuple):
-    """A restorer that `restore` made."""
-
-    version: weights.Version
-    model: Any
-    restorer: Restorer
-
-
-_MOST_KEPT = 4
-"""Restorers that are kept for the next calls of `restore`."""
-
-_kept: list[_Kept] = []  # The last one was used last.
-_kept_lock = threading.Lock()
-
-
-def _kept_restorer(source: str | os.PathLike, model: Any) -> Restorer:
-    engine.refuse_fork()
-    with _kept_lock:
-        # Taken before loading, so that what changes meanwhile is loaded again next time.
-        version = weights.version(source)
-        found = [kept for kept in _kept if (kept.version, kept.model) == (version, model)]
-        new = found[0] if found else _Kept(version, model, Restorer.load(source, model=model))
-        others = [k for k in _kept if (k.version.path, k.model) != (version.path, model)]
-        _kept[:] = [*others, new][-_MOST_KEPT:]
-        return new.restorer
-
-
-def restore(image: Any, run: str | os.PathLike, *, model: Any = None, strength: float = 1.0) -> Any:
-    """Restores an image with a trained network.
-
-    The last few networks are kept, and loaded again when their files have changed. To choose tiles,
-    precision or device, or consistent results, use a `Restorer`.
-
-    Args:
-      image: what `Restorer` takes.
-      run: a run directory, an exported file, or a name of weights, as `Restorer.load` takes it.
-      model: needed if a run's model is not in `aecore.models.REGISTRY`.
-      strength: how much of the correction is applied, from 0 to 1, as for `Restorer`.
-
-    Returns:
-      The same kind, dtype and shape; for a path, a Pillow image.
-
-    Raises:
-      CheckpointError: the run has no usable checkpoint.
-      ConfigError: `strength` is out of bounds.
-      ImageError: the image can't be read, or doesn't fit the model; or it is a file with colour,
-        or gray with alpha, of 16 bits, which Pillow's images can't hold. Restore the array
-        `aecore.media.images.read_picture(path).frames[0].values` then.
-    """
-    return _kept_restorer(run, model).with_strength(strength)(image)

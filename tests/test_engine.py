@@ -128,9 +128,17 @@ def test_one_program_restores_a_large_picture_in_tiles_as_it_does_whole(model):
     assert tiled < whole / 2
 
 
-def test_evaluations_on_several_devices_score_large_pictures_in_tiles():
+def test_evaluations_on_several_devices_score_large_pictures_in_tiles(monkeypatch):
     model = UNet((4, 6), channels=1)
     network, params = LinenNetwork(model), random_params(model)
+    measured = []
+
+    def receptive_field(*args):
+        measured.append(args)
+        return measure(*args)
+
+    measure = LinenNetwork.receptive_field
+    monkeypatch.setattr(LinenNetwork, "receptive_field", receptive_field)
     random = np.random.default_rng(0)
     pictures = Sources(
         random.integers(0, 256, (*size, 1), np.uint8) for size in [(180, 190), (64, 64), (200, 60)]
@@ -142,3 +150,4 @@ def test_evaluations_on_several_devices_score_large_pictures_in_tiles():
     ]
     for name, expected in values[0].items():
         np.testing.assert_allclose(values[1][name], expected, rtol=1e-4)
+    assert len(measured) == 1  # Of both shapes that are large.

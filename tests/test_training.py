@@ -162,7 +162,7 @@ def test_metrics_that_cannot_be_written_are_named(tmp_path, limit):
     assert raised.value.errno == errno.EFBIG
     expected = {200: tmp_path / "metrics.jsonl", 5000: tmp_path}[limit]
     assert raised.value.filename == str(expected)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 def test_tensorboard_sees_the_scalars_and_from_which_step_on_they_are_new(tmp_path):

@@ -33,12 +33,16 @@ def in_tiles(network: Network, tile: int = _TILE) -> Apply:
       `(params, (B, H, W, C)) -> (B, s H, s W, C)`, to be compiled; s is the network's scale.
     """
 
+    field, is_measured = None, False
+
     def apply(params: Any, images: jax.Array) -> jax.Array:
+        nonlocal field, is_measured
         _, height, width, _ = images.shape
         if height * width <= 2 * tile**2:
             return network.apply(params, images)
-        with jax.ensure_compile_time_eval():  # What is measured is a number, not part of a program.
-            field = network.receptive_field(params)
+        if not is_measured:  # It takes seconds.
+            with jax.ensure_compile_time_eval():  # It is a number, not part of a program.
+                field, is_measured = network.receptive_field(params), True
         if field is None:
             return network.apply(params, images)
         sides = tiling.tile_for((height, width), tile, field, network.stride)

@@ -15,8 +15,8 @@ from aecore.steps.step import Apply
 _TILE = 1536
 """The largest side of tiles.
 
-To restore one takes at most 0.5 GiB with `photo-denoise` and 2 GiB with `photo-upscale-2x` on CPUs.
-With the former, half as many pixels again are computed as a picture of 12 megapixels has."""
+On 2 cores, `photo-denoise` restores 12 megapixels in 18.9 s and 0.24 GiB so, and whole in 17.4 s
+and 1.8 GiB; `photo-upscale-2x` 6 megapixels in 34 s and 1.1 GiB, and whole in 31 s and 5.4 GiB."""
 
 
 def in_tiles(network: Network, tile: int = _TILE) -> Apply:

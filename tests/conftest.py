@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     # machine code fast.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     _FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-    if version("jaxlib").startswith("0.10."):
-        # Later ones only know the newer way of making machine code, with which compiling what the
-        # tests do takes 1.7 times as long.
+    if version("jaxlib").startswith("0.10.") and find_spec("libtpu") is None:
+        # Later ones, and libtpu, only know the newer way of making machine code, with which
+        # compiling what the tests do takes 1.7 times as long.
         _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
 

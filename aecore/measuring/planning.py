@@ -104,6 +104,9 @@ class Plan:
     """The largest batch that fits; None where the devices' memory is not known."""
 
 
+_TOPOLOGIES = "use cpu, gpu, or a TPU slice such as v5e:4x4 or tpu7x:2x2x1"
+
+
 def devices_of(topology: str, slices: int = 1) -> list[Any]:
     """The devices of a topology.
 
@@ -123,6 +126,8 @@ def devices_of(topology: str, slices: int = 1) -> list[Any]:
             return jax.devices(topology)
         except RuntimeError as error:
             raise ConfigError(f"topology {topology}: {error}") from error
+    if not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
+        raise ConfigError(f"topology {topology!r} is none; {_TOPOLOGIES}")
     from jax.experimental import topologies
 
     hardware.quiet_libtpu(compiling_only=True)
@@ -139,8 +144,8 @@ def devices_of(topology: str, slices: int = 1) -> list[Any]:
         return list(description.devices)
     except Exception as error:  # Of many types, as libtpu is missing or refuses the name.
         raise ConfigError(
-            f"topology {topology!r}: {error}; use cpu, gpu, or a TPU slice such as v5e:4x4 or "
-            'tpu7x:2x2x1, for which `pip install "aecore[tpu]"` installs the compiler'
+            f"topology {topology!r}: {error}; {_TOPOLOGIES}, for which "
+            '`pip install "aecore[tpu]"` installs the compiler'
         ) from error
 
 

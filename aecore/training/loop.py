@@ -41,7 +41,7 @@ from aecore.scoring import evaluation, reports
 from aecore.steps import hardware, memory, state
 from aecore.steps.devices import Devices
 from aecore.steps.state import TrainState
-from aecore.storage import to_path, write_json
+from aecore.storage import reason, to_path, write_json
 from aecore.training import assembly, claim, feeds, processes, resuming, starting
 from aecore.training.assembly import Assembly
 from aecore.training.clock import Clock
@@ -127,7 +127,9 @@ def _train(
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{directory} can't be made: {error}; use another --run-dir") from error
+        raise ConfigError(
+            f"{error.filename or directory} can't be made ({reason(error)}); use another --run-dir"
+        ) from error
     interruption = Interruption()
     with (
         _alone(directory, clock, interruption) as earlier,

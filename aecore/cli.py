@@ -497,7 +497,9 @@ class Evaluate:
         if self.methods and not self.classical:
             raise ConfigError("--methods and --no-classical contradict each other; leave one out")
         if self.pictures is not None and not self.pictures.lower().endswith(".png"):
-            raise ConfigError(f"--pictures {self.pictures} is no PNG file; end its name in .png")
+            raise ConfigError(
+                f"--pictures {self.pictures} is not named .png, as the PNG file that it will be"
+            )
         if self.data is not None:
             pictures.check_outputs(self.data, (self.csv, self.pictures, self.json))
         images.silence_pillow()
@@ -731,7 +733,10 @@ class _AboveBars(logging.Handler):
     """Prints log records on stderr, above a progress bar if there is one."""
 
     def emit(self, record):
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:  # Nothing fails for want of a reader.
+            self.handleError(record)
 
 
 @contextlib.contextmanager
@@ -740,7 +745,7 @@ def _exit_status() -> Iterator[None]:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # It was closed, as by `>&-`.
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="surrogateescape")  # Files' names may be no UTF-8.
     logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[_AboveBars()])
     # Orbax and TFDS report through absl, and others by themselves, what a user can't act on;

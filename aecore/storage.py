@@ -276,9 +276,9 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 def write_report(path: epath.PathLike, text: str) -> None:
     """Writes a file as `write_whole` does, or into the device or pipe of that name."""
     path = epath.Path(path)
+    content = text.encode(errors="surrogateescape")  # Names of files may be no UTF-8.
     if not is_stream(path):
-        # Names of files may be no UTF-8.
-        write_whole(path, text.encode(errors="surrogateescape"))
+        write_whole(path, content)
         return
     with naming(path):
         for own in (sys.stdout, sys.stderr):
@@ -286,8 +286,8 @@ def write_report(path: epath.PathLike, text: str) -> None:
             if own is not None and _leads_to(path, own):
                 print(text, end="", file=own, flush=True)
                 return
-        with path.open("a") as stream:
-            stream.write(text)
+        with path.open("ab") as stream:
+            stream.write(content)
 
 
 def _leads_to(path: epath.Path, stream: TextIO) -> bool:

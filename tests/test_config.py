@@ -144,7 +144,7 @@ class Coder(nn.Module):
             r"use one such as NoiseReducer\(\)",
         ),
         (lambda: Experiment("a", "UNet", GaussianNoise()), "model 'UNet' is not a network"),
-        (lambda: Experiment("a", Coder(), GaussianNoise()), "Coder has no __call__ and no stride"),
+        (lambda: Experiment("a", Coder(), GaussianNoise()), "Coder lacks __call__, stride"),
         (lambda: Compose((1, 2)), "not a tuple of degradations"),
         (lambda: NoiseReducer(features=3), "can't have features 3"),
         (

@@ -232,7 +232,10 @@ def test_a_plan_for_several_slices_says_what_the_network_costs(capsys):
         (["plan", EXPERIMENT, "--topology", "cpu", "--slices", "2"], "leave --slices out"),
         (["plan", EXPERIMENT, "--topology", "v5e:2x2", "--slices", "0"], "use 1 or more"),
         (["plan", EXPERIMENT, "--topology", "v99:2x2"], "v99:2x2"),
-        (["plan", EXPERIMENT, "--topology", "v5e"], "topology 'v5e' is none; use cpu, gpu, or a"),
+        (
+            ["plan", EXPERIMENT, "--topology", "v5e"],
+            "topology 'v5e' is unknown; use cpu, gpu, or a",
+        ),
         (["plan", "nowhere.py", "--topology", "cpu"], "nowhere.py does not exist; name a file"),
         (["bench", cli.__file__], "doesn't define `experiment`"),
         (["bench", EXPERIMENT, "--repeats", "0"], "repeats 0"),

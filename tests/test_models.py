@@ -21,7 +21,7 @@ from aecore.models import (
     Upscaler,
 )
 from aecore.networks import layers, summary
-from aecore.networks.base import check_memory, parameter_bytes
+from aecore.networks.base import abstract_params, check_memory, parameter_bytes
 from aecore.networks.lowering import operations
 from aecore.networks.network import LinenNetwork, fits_within
 from aecore.networks.receptive_field import ReceptiveField
@@ -431,3 +431,19 @@ def test_a_network_is_written_in_messages_as_in_python():
     written = repr(model)
     assert written.startswith("UNet(features=(4, 6), ")
     assert eval(written, {"UNet": UNet}) == model
+
+
+class Sowing(NoiseReducer):
+    """A network that notes something besides what it gives."""
+
+    def decode(self, codes):
+        self.sow("losses", "codes", abs(codes).mean())
+        return super().decode(codes)
+
+
+def test_what_a_network_only_notes_is_no_parameter():
+    own, plain = (
+        jax.tree.map(lambda leaf: leaf.shape, abstract_params(kind((4, 6)), (16, 16, 1)))
+        for kind in (Sowing, NoiseReducer)
+    )
+    assert own == plain

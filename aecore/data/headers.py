@@ -1,6 +1,7 @@
 """Shapes of many pictures, of which only the headers are read, several at the same time."""
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,15 +16,24 @@ _log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
-_told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+_told: dict[int, set[str]] = {}
+"""What was said of each source, by its `id`, as long as it lives."""
+_lock = threading.Lock()
 
 
 def warn(error: ImageError, source: Any = None) -> None:
     """Says that a picture is left out; of one source once, however many look at its pictures."""
-    told = set() if source is None else _told.setdefault(source, set())
-    if str(error) not in told:
-        told.add(str(error))
-        _log.warning("skipped: %s", error)
+    if source is not None:
+        with _lock:
+            if id(source) not in _told:
+                _told[id(source)] = set()
+                weakref.finalize(source, _told.pop, id(source), None)
+            told = _told[id(source)]
+            is_new = str(error) not in told
+            told.add(str(error))
+        if not is_new:
+            return
+    _log.warning("skipped: %s", error)
 
 
 def readable_shapes(

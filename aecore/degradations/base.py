@@ -405,7 +405,7 @@ class Degradation:
         Args:
           images: `(B, H, W, C)` float in [0, 1].
           key: `(B,)` PRNG keys, one per image, or one key, which is folded with each image's
-            position; of `jax.random.key` or of `jax.random.PRNGKey`. Only needed if `is_random`.
+            position; of `jax.random.key` or of `jax.random.PRNGKey`. Only used if `is_random`.
 
         Returns:
           `(B, H / reduction, W / reduction, C)` float32 in [0, 1], unless an option says that it

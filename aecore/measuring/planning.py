@@ -127,7 +127,7 @@ def devices_of(topology: str, slices: int = 1) -> list[Any]:
         except RuntimeError as error:
             raise ConfigError(f"topology {topology}: {error}") from error
     if not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
-        raise ConfigError(f"topology {topology!r} is none; {_TOPOLOGIES}")
+        raise ConfigError(f"topology {topology!r} is unknown; {_TOPOLOGIES}")
     from jax.experimental import topologies
 
     hardware.quiet_libtpu(compiling_only=True)

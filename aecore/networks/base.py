@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import FlaxError
 
 from aecore.errors import ConfigError
 
@@ -70,7 +71,7 @@ def check_module(model: Any) -> None:
     missing = [name for name in needed if not hasattr(model, name)]
     if missing:
         raise ConfigError(
-            f"{type(model).__name__} has no {' and no '.join(missing)}; a network needs "
+            f"{type(model).__name__} lacks {', '.join(missing)}; a network needs "
             f"{', '.join(needed)}, as aecore.models.Autoencoder describes them"
         )
 
@@ -111,17 +112,23 @@ def abstract_params(model: Any, image_shape: tuple[int, int, int]) -> Any:
     """The shapes and dtypes of a model's parameters.
 
     Raises:
-      ConfigError: it has other variables too, such as the statistics of `nn.BatchNorm`.
+      ConfigError: it needs other variables too, such as the statistics of `nn.BatchNorm`.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images)
+    params = variables.get("params", {})
     others = sorted(variables.keys() - {"params"})
     if others:
-        raise ConfigError(
-            f"{type(model).__name__} has {', '.join(others)} besides parameters; use layers "
-            "without, such as nn.GroupNorm for nn.BatchNorm"
-        )
-    return variables.get("params", {})
+        try:  # What it only notes, as by `sow`, isn't needed.
+            jax.eval_shape(
+                lambda *given: model.apply({"params": given[0]}, given[1]), params, images
+            )
+        except FlaxError as error:
+            raise ConfigError(
+                f"{type(model).__name__} needs {', '.join(others)} besides parameters; use layers "
+                "without, such as nn.GroupNorm for nn.BatchNorm"
+            ) from error
+    return params
 
 
 def parameter_bytes(model: Any) -> int:

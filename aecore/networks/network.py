@@ -83,7 +83,7 @@ class LinenNetwork:
     """A Linen module as a `Network`.
 
     It needs `encode`, `decode`, `__call__`, `channels` and `stride`, as `base.Autoencoder`
-    describes them, and no variables but parameters.
+    describes them, and computes with its parameters alone.
 
     Raises:
       ConfigError: it is no such module; or, when it computes, these are not its parameters.
@@ -143,15 +143,17 @@ class LinenNetwork:
         from flax.errors import FlaxError
 
         try:
-            return self._computed(function, params, images, **kwargs)
+            return self._in_precision(function, params, images, **kwargs)
         except FlaxError as error:
-            reason = str(error).split(" (https://")[0]
+            reason = str(error).split(" (https://")[0].rstrip(".")
             raise ConfigError(
-                f"{self.name} can't compute with these parameters: {reason} Use the `params` of "
-                "what its init gives, alone"
+                f"{self.name} can't compute with these parameters alone: {reason}; they must be "
+                "the `params` of what its init gives"
             ) from error
 
-    def _computed(self, function: Callable, params: Any, images: jax.Array, **kwargs) -> jax.Array:
+    def _in_precision(
+        self, function: Callable, params: Any, images: jax.Array, **kwargs
+    ) -> jax.Array:
         if self.precision == "float32":
             return function({"params": params}, images, **kwargs)
         from aecore.networks import layers

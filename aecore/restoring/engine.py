@@ -75,8 +75,8 @@ def refuse_fork() -> None:
         )
 
 
-def _is_count(value: Any, least: int) -> bool:
-    # To Python, booleans are whole numbers too.
+def is_count(value: Any, least: int) -> bool:
+    """Whether it is a whole number, which booleans are to Python."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -107,9 +107,9 @@ class Engine:
         precision: Literal["auto", "float32", "bfloat16"],
         devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm]
     ):
-        if tile != "auto" and not _is_count(tile, least=0):
+        if tile != "auto" and not is_count(tile, least=0):
             raise ConfigError(f"tile {tile!r} is not possible; use auto, 0 for none, or a side")
-        if batch_size is not None and not _is_count(batch_size, least=1):
+        if batch_size is not None and not is_count(batch_size, least=1):
             raise ConfigError(f"batch_size {batch_size!r} is not possible; use 1 or more, or None")
         if precision not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"precision {precision!r} is unknown; use float32 or bfloat16")

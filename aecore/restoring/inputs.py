@@ -48,9 +48,9 @@ def to_float(array: np.ndarray, in_range: bool) -> np.ndarray:
     """As float32, 1 being white; refuses floats outside [0, 1] if they must be in this range."""
     if array.dtype.kind == "u":
         return array.astype(np.float32) / np.iinfo(array.dtype).max
-    if np.isnan(array).any():
-        raise ImageError("the image has values that are NaN; replace them")
     lowest, highest = array.min(), array.max()
+    if np.isnan(lowest):  # Where there is one, it is the minimum.
+        raise ImageError("the image has values that are NaN; replace them")
     if not in_range:
         if max(-lowest, highest) > np.finfo(np.float32).max:
             raise ImageError("the image has values that are infinite in float32; replace them")

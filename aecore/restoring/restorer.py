@@ -3,7 +3,6 @@
 import collections
 import functools
 import logging
-import numbers
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -452,7 +451,7 @@ class Restorer:
         if len(shape) != 4 or 0 in shape:
             raise ImageError(f"an array of shape {shape} is no batch of images; use (B, H, W, C)")
         if not jax.numpy.issubdtype(kind.dtype, np.floating):
-            raise ImageError(f"dtype {kind.dtype} is not supported; use float32 in [0, 1]")
+            raise ImageError(f"dtype {kind.dtype} is not supported; use floats in [0, 1]")
         if shape[3] != self.network.channels:
             raise self._channels_error(kind, shape[3])
         if any(isinstance(side, int) and side % stride for side in shape[1:3]):
@@ -589,7 +588,7 @@ def _rebuild(
 
 def _checked_strength(strength: Any) -> float:
     number = scalar(strength)
-    is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
-    if not (is_number and 0 <= float(number) <= 1):
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    if not (is_number and 0 <= number <= 1):
         raise ConfigError(f"strength {strength!r} is not possible; use a number from 0 to 1")
     return float(number)

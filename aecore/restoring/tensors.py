@@ -68,8 +68,9 @@ def to_numpy(value: Any) -> np.ndarray:
 
 def scalar(value: Any) -> Any:
     """A scalar of NumPy or JAX as Python's; all else as it is."""
-    is_scalar = isinstance(value, (np.generic, np.ndarray, jax.Array)) and value.ndim == 0
-    return value.item() if is_scalar else value
+    is_array = isinstance(value, (np.generic, np.ndarray, jax.Array))
+    is_known = is_array and not isinstance(value, core.Tracer)
+    return value.item() if is_known and value.ndim == 0 else value
 
 
 def like(value: Any, array: np.ndarray) -> Any:

@@ -27,10 +27,12 @@ def in_tiles(network: Network, tile: int = _TILE) -> Apply:
 
     Args:
       network: what restores.
-      tile: the largest side of tiles in pixels of the network's input; a multiple of its stride.
+      tile: the largest side of tiles in pixels of the network's input, unless it sees so far that
+        they must be larger.
 
     Returns:
-      `(params, (B, H, W, C)) -> (B, s H, s W, C)`, to be compiled; s is the network's scale.
+      `(params, (B, H, W, C)) -> (B, s H, s W, C)`, to be compiled; s is the network's scale. Not
+      for a `shard_map` that checks what varies.
     """
 
     field, is_measured = None, False

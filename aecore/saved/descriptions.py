@@ -210,9 +210,10 @@ def model_changes(described: Mapping[str, Any], model: Any) -> list[str]:
     def shown(value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
+    kind = type(model).__name__
+    if described.get("type") != kind:
+        return [f"{described.get('type')} -> {kind}"]
     now = describe_model(model)
-    if described.get("type") != now["type"]:
-        return [f"{described.get('type')} -> {now['type']}"]
     return [
         f"{name}: {shown(described[name])} -> {shown(value)}"
         for name, value in now.items()

@@ -12,7 +12,9 @@ from etils import epath
 from aecore.data import sources
 from aecore.degradations import Degradation
 from aecore.errors import ConfigError
+from aecore.restoring.engine import is_count
 from aecore.restoring.restorer import Restorer
+from aecore.restoring.tensors import scalar
 from aecore.restoring.tiled import in_tiles
 from aecore.scoring import classical as classical_methods
 from aecore.scoring import evaluation, reports
@@ -73,8 +75,9 @@ def evaluate(
         run's own images.
       DataError: the data can't be loaded.
     """
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ConfigError(f"batch_size {batch_size} is not possible; use 1 or more")
+    batch_size = scalar(batch_size)
+    if batch_size is not None and not is_count(batch_size, least=1):
+        raise ConfigError(f"batch_size {batch_size!r} is not possible; use 1 or more")
     methods = (classical,) if isinstance(classical, str) else classical
     if data is None:
         if csv is not None or pictures is not None:

@@ -72,7 +72,8 @@ class MetricsLog:
         if not self._writes:
             return
         # After a failure, such as of a full disk, closing fails for the same reason.
-        ignored = contextlib.suppress(*([] if kind is None else [OSError]))
+        has_failed = kind is not None and issubclass(kind, OSError)
+        ignored = contextlib.suppress(*([OSError] if has_failed else []))
         with ignored, naming(self._path):
             self.flush()
             if self._file is not None:

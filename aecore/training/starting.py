@@ -58,7 +58,9 @@ def load(experiment: Experiment) -> TrainedNetwork | None:
         before = trained.description.build_model()
     except (CheckpointError, ConfigError) as error:
         raise ConfigError(f"training.start_from {source}: {error}") from error
-    differing = model_changes(describe_model(before), model)
+    differing = [f"{type(before).__name__} -> {type(model).__name__}"]
+    if type(before) is type(model):
+        differing = model_changes(describe_model(before), model)
     side = model.stride
     shapes = abstract_params(model, (side, side, model.channels))
     if not differing and _shapes(trained.params) != _shapes(shapes):

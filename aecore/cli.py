@@ -767,12 +767,11 @@ def _exit_status() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         _end(error.exit_status, at_once=isinstance(error, SavingError))
     except Exception as error:
-        from aecore.storage import explained, reason
+        from aecore.storage import explained, reason_with_path
 
         line = explained(error)
         if line is None and isinstance(error, OSError):
-            where = f"{error.filename}: " if error.filename else ""
-            line = f"{where}{reason(error)}"
+            line = reason_with_path(error)
         if line is None and not _is_among_others():
             raise
         print(traceback.format_exc() if line is None else f"error: {line}", file=sys.stderr)

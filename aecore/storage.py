@@ -114,6 +114,12 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
+def reason_with_path(error: BaseException) -> str:
+    """`reason`, after the path of an exception of the file system that names one."""
+    where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    return f"{where}{reason(error)}"
+
+
 @contextlib.contextmanager
 def naming(path: epath.PathLike) -> Iterator[None]:
     """Has errors of the file system name the path.

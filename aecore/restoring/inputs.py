@@ -44,6 +44,12 @@ def checked_one(image: Any) -> np.ndarray:
     return array
 
 
+def as_batch(array: np.ndarray) -> np.ndarray:
+    """One checked image or several as `(N, H, W, C)`."""
+    array = array[..., None] if array.ndim == 2 else array
+    return array if array.ndim == 4 else array[None]
+
+
 def to_float(array: np.ndarray, in_range: bool) -> np.ndarray:
     """As float32, 1 being white; refuses floats outside [0, 1] if they must be in this range."""
     if array.dtype.kind == "u":

@@ -492,8 +492,7 @@ class Restorer:
 
     def _adapt(self, array: np.ndarray) -> list[np.ndarray]:
         """An array as those `(N, H, W, C)` ones that the engine takes."""
-        values = array[None] if array.ndim < 4 else array
-        values = values[..., None] if array.ndim == 2 else values
+        values = inputs.as_batch(array)
         channels = values.shape[3]
         if values.dtype.kind == "f":
             values = inputs.to_float(values, self._settings["in_range"])
@@ -509,10 +508,7 @@ class Restorer:
 
     def _pictures(self, array: np.ndarray) -> np.ndarray:
         """An image, or several, as `(N, H, W, C)` float32; 1 is white."""
-        array = array[..., None] if array.ndim == 2 else array
-        return inputs.to_float(
-            array if array.ndim == 4 else array[None], self._settings["in_range"]
-        )
+        return inputs.to_float(inputs.as_batch(array), self._settings["in_range"])
 
     def _channels_error(self, array: np.ndarray, channels: int) -> ImageError:
         is_first = array.ndim >= 3 and array.shape[-3] == self.network.channels

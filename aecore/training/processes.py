@@ -18,7 +18,7 @@ from etils import epath
 from aecore.config import Experiment, Training, settings
 from aecore.errors import AecoreError, ConfigError, Interrupted, ProcessError, SavingError
 from aecore.saved.descriptions import changes, describe, experiment_from_json
-from aecore.storage import reason
+from aecore.storage import reason_with_path
 from aecore.training import claim, meeting
 from aecore.training.group import ADVICE, GRACE, Group
 
@@ -134,8 +134,7 @@ def _what_happened(error: BaseException) -> str:
         return f"failed: {error}"
     if isinstance(error, KeyboardInterrupt):
         return f"was interrupted; {ADVICE}"
-    where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-    return f"failed: {where}{' '.join(reason(error).split())}; {ADVICE}"
+    return f"failed: {' '.join(reason_with_path(error).split())}; {ADVICE}"
 
 
 def _leave(group: Group, coordinator: subprocess.Popen | None) -> None:
